@@ -1,0 +1,122 @@
+"""Bradley-Terry losses on whole responses (ARGS) and on every prefix of them (PARGS).
+
+The paper writes the partial loss in one line; a program must also decide the following, and the paper's own code
+decides it silently. What is chosen here, and why:
+
+1. *What a response is.* A response ends with an end token, and its last prefix includes it. A prefix always includes
+   the whole prompt.
+2. *Unequal lengths.* `tail="extend"` (default): the shorter response is continued with end tokens, which the model
+   sees, up to the length of the longer one; every length is compared. The paper's code pads this way, and it is the
+   only treatment for which the partial reward orders prefixes by the win rate of their completions (`theory/`, T5-T8).
+   `tail="min"`: stop at the shorter response; for responses that were cut at a length limit and never ended.
+3. *First prefix.* Length 1. The paper's code starts at one or at two tokens, depending on the task.
+4. *Weights.* `reduction="prefix"` (default): every prefix counts once, so a long pair weighs more, as in the paper's
+   code. `reduction="pair"`: every pair counts once.
+5. *Identical prefixes.* Up to their first difference both responses have the same reward: loss log 2, no gradient.
+   They are kept, so a reported loss includes them.
+6. *Which token.* r(y_1:i) is read at token i itself. The paper's code re-tokenises the text of each prefix, and for
+   one task puts a quotation mark behind it; here a prefix is a slice of token ids.
+7. *Labels.* Every prefix inherits the label of its whole response.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+    """Negative log-likelihood that the chosen responses win, for one reward per response.
+
+        L = -mean log sigmoid(r(chosen) - r(rejected))
+
+    Args:
+        chosen_rewards, rejected_rewards: (B,) rewards of whole responses.
+
+    Returns:
+        Scalar, in nats per pair.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: Bradley and Terry (1952); Ouyang et al. (2022), arXiv 2203.02155; the reward that ARGS decodes with.
+
+    >>> bradley_terry_loss(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))
+    tensor(0.4100)
+    """
+    _check_same_shape(chosen_rewards, rejected_rewards)
+    return F.softplus(rejected_rewards - chosen_rewards).mean()
+
+
+def partial_bradley_terry_loss(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    tail: str = "extend",
+    reduction: str = "prefix",
+) -> Tensor:
+    """Negative log-likelihood that the chosen response wins, read at every prefix length.
+
+        L = -mean_i log sigmoid(r(chosen_1:i) - r(rejected_1:i))
+
+    Args:
+        chosen_rewards, rejected_rewards: (B, T) reward at each response token, right padded. With `tail="extend"`
+            the shorter row must go on with the rewards of its appended end tokens.
+        chosen_lengths, rejected_lengths: (B,) number of tokens of each response, its own end token included.
+        tail: "extend" compares up to the longer response, "min" up to the shorter one.
+        reduction: "prefix" averages over all prefixes of the batch, "pair" over each pair first.
+
+    Returns:
+        Scalar, in nats per prefix (or per pair).
+
+    Raises:
+        ValueError: for an unknown `tail` or `reduction`, shapes that differ, or lengths outside 1..T.
+
+    Source: arXiv 2406.07780, the Bradley-Terry loss on partial sequences.
+
+    >>> chosen, rejected = torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 0.0]])
+    >>> partial_bradley_terry_loss(chosen, rejected, torch.tensor([2]), torch.tensor([1]))
+    tensor(0.4100)
+    >>> partial_bradley_terry_loss(chosen, rejected, torch.tensor([2]), torch.tensor([1]), tail="min")
+    tensor(0.6931)
+    """
+    _check_same_shape(chosen_rewards, rejected_rewards)
+    compared = compared_prefixes(chosen_lengths, rejected_lengths, chosen_rewards.shape[1], tail)
+    # Masked before the softplus: whatever stands at padding, NaN included, touches neither the loss nor its gradient.
+    losses = F.softplus((rejected_rewards - chosen_rewards).masked_fill(~compared, 0.0)) * compared
+    if reduction == "prefix":
+        return losses.sum() / compared.sum()
+    if reduction == "pair":
+        return (losses.sum(-1) / compared.sum(-1)).mean()
+    raise ValueError(f'reduction must be "prefix" or "pair", got {reduction!r}')
+
+
+def compared_prefixes(chosen_lengths: Tensor, rejected_lengths: Tensor, width: int, tail: str = "extend") -> Tensor:
+    """(B, width) mask of the prefix lengths at which a pair is compared (choice 2 above).
+
+    Raises:
+        ValueError: for an unknown `tail`, or lengths outside 1..width.
+
+    >>> compared_prefixes(torch.tensor([3]), torch.tensor([1]), width=4)
+    tensor([[ True,  True,  True, False]])
+    """
+    if tail not in ("extend", "min"):
+        raise ValueError(f'tail must be "extend" or "min", got {tail!r}')
+    lengths = torch.stack([chosen_lengths, rejected_lengths])
+    if lengths.min() < 1 or lengths.max() > width:
+        raise ValueError(
+            f"chosen_lengths and rejected_lengths must lie in 1..{width} (the width of the rewards), "
+            f"got {int(lengths.min())}..{int(lengths.max())}"
+        )
+    last = lengths.amax(0) if tail == "extend" else lengths.amin(0)
+    return torch.arange(width, device=last.device) < last[:, None]
+
+
+def _check_same_shape(chosen_rewards: Tensor, rejected_rewards: Tensor) -> None:
+    if chosen_rewards.shape != rejected_rewards.shape:
+        raise ValueError(
+            f"chosen_rewards and rejected_rewards must have one shape, "
+            f"got {tuple(chosen_rewards.shape)} and {tuple(rejected_rewards.shape)}"
+        )

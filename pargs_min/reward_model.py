@@ -1,0 +1,139 @@
+"""The reward model: an ordinary `AutoModelForSequenceClassification`, read at every token instead of only the last.
+
+A causal backbone sees at token i exactly the prefix that ends there, so one forward pass over a response holds the
+rewards of all its prefixes. Only the class's own `forward` hides them: it pools the last token. We call the backbone
+and the head ourselves.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def prefix_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """r(ids_1:t) for every t, in one forward pass.
+
+    Args:
+        model: a causal sequence-classification model with one label.
+        ids: (B, T) token ids of prompt and response, padded on either side.
+        mask: (B, T) 1 at tokens, 0 at padding.
+
+    Returns:
+        (B, T) rewards in float32 or wider; meaningless where `mask` is 0.
+
+    Raises:
+        ValueError: if the model is not a causal scalar reward model (see `body_and_head`).
+
+    Source: arXiv 2406.07780; the paper's code asks for each prefix in a pass of its own.
+    """
+    body, head = body_and_head(model)
+    hidden = body(
+        input_ids=ids, attention_mask=mask, use_cache=False, **position_arguments(body, token_positions(mask))
+    ).last_hidden_state
+    return token_rewards(head, hidden)
+
+
+def token_rewards(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """(B, T) rewards from (B, T, D) hidden states, in float32 or wider whatever the backbone computes in.
+
+    A bfloat16 head would round rewards near 5 to steps of 1/32, about the spread between candidates.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    bias = None if head.bias is None else head.bias.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.to(dtype), head.weight.to(dtype), bias)[..., 0]
+
+
+def body_and_head(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Linear]:
+    """The causal backbone and the scalar head of a reward model, so that head(body(ids)) is one reward per prefix.
+
+    Raises:
+        ValueError: if the model has no such head: it is bidirectional, or has several labels.
+    """
+    head = getattr(model, "score", None)  # the name that every causal family gives its sequence-classification head
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise ValueError(
+            f"{type(model).__name__} ({model.config.model_type}) is not a causal reward model with one label: it has no "
+            "reward at every token; score whole texts with it through pargs_min.ReencodeScorer"
+        )
+    return model.base_model, head
+
+
+def token_positions(mask: Tensor) -> Tensor:
+    """(B, T) position of each token within its text, not counting padding."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def position_arguments(body: PreTrainedModel, positions: Tensor) -> dict[str, Tensor]:
+    """`position_ids`, for the backbones that take them; the others (ALiBi) derive positions from the mask."""
+    return {"position_ids": positions} if "position_ids" in inspect.signature(body.forward).parameters else {}
+
+
+def load_reward_model(
+    name_or_path: str, tokenizer: PreTrainedTokenizerBase | None = None, *, dtype: torch.dtype | str = torch.float32
+) -> PreTrainedModel:
+    """Load a reward model from a hub id or a folder; a plain language model gets a fresh scalar head.
+
+    Args:
+        name_or_path: what `from_pretrained` takes. A language model's backbone is kept, and a new head is drawn from
+            torch's global random stream (call `torch.manual_seed` first to fix it).
+        tokenizer: given when the model is to be trained and saved: it gets a padding token that is not its end token
+            (see `separate_pad_token`), and the model a row for it where one is needed.
+        dtype: float32 to train, whatever the checkpoint holds; "auto" or bfloat16 to decode.
+
+    Raises:
+        ValueError: if the checkpoint is a classifier with several labels.
+        OSError: transformers' own, if there is no such model.
+    """
+    config = AutoConfig.from_pretrained(name_or_path)
+    if _is_classifier(config):
+        if config.num_labels != 1:
+            raise ValueError(
+                f"{name_or_path} is a classifier with {config.num_labels} labels; a reward model has one (num_labels=1)"
+            )
+        model = AutoModelForSequenceClassification.from_pretrained(name_or_path, dtype=dtype)
+    else:
+        model = AutoModelForSequenceClassification.from_pretrained(name_or_path, num_labels=1, dtype=dtype)
+    if tokenizer is not None:
+        separate_pad_token(model, tokenizer)
+    return model
+
+
+def _is_classifier(config) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def separate_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give tokenizer and model a padding token that is not the end token.
+
+    transformers' own pooling takes the last token that differs from padding: where padding is the end token, as is
+    usual for language models, it reads r(response) without its end. The tokenizer's own padding is kept where it
+    differs, else its unknown token serves, else one token is added.
+    """
+    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        if tokenizer.unk_token is not None and tokenizer.unk_token_id != tokenizer.eos_token_id:
+            tokenizer.pad_token = tokenizer.unk_token
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+
+def save_reward_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str, **settings) -> None:
+    """Save model (safetensors) and tokenizer so that transformers' own loader and pipeline give our numbers.
+
+    Args:
+        settings: how it was trained (objective, tail, append_eos, prompt format): kept as `config.pargs`, where
+            decoding finds them.
+    """
+    model.config.problem_type = "regression"  # or the pipeline would squash the reward through a sigmoid
+    model.config.pargs = settings
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
