@@ -55,13 +55,39 @@ def body_and_head(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Linear]:
     Raises:
         ValueError: if the model has no such head: it is bidirectional, or has several labels.
     """
-    head = getattr(model, "score", None)  # the name that every causal family gives its sequence-classification head
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
+    if not is_causal(model) or model.score.out_features != 1:
         raise ValueError(
-            f"{type(model).__name__} ({model.config.model_type}) is not a causal reward model with one label: it has no "
-            "reward at every token; score whole texts with it through pargs_min.ReencodeScorer"
+            f"{type(model).__name__} is not a causal reward model with one label: it has no reward at every token; "
+            "score whole texts with it through pargs_min.ReencodeScorer"
         )
-    return model.base_model, head
+    return model.base_model, model.score
+
+
+def final_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """(B,) rewards of whole texts, by any sequence-classification model with one label, bidirectional ones included.
+
+    Args:
+        ids, mask: (B, T), padded on either side; a text's reward is read at its last token.
+
+    >>> from transformers import LlamaConfig, LlamaForSequenceClassification
+    >>> config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+    ...                      num_attention_heads=2, num_labels=1)
+    >>> model = LlamaForSequenceClassification(config).eval()
+    >>> ids, mask = torch.tensor([[0, 5, 7]]), torch.tensor([[0, 1, 1]])
+    >>> bool(final_rewards(model, ids, mask) == prefix_rewards(model, ids, mask)[:, 2])
+    True
+    """
+    if is_causal(model):
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1, keepdim=True)
+        return prefix_rewards(model, ids, mask).gather(1, last)[:, 0]
+    order = mask.argsort(dim=1, descending=True, stable=True)  # bidirectional models expect padding on the right
+    logits = model(input_ids=ids.gather(1, order), attention_mask=mask.gather(1, order)).logits
+    return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether the model has a reward at every token; `score` is the name all causal families give their head."""
+    return isinstance(getattr(model, "score", None), nn.Linear)
 
 
 def token_positions(mask: Tensor) -> Tensor:
@@ -72,6 +98,11 @@ def token_positions(mask: Tensor) -> Tensor:
 def position_arguments(body: PreTrainedModel, positions: Tensor) -> dict[str, Tensor]:
     """`position_ids`, for the backbones that take them; the others (ALiBi) derive positions from the mask."""
     return {"position_ids": positions} if "position_ids" in inspect.signature(body.forward).parameters else {}
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The longest text the model takes, in tokens; None where its configuration names no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_reward_model(

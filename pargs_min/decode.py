@@ -1,0 +1,296 @@
+"""The tokenwise loop: one pass of the language model, one of the reward model, one draw, for every token.
+
+The loop takes functions, not models. Of the language model it needs a *policy stepper* (`ModelPolicy`), of the reward
+model a *reward scorer* (`pargs_min.scoring`), and a *draw*. Tables of a tiny world serve as well as networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel
+
+from pargs_min.policy import guided_log_probs, top_k_candidates
+from pargs_min.reward_model import context_length, position_arguments, token_positions
+
+CHECK_EVERY = 16  # steps between two looks at device flags, where a look makes the CPU wait for the device
+
+
+class PolicyStepper(Protocol):
+    """The reference, one step at a time: `log_probs` and `push`, once each, in that order."""
+
+    def start(self, prompt_ids: Tensor, mask: Tensor) -> None: ...
+    def log_probs(self) -> Tensor: ...  # (B, V)
+    def push(self, tokens: Tensor) -> None: ...  # (B,)
+
+
+class RewardScorer(Protocol):
+    """The reward of prefixes, one step at a time: `score` and `push`, once each, in that order."""
+
+    def start(self, prompt_ids: Tensor, mask: Tensor) -> None: ...
+    def score(self, candidates: Tensor) -> Tensor: ...  # (B, K) -> (B, K)
+    def push(self, tokens: Tensor) -> None: ...  # (B,)
+
+
+Draw = Callable[[Tensor, Tensor], Tensor]  # (B, K) log-probabilities, (B,) uniforms -> (B,) index of the candidate
+
+
+def sample(log_probs: Tensor, uniforms: Tensor) -> Tensor:
+    """Draw from each row by inverting its distribution function at one uniform number.
+
+    >>> sample(torch.tensor([[0.25, 0.75], [0.25, 0.75]]).log(), torch.tensor([0.2, 0.3]))
+    tensor([0, 1])
+    """
+    below = log_probs.exp().cumsum(-1)
+    return (below <= uniforms[:, None] * below[:, -1:]).sum(-1).clamp(max=log_probs.shape[-1] - 1)
+
+
+def greedy(log_probs: Tensor, uniforms: Tensor) -> Tensor:
+    """The most likely candidate of each row; `uniforms` is not read."""
+    return log_probs.argmax(-1)
+
+
+def row_uniforms(seed: int, prompts: Iterable[int], samples: Iterable[int], steps: int) -> Tensor:
+    """(B, steps) uniform numbers in [0, 1), one stream for each (seed, prompt number, sample number).
+
+    A text then depends on its own numbers alone, not on its batch, on the other samples or on how long the run is.
+
+    >>> bool((row_uniforms(0, [3, 4], [1, 1], 8)[1, :5] == row_uniforms(0, [4], [1], 5)[0]).all())
+    True
+    """
+    streams = [np.random.default_rng([seed, *row]) for row in zip(prompts, samples, strict=True)]
+    return torch.from_numpy(np.stack([stream.random(steps) for stream in streams]))
+
+
+class ModelPolicy:
+    """A causal language model of transformers as a policy stepper, with its own key-value cache.
+
+    Args:
+        model: a causal language model in evaluation mode.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.max_length = context_length(model)
+
+    def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
+        """Take the prompts: (B, P) ids, padded on the left, and their mask."""
+        if self.model.training:
+            raise ValueError("the language model is in training mode (dropout would change it): call .eval()")
+        self.cache = None
+        self.ids, self.mask, self.positions = prompt_ids, mask, token_positions(mask)
+
+    def log_probs(self) -> Tensor:
+        """(B, V) log pi_ref of the next token in nats, in float32 or wider."""
+        output = self.model(
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **position_arguments(self.model, self.positions),
+        )
+        self.cache = output.past_key_values
+        logits = output.logits[:, -1]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+    def push(self, tokens: Tensor) -> None:
+        """Append the (B,) tokens that were drawn."""
+        self.ids, self.positions = tokens[:, None], self.positions[:, -1:] + 1
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """B responses of at most N tokens; after a response's end the tokens are padding and the numbers 0."""
+
+    tokens: Tensor  # (B, N) ids
+    lengths: Tensor  # (B,) tokens of each response, its end token included
+    ref_log_probs: Tensor  # (B, N) log pi_ref of each drawn token, in nats, over the whole vocabulary
+    log_probs: Tensor  # (B, N) log of the probability it was drawn with, in nats
+    rewards: Tensor  # (B, N) reward of the prefix that ends in it; 0 without guidance
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step saw and did, for `on_step`."""
+
+    number: int  # from 0
+    candidates: Tensor  # (B, K)
+    ref_log_probs: Tensor  # (B, K)
+    rewards: Tensor  # (B, K)
+    log_probs: Tensor  # (B, K) of the guided policy
+    index: Tensor  # (B,) the candidate that was drawn
+    alive: Tensor  # (B,) rows that had not ended before this step
+
+
+@torch.no_grad()
+def generate(
+    policy: PolicyStepper,
+    reward: RewardScorer | None,
+    prompt_ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    beta: float,
+    top_k: int,
+    max_new_tokens: int,
+    eos: int | Iterable[int] | None = None,
+    pad: int | None = None,
+    temperature: float = 1.0,
+    draw: Draw = sample,
+    uniforms: Tensor | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Generation:
+    """Generate token by token from pi(t | prefix) proportional to pi_ref(t | prefix) * exp(beta * r(prefix + t)).
+
+    Every row is a response of its own: neither the other rows nor padding changes it.
+
+    Args:
+        policy: the reference, see `PolicyStepper`.
+        reward: the reward of prefixes, see `RewardScorer`; None samples the reference itself.
+        prompt_ids: (B, P) token ids, padded on the left.
+        mask: (B, P) 1 at tokens, 0 at padding; None means no padding.
+        beta: weight of the reward, in nats per unit of reward.
+        top_k: candidates per step; 0 takes the whole vocabulary.
+        max_new_tokens: N, the longest response.
+        eos: the token that ends a response, or several. It is a candidate like any other.
+        pad: the id put after the end; by default the (first) end token.
+        temperature: divides the whole sum, see `guided_log_probs`.
+        draw: `sample`, `greedy`, or any other choice of a candidate.
+        uniforms: (B, N) numbers in [0, 1), one per row and step (`row_uniforms`); by default torch's global stream.
+        on_step: called with a `Step` after each draw.
+
+    Raises:
+        ValueError: for an argument out of range, or a prompt that leaves no room for N tokens in a model's context.
+        FloatingPointError: if a reward is not finite or a log-probability is not a number, with the step and the row.
+
+    Source: arXiv 2406.07780, the decoding algorithm. With a full-sequence reward model it is ARGS (arXiv 2402.01694).
+    """
+    mask = torch.ones_like(prompt_ids) if mask is None else mask
+    batch, device = prompt_ids.shape[0], prompt_ids.device
+    _check_lengths(policy, reward, prompt_ids, mask, max_new_tokens)
+    if uniforms is None:
+        uniforms = torch.rand(batch, max_new_tokens)
+    if uniforms.shape != (batch, max_new_tokens):
+        raise ValueError(
+            f"uniforms must be ({batch}, {max_new_tokens}), a row and step each, got {tuple(uniforms.shape)}"
+        )
+    uniforms = uniforms.to(device)
+    ends = torch.tensor([] if eos is None else [eos] if isinstance(eos, int) else list(eos), dtype=torch.long).to(
+        device
+    )
+    padding = int(ends[0]) if pad is None and len(ends) else pad or 0
+
+    policy.start(prompt_ids, mask)
+    if reward is not None:
+        reward.start(prompt_ids, mask)
+    alive = torch.ones(batch, dtype=torch.bool, device=device)
+    broken_at = torch.full((batch,), max_new_tokens, device=device)
+    steps = []
+    for number in range(max_new_tokens):
+        ref_log_probs, candidates = top_k_candidates(policy.log_probs(), top_k)
+        rewards = torch.zeros_like(ref_log_probs) if reward is None else reward.score(candidates)
+        log_probs = guided_log_probs(ref_log_probs, rewards, beta, temperature)
+        index = draw(log_probs, uniforms[:, number])
+        if on_step is not None:
+            on_step(Step(number, candidates, ref_log_probs, rewards, log_probs, index, alive))
+        tokens, *numbers = (x.gather(1, index[:, None])[:, 0] for x in (candidates, ref_log_probs, log_probs, rewards))
+        tokens = tokens.where(alive, padding)
+        steps.append((tokens, *(x.where(alive, 0.0) for x in numbers)))
+
+        broken = alive & ~(rewards.isfinite() & ~ref_log_probs.isnan()).all(-1)
+        broken_at = broken_at.where(~broken, broken_at.clamp(max=number))
+        alive = alive & ~torch.isin(tokens, ends)
+        if device.type == "cpu" or number % CHECK_EVERY == CHECK_EVERY - 1:
+            _check_finite(broken_at, max_new_tokens)
+            if not alive.any():
+                break
+        policy.push(tokens)
+        if reward is not None:
+            reward.push(tokens)
+    _check_finite(broken_at, max_new_tokens)
+    tokens, ref_log_probs, log_probs, rewards = (torch.stack(x, 1) for x in zip(*steps, strict=True))
+    lengths = _lengths(tokens, ends)
+    return Generation(tokens, lengths, ref_log_probs, log_probs, rewards)
+
+
+def _lengths(tokens: Tensor, ends: Tensor) -> Tensor:
+    """(B,) tokens up to the first end token, which counts; all of them where there is none."""
+    ended_before = torch.isin(tokens, ends).cumsum(-1).roll(1, -1)
+    ended_before[:, 0] = 0
+    return (ended_before == 0).sum(-1)
+
+
+def _check_finite(broken_at: Tensor, never: int) -> None:
+    if (broken_at < never).any():
+        row = int(broken_at.argmin())
+        raise FloatingPointError(
+            f"row {row}, step {int(broken_at[row])}: a reward is not finite, or a log-probability is not a number; "
+            "the weights may be damaged, or the dtype too narrow (try float32)"
+        )
+
+
+def _check_lengths(policy, reward, prompt_ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
+    if prompt_ids.ndim != 2 or prompt_ids.shape[1] < 1 or mask.shape != prompt_ids.shape:
+        raise ValueError(
+            f"prompt_ids and mask must be (B, P) with P >= 1, got {tuple(prompt_ids.shape)} and {tuple(mask.shape)}"
+        )
+    if not mask[:, -1].all():
+        raise ValueError("prompt_ids must be padded on the left: the last column of mask has to be 1")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    longest = int(mask.sum(-1).max())
+    for name, stepper in (("language", policy), ("reward", reward)):
+        limit = getattr(stepper, "max_length", None)
+        if limit is not None and longest + max_new_tokens > limit:
+            raise ValueError(
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the {name} model's context "
+                f"of {limit}; shorten the prompt or lower max_new_tokens"
+            )
+
+
+class RewardGuidance(LogitsProcessor):
+    """The same guidance inside transformers' own `model.generate(logits_processor=[RewardGuidance(...)])`.
+
+    Only the top_k candidates keep a finite score, `log pi_ref + beta * r`; transformers then samples or takes the
+    maximum. Its own `top_k` (50 by default) and `temperature` apply afterwards: pass `top_k=0` for more candidates.
+
+    One object serves one call of `generate`. Greedy decoding and sampling work, with any number of returned sequences;
+    beam search and assisted decoding move rows behind the processor's back and are refused.
+
+    Args:
+        scorer: a `RewardScorer`, such as `SiblingScorer(reward_model)`.
+        attention_mask: (B, P) mask of the prompts that `generate` is given.
+        beta, top_k: as in `generate` of this module.
+    """
+
+    def __init__(self, scorer: RewardScorer, attention_mask: Tensor, *, beta: float, top_k: int):
+        self.scorer, self.attention_mask, self.beta, self.top_k = scorer, attention_mask, beta, top_k
+        self.seen: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.seen is None:
+            returned = input_ids.shape[0] // self.attention_mask.shape[0]
+            self.scorer.start(input_ids, self.attention_mask.repeat_interleave(returned, 0))
+        elif torch.equal(input_ids[:, :-1], self.seen):
+            self.scorer.push(input_ids[:, -1])
+        else:
+            raise ValueError(
+                "the running texts changed under RewardGuidance: it works with greedy decoding and sampling, not with "
+                "beam search or assisted decoding, and each call of generate() needs a RewardGuidance of its own"
+            )
+        self.seen = input_ids.clone()
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        ref_log_probs, candidates = top_k_candidates(scores.to(dtype).log_softmax(-1), self.top_k)
+        rewards = self.scorer.score(candidates)
+        if not rewards.isfinite().all():
+            row = int((~rewards.isfinite()).any(-1).nonzero()[0])
+            raise FloatingPointError(f"row {row}, token {input_ids.shape[1]}: a reward is not finite")
+        guided = guided_log_probs(ref_log_probs, rewards, self.beta)
+        return torch.full_like(scores, -torch.inf).scatter(1, candidates, guided.to(scores.dtype))

@@ -1,0 +1,228 @@
+"""Rewards of the k candidates of a step, without waste.
+
+A *reward scorer* is what the decoding loop needs of a reward model: `start(prompt_ids, mask)`, then at every step
+`score(candidates) -> rewards` and `push(tokens)`, once each, in that order.
+
+    SiblingScorer    one pass over one cache for all k candidates; causal reward models
+    ReencodeScorer   any function of whole texts; k passes over everything, and the oracle the other is tested against
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from pargs_min.reward_model import (
+    body_and_head,
+    context_length,
+    final_rewards,
+    position_arguments,
+    prefix_rewards,
+    token_positions,
+    token_rewards,
+)
+
+WAY_OUT = "use ReencodeScorer, which works with every reward model at the cost of k passes a token"
+
+
+class SiblingScorer:
+    """r(prefix + candidate) for k candidates in one pass over a cache that is never copied.
+
+    The candidates are fed as k tokens at one and the same position. Each sees the cached prefix and itself, and none
+    sees another; afterwards the cache forgets them. The token that was drawn is fed again with the next step's
+    candidates, so nobody has to know which of them won.
+
+    Args:
+        model: a causal reward model (`body_and_head`) with absolute or rotary positions and softmax attention.
+
+    Raises:
+        ValueError: if the siblings of this model would not be scored as its `prefix_rewards` are: ALiBi positions,
+            recurrent layers, flash attention, or anything else that fails one small comparison of the two.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.body, self.head = body_and_head(model)
+        self.max_length = context_length(model)
+        self.window = attention_window(model.config.get_text_config())
+        if "flash" in (model.config._attn_implementation or ""):
+            raise ValueError('flash attention ignores the sibling mask; load with attn_implementation="sdpa"')
+        _check_siblings(self)
+
+    def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
+        """Read the prompts: (B, P) ids, padded on the left, and their mask."""
+        if self.model.training:
+            raise ValueError("the reward model is in training mode (dropout would change its rewards): call .eval()")
+        self.cache = DynamicCache()  # without a config it keeps every position, whatever the layer
+        self.mask, self.last = mask[:, :-1], prompt_ids[:, -1:]
+        self.position = mask.sum(-1, keepdim=True)
+        if prompt_ids.shape[1] > 1:
+            self.body(
+                input_ids=prompt_ids[:, :-1],
+                attention_mask=self.mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                **position_arguments(self.body, token_positions(self.mask)),
+            )
+
+    def score(self, candidates: Tensor) -> Tensor:
+        """(B, K) rewards of the prefixes that end in each of the (B, K) candidates."""
+        if self.last is None:
+            raise RuntimeError("score() may be called once per step: push() the drawn token first")
+        if self.window is not None and self.mask.shape[1] + 2 > self.window:
+            raise ValueError(f"the text outgrows this reward model's attention window of {self.window}; {WAY_OUT}")
+        k = candidates.shape[1]
+        positions = torch.cat([self.position - 1, self.position.expand(-1, k)], 1)
+        hidden = self.body(
+            input_ids=torch.cat([self.last, candidates], 1),
+            attention_mask=sibling_mask(self.mask, k, self.head.weight.dtype),
+            past_key_values=self.cache,
+            use_cache=True,
+            **position_arguments(self.body, positions),
+        ).last_hidden_state
+        self.cache.crop(-k)
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        self.last = None
+        return token_rewards(self.head, hidden[:, 1:])
+
+    def push(self, tokens: Tensor) -> None:
+        """Append the (B,) tokens that were drawn."""
+        self.last, self.position = tokens[:, None], self.position + 1
+
+
+def sibling_mask(prefix: Tensor, k: int, dtype: torch.dtype) -> Tensor:
+    """Additive (B, 1, 1+k, T+1+k) attention mask of [last token, k siblings] behind a prefix of T cached tokens.
+
+    Each query sees the unpadded prefix, the last token and itself. Additive, since eager attention adds its mask.
+
+    >>> sibling_mask(torch.tensor([[0, 1]]), k=2, dtype=torch.float32)[0, 0] == 0
+    tensor([[False,  True,  True, False, False],
+            [False,  True,  True,  True, False],
+            [False,  True,  True, False,  True]])
+    """
+    batch = prefix.shape[0]
+    among = torch.eye(1 + k, dtype=torch.bool, device=prefix.device)
+    among[:, 0] = True
+    sees = torch.cat([prefix.bool()[:, None].expand(-1, 1 + k, -1), among.expand(batch, -1, -1)], -1)
+    return torch.zeros(sees.shape, dtype=dtype, device=prefix.device).masked_fill(~sees, torch.finfo(dtype).min)[
+        :, None
+    ]
+
+
+def attention_window(config) -> int | None:
+    """Length of the shortest attention window of any layer, in tokens; None where every layer sees the whole text."""
+    kinds = set(
+        getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or ["sliding_attention"]
+    )
+    windows = [
+        getattr(config, name, None)
+        for kind, name in [
+            ("sliding_attention", "sliding_window"),
+            ("chunked_attention", "attention_chunk_size"),
+            ("local", "window_size"),
+        ]
+        if kind in kinds
+    ]
+    return min((window for window in windows if window), default=None)
+
+
+@torch.no_grad()
+def _check_siblings(scorer: SiblingScorer) -> None:
+    """Two steps on a tiny left-padded batch against `prefix_rewards`: a family we have not met must not be wrong."""
+    model, device = scorer.model, scorer.head.weight.device
+    training, vocabulary = model.training, model.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary, (2, 9), generator=torch.Generator().manual_seed(0)).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    model.eval()
+    try:
+        scorer.start(ids[:, :5], mask[:, :5])
+        scorer.score(ids[:, 7:9])
+        scorer.push(ids[:, 5])
+        got = scorer.score(ids[:, 6:9])
+        want = torch.stack(
+            [prefix_rewards(model, torch.cat([ids[:, :6], ids[:, i, None]], 1), mask[:, :7])[:, -1] for i in (6, 7, 8)],
+            1,
+        )
+    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        raise ValueError(
+            f"{model.config.model_type} cannot score siblings over one cache ({error}); {WAY_OUT}"
+        ) from error
+    finally:
+        model.train(training)
+    # Misplaced siblings are wrong by about half a standard deviation of the reward, bfloat16 by a hundredth.
+    if (got - want).abs().max() > 1e-3 + 0.1 * want.std():
+        raise ValueError(
+            f"{model.config.model_type} takes a token's position from its place in the cache, so candidates that share "
+            f"one would be scored wrongly; {WAY_OUT}"
+        )
+
+
+class ReencodeScorer:
+    """r(prefix + candidate) by reading all B * K whole texts again at every step.
+
+    Args:
+        reward_fn: (N, T) ids and their mask, padded on the left -> (N,) rewards. See `model_rewards` and
+            `text_rewards` for hub models; any function of token ids will do.
+    """
+
+    def __init__(self, reward_fn: Callable[[Tensor, Tensor], Tensor]):
+        self.reward_fn = reward_fn
+
+    def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
+        self.ids, self.mask = prompt_ids, mask
+
+    def score(self, candidates: Tensor) -> Tensor:
+        k = candidates.shape[1]
+        ids = torch.cat([self.ids.repeat_interleave(k, 0), candidates.reshape(-1, 1)], 1)
+        mask = torch.cat([self.mask.repeat_interleave(k, 0), torch.ones_like(ids[:, :1])], 1)
+        return self.reward_fn(ids, mask).view(candidates.shape)
+
+    def push(self, tokens: Tensor) -> None:
+        self.ids = torch.cat([self.ids, tokens[:, None]], 1)
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+
+
+def model_rewards(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:
+    """The reward function of any one-label classifier that shares the language model's token ids."""
+    return lambda ids, mask: final_rewards(model, ids, mask)
+
+
+def text_rewards(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lm_tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The reward function of a model with another tokenizer: texts are decoded by one and encoded by the other.
+
+    The language model's end token becomes the reward model's own. Its other special tokens are dropped, and a
+    candidate that is half a character reaches the reward model as the replacement character.
+    """
+
+    def reward_fn(ids: Tensor, mask: Tensor) -> Tensor:
+        texts = []
+        for row, keep in zip(ids.tolist(), mask.tolist(), strict=True):
+            row = [token for token, kept in zip(row, keep, strict=True) if kept]
+            ended = tokenizer.eos_token if row[-1] == lm_tokenizer.eos_token_id and tokenizer.eos_token else ""
+            texts.append(lm_tokenizer.decode(row, skip_special_tokens=True) + ended)
+        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(ids.device)
+        return final_rewards(model, batch.input_ids, batch.attention_mask)
+
+    return reward_fn
+
+
+def check_vocabularies(lm_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that every token id of the language model means the same to the reward model, which may know more.
+
+    Raises:
+        ValueError: naming the first ids that differ.
+    """
+    theirs = tokenizer.get_vocab()
+    differ = sorted((i, token) for token, i in lm_tokenizer.get_vocab().items() if theirs.get(token) != i)
+    if differ:
+        shown = ", ".join(f"{i} ({token!r})" for i, token in differ[:3])
+        raise ValueError(
+            f"the tokenizers of language model and reward model differ at {len(differ)} ids: {shown}; train the reward "
+            "model from the language model's own family, or score decoded texts (ReencodeScorer with text_rewards)"
+        )
