@@ -1,0 +1,112 @@
+"""Population Bradley-Terry fits: the reward that infinitely many preference pairs determine.
+
+A fit is stated by two tables over the items that are compared: `weight[a, b]`, how often the pair meets (symmetric),
+and `wins[a]`, how much of that weight a wins. The loss of scores s is
+
+    L(s) = sum_ab weight[a, b] softplus(s(a) - s(b)) - sum_a (2 wins[a] - sum_b weight[a, b]) s(a)
+
+so the labeler enters through its wins alone. L is convex, and stationary where the model wins as often as the data:
+
+    sum_b weight[a, b] sigmoid(s(a) - s(b)) = wins[a]      for every a.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.special import expit
+
+from theory.world import Levels, World
+
+
+def bt_loss(weight: np.ndarray, wins: np.ndarray, scores: np.ndarray) -> float:
+    """L(s), in nats: the mean of -log sigmoid(s(winner) - s(loser)) when `weight` sums to 1."""
+    margins = scores[:, None] - scores[None, :]
+    return float(np.sum(weight * np.logaddexp(0.0, margins)) - (2 * wins - weight.sum(1)) @ scores)
+
+
+def stationarity(weight: np.ndarray, wins: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """(n,) how much more often a wins in the model than in the data, per comparison that a takes part in."""
+    margins = scores[:, None] - scores[None, :]
+    return (np.sum(weight * expit(margins), axis=1) - wins) / weight.sum(1)
+
+
+def fit_bradley_terry(weight: np.ndarray, wins: np.ndarray, steps: int = 100) -> np.ndarray:
+    """The minimiser of L with mean zero, by damped Newton steps; items that meet nobody get 0.
+
+    Raises ValueError when the stationarity residual stays above 1e-10: then the data have no finite minimiser
+    (somebody always wins), or floating point cannot hold it.
+    """
+    met = weight.sum(1) > 0
+    weight, wins = weight[np.ix_(met, met)], wins[met]
+    mass = weight.sum(1)
+    root = np.sqrt(mass)
+    scores = np.zeros(len(mass))
+    residual = stationarity(weight, wins, scores)
+    for _ in range(steps):
+        if np.abs(residual).max() < 1e-15:
+            break
+        slopes = weight * _sigmoid_slope(scores)
+        hessian = np.diag(slopes.sum(1)) - slopes
+        scaled = hessian / np.outer(root, root) + np.outer(root, root) / mass.sum()  # the constant is held at its value
+        try:
+            step = np.linalg.solve(scaled, residual * root) / root
+        except np.linalg.LinAlgError:  # flat to the last digit: the scores have run off to infinity
+            break
+        size = 1.0
+        while size > 1e-4:
+            trial = scores - size * step
+            trial_residual = stationarity(weight, wins, trial)
+            if np.linalg.norm(root * trial_residual) < np.linalg.norm(root * residual):
+                break
+            size /= 2
+        else:
+            break
+        scores, residual = trial, trial_residual
+    if not np.abs(residual).max() <= 1e-10:
+        raise ValueError(f"Bradley-Terry fit: stationarity residual {np.abs(residual).max():.3g} after {steps} steps")
+    fitted = np.zeros(len(met))
+    fitted[met] = scores - mass @ scores / mass.sum()
+    return fitted
+
+
+def _sigmoid_slope(scores: np.ndarray) -> np.ndarray:
+    wins = expit(scores[:, None] - scores[None, :])
+    return wins * wins.T
+
+
+# ---- the partial reward ---------------------------------------------------------------------------------------------
+
+
+def win_rates(world: World, mu: Levels | None = None) -> Levels:
+    """W(a) = E_mu[u(Y) | Y_1:i = a] with u(y) = E_{Y' ~ mu} p(y > Y'), on every A_i (mu = ref unless given)."""
+    policy = world.ref if mu is None else mu
+    u = labels_of(world) @ np.exp(world.paths(policy)[-1])
+    return world.mean(u, policy)
+
+
+def level_fit(log_mu: np.ndarray, win: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(weight, wins) of pairs drawn independently from mu at one length: weight = mu mu', wins = mu W."""
+    mu = np.exp(log_mu)
+    return np.outer(mu, mu), mu * win
+
+
+def partial_reward(world: World, mu: Levels | None = None) -> Levels:
+    """The population minimiser of the partial Bradley-Terry loss on pairs from mu x mu, on every A_i.
+
+    sum_b mu(b) sigmoid(s(a) - s(b)) = W(a), every a in A_i; mean zero at each length.
+    """
+    paths = world.log_ref if mu is None else world.paths(mu)
+    wins = win_rates(world, mu)
+    return [fit_bradley_terry(*level_fit(log_mu, win)) for log_mu, win in zip(paths, wins, strict=True)]
+
+
+def labels_of(world: World) -> np.ndarray:
+    """The world's labeler, or a ValueError."""
+    if world.labels is None:
+        raise ValueError("world.labels is None, expected a preference labeler: world.with_labels(p)")
+    return world.labels
+
+
+def win_rate(world: World, log_p: np.ndarray, log_q: np.ndarray) -> float:
+    """P(Y > Y'), Y ~ p and Y' ~ q independent, over A_T."""
+    return float(np.exp(log_p) @ labels_of(world) @ np.exp(log_q))

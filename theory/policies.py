@@ -1,0 +1,141 @@
+"""The exact policies: one small pure function each, its formula above it.
+
+A policy is `Levels` of log pi(t | a), one number for every `at` in A_i. beta >= 0 multiplies the reward.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import brentq
+
+from theory.world import Levels, World, kl
+
+
+def checked_beta(beta: float) -> float:
+    """beta >= 0, or a ValueError."""
+    if not beta >= 0:
+        raise ValueError(f"beta={beta}, expected a number >= 0: it multiplies the reward (1 / the KL coefficient)")
+    return beta
+
+
+# ---- guidance, one token at a time ----------------------------------------------------------------------------------
+
+
+def log_normalisers(world: World, scores: Levels, beta: float, ref: Levels | None = None) -> Levels:
+    """log Z(a) = log sum_t ref(t | a) exp(beta s(at)) on A_0 .. A_{T-1}."""
+    ref = world.ref if ref is None else ref
+    return [world.log_up(i, ref[i] + checked_beta(beta) * scores[i]) for i in range(1, world.horizon + 1)]
+
+
+def tokenwise(world: World, scores: Levels, beta: float, ref: Levels | None = None) -> Levels:
+    """pi(t | a) = ref(t | a) exp(beta s(at)) / Z(a): the paper's equation, for any scores s and any reference."""
+    ref = world.ref if ref is None else ref
+    log_z = log_normalisers(world, scores, beta, ref)
+    return [np.zeros(1)] + [
+        ref[i] + beta * scores[i] - world.down(i, log_z[i - 1]) for i in range(1, world.horizon + 1)
+    ]
+
+
+def best_token(world: World, objective: Levels) -> Levels:
+    """pi(t | a) uniform over argmax_t objective(at)."""
+    policy = [np.zeros(1)]
+    for i in range(1, world.horizon + 1):
+        best = objective[i] == world.down(i, world.max_up(i, objective[i]))
+        policy.append(np.where(best, -world.down(i, np.log(world.up(i, best.astype(float)))), -np.inf))
+    return policy
+
+
+def top_k(world: World, k: int) -> Levels:
+    """ref cut to its k likeliest tokens after each prefix and renormalised; ties go to the lower id."""
+    policy = [np.zeros(1)]
+    for i in range(1, world.horizon + 1):
+        order = np.lexsort((-world.ref[i], world.parents[i]))
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order)) - world.first_children[i][world.parents[i][order]]
+        cut = np.where(rank < k, world.ref[i], -np.inf)
+        policy.append(cut - world.down(i, world.log_up(i, cut)))
+    return policy
+
+
+# ---- scores to guide by ---------------------------------------------------------------------------------------------
+
+
+def soft_value(world: World, last: np.ndarray, lam: float) -> Levels:
+    """V_lambda(a) = log E_ref[exp(lambda r(Y)) | a] / lambda, lambda > 0."""
+    return world.backward(last, lambda i, v: world.log_up(i, world.ref[i] + lam * v) / lam)
+
+
+def max_value(world: World, last: np.ndarray) -> Levels:
+    """V_inf(a) = max of r over the completions of a."""
+    return world.backward(last, world.max_up)
+
+
+def on_policy_value(world: World, last: np.ndarray, policy: Levels, beta: float) -> Levels:
+    """V(a) = E_q[r(Y) - sum over later steps of log(q / ref) / beta | a]."""
+
+    def step(i: int, v: np.ndarray) -> np.ndarray:
+        return world.up(i, np.exp(policy[i]) * (v - (policy[i] - world.ref[i]) / beta))
+
+    return world.backward(last, step)
+
+
+# ---- whole responses ------------------------------------------------------------------------------------------------
+
+
+def log_partition(world: World, i: int, rewards: np.ndarray, beta: float) -> float:
+    """log Z_i = log sum over A_i of ref(a) exp(beta r(a))."""
+    return float(np.logaddexp.reduce(world.log_ref[i] + checked_beta(beta) * rewards))
+
+
+def rlhf(world: World, i: int, rewards: np.ndarray, beta: float) -> np.ndarray:
+    """log pi_i(a) = log ref(a) + beta r(a) - log Z_i on A_i: the RLHF policy over strings of length i."""
+    return world.log_ref[i] + beta * rewards - log_partition(world, i, rewards, beta)
+
+
+def conditionals(world: World, log_p: np.ndarray) -> Levels:
+    """log p(t | a) = log p(at) - log p(a), of a distribution log p over A_T."""
+    paths = world.backward(log_p, world.log_up)
+    return [np.zeros(1)] + [paths[i] - world.down(i, paths[i - 1]) for i in range(1, world.horizon + 1)]
+
+
+def best_of_n(world: World, last: np.ndarray, n: int) -> np.ndarray:
+    """log P(y) = log ref(y) - log ref(r = r(y)) + log(F(r(y))^n - F(r(y)-)^n): the best of n draws, ties at random."""
+    values, group = np.unique(last, return_inverse=True)
+    mass = np.bincount(group, np.exp(world.log_ref[-1]), minlength=len(values))
+    below = np.concatenate([[0.0], np.cumsum(mass)])
+    below[-1] = 1.0
+    chosen = np.diff(below**n)
+    return world.log_ref[-1] + np.log(chosen / mass)[group]
+
+
+# ---- measures of a policy -------------------------------------------------------------------------------------------
+
+
+def objective(world: World, i: int, log_p: np.ndarray, rewards: np.ndarray, beta: float) -> float:
+    """J(pi) = E_pi[r] - KL(pi || ref) / beta over strings of length i, beta > 0."""
+    return float(np.exp(log_p) @ rewards) - kl(log_p, world.log_ref[i]) / beta
+
+
+def reward_and_kl(world: World, log_p: np.ndarray, last: np.ndarray) -> tuple[float, float]:
+    """(E_p[r], KL(p || ref) in nats) of a distribution over A_T."""
+    return float(np.exp(log_p) @ last), kl(log_p, world.log_ref[-1])
+
+
+def reward_lost(world: World, log_p: np.ndarray, last: np.ndarray) -> float:
+    """The reward of the RLHF policy of equal KL, less E_p[r].
+
+    By T0 it is min over beta > 0 of KL(p || pi_beta) / beta: never negative, whatever p is.
+    """
+    reward, divergence = reward_and_kl(world, log_p, last)
+    top = last == last.max()
+    if divergence >= -np.logaddexp.reduce(world.log_ref[-1][top]):
+        return float(last.max() - reward)
+
+    def excess(log_beta: float) -> float:
+        return reward_and_kl(world, rlhf(world, world.horizon, last, np.exp(log_beta)), last)[1] - divergence
+
+    low, high = np.log(1e-6), np.log(1e4)
+    if divergence < 1e-10 or excess(low) > 0:
+        return float(np.exp(world.log_ref[-1]) @ last - reward)
+    beta = np.exp(brentq(excess, low, high))
+    return (divergence + log_partition(world, world.horizon, last, beta)) / beta - reward
