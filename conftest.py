@@ -1,5 +1,13 @@
 """Options of the whole suite (pytest reads them only from the root)."""
 
+import os
+
+from hypothesis import settings
+
+# Deadlines measure the machine, not the code; CI must not fail on a draw that nobody can repeat.
+settings.register_profile("pargs", deadline=None, derandomize=bool(os.environ.get("CI")))
+settings.load_profile("pargs")
+
 
 def pytest_addoption(parser):
     parser.addoption("--real", metavar="DIR", help="folder with a small pretrained model and real preference pairs")

@@ -1,0 +1,104 @@
+"""The equation and its properties."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from pargs_min.policy import guided_log_probs, top_k_candidates
+from tests.strategies import candidates, rows
+
+EXACT = dict(rtol=0, atol=1e-12)
+
+
+@given(candidates())
+def test_it_is_the_papers_formula(step):
+    ref, rewards, beta = step
+    weights = ref.exp() * torch.exp(beta * (rewards - rewards.amax(-1, keepdim=True)))
+    assert_close(guided_log_probs(ref, rewards, beta).exp(), weights / weights.sum(-1, keepdim=True), **EXACT)
+
+
+@given(candidates(), st.floats(0.1, 5.0))
+def test_it_is_normalised_at_every_temperature(step, temperature):
+    assert_close(guided_log_probs(*step, temperature).exp().sum(-1), torch.ones(3, dtype=torch.float64), **EXACT)
+
+
+@given(candidates(), rows(st.just(1)), rows(st.just(1)))
+def test_a_constant_per_row_changes_nothing(step, ref_shift, reward_shift):
+    ref, rewards, beta = step
+    shifted = guided_log_probs(ref + ref_shift, rewards + reward_shift, beta)
+    assert_close(shifted, guided_log_probs(ref, rewards, beta), rtol=0, atol=1e-10)
+
+
+@given(candidates())
+def test_beta_zero_is_the_reference(step):
+    ref, rewards, _ = step
+    assert_close(guided_log_probs(ref, rewards, 0.0), ref, **EXACT)
+
+
+@given(candidates())
+def test_beta_to_infinity_is_the_argmax_of_the_reward(step):
+    ref, rewards, _ = step
+    rewards = rewards.round()  # ties exactly, or differences of at least one
+    best = rewards == rewards.amax(-1, keepdim=True)
+    expected = ref.masked_fill(~best, -torch.inf).softmax(-1)  # the reference among the best
+    assert_close(guided_log_probs(ref, rewards, 1000.0).exp(), expected, **EXACT)
+
+
+@given(candidates(), st.randoms(use_true_random=False))
+def test_candidates_may_come_in_any_order(step, random):
+    ref, rewards, beta = step
+    order = list(range(ref.shape[-1]))
+    random.shuffle(order)
+    assert_close(
+        guided_log_probs(ref[:, order], rewards[:, order], beta),
+        guided_log_probs(ref, rewards, beta)[:, order],
+        **EXACT,
+    )
+
+
+@given(candidates(), st.floats(0.1, 5.0))
+def test_temperature_divides_the_sum(step, temperature):
+    ref, rewards, beta = step
+    expected = guided_log_probs(ref / temperature, rewards / temperature, beta)
+    assert_close(guided_log_probs(ref, rewards, beta, temperature), expected, rtol=0, atol=1e-11)
+
+
+def test_half_precision_is_computed_in_float32_and_float64_stays():
+    half = torch.zeros(1, 2, dtype=torch.bfloat16)
+    assert guided_log_probs(half, half, 1.0).dtype == torch.float32
+    assert guided_log_probs(half.double(), half, 1.0).dtype == torch.float64
+
+
+@pytest.mark.parametrize("beta", [float("nan"), float("inf"), -float("inf")])
+def test_beta_must_be_finite(beta):
+    with pytest.raises(ValueError, match="beta must be a finite number"):
+        guided_log_probs(torch.zeros(1, 2), torch.zeros(1, 2), beta)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_temperature_must_be_positive(temperature):
+    with pytest.raises(ValueError, match="temperature must be a positive number"):
+        guided_log_probs(torch.zeros(1, 2), torch.zeros(1, 2), 1.0, temperature)
+
+
+@given(rows(st.integers(1, 8)), st.data())
+def test_top_k_are_the_k_most_likely(ref, data):
+    k = data.draw(st.integers(1, ref.shape[1]))
+    values, ids = top_k_candidates(ref, k)
+    assert_close(values, ref.gather(1, ids), **EXACT)
+    assert_close(values, ref.sort(-1, descending=True).values[:, :k], **EXACT)
+
+
+def test_top_k_zero_is_the_whole_vocabulary_in_id_order():
+    ref = torch.tensor([[0.1, 0.6, 0.3]]).log()
+    values, ids = top_k_candidates(ref, 0)
+    assert ids.tolist() == [[0, 1, 2]]
+    assert_close(values, ref)
+
+
+@pytest.mark.parametrize("top_k", [-1, 4])
+def test_top_k_must_fit_the_vocabulary(top_k):
+    with pytest.raises(ValueError, match="top_k must lie between 1 and the vocabulary size 3"):
+        top_k_candidates(torch.zeros(1, 3), top_k)

@@ -1,0 +1,147 @@
+"""A reward model read at every token, and its life on disk."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.testing import assert_close
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
+
+from pargs_min.losses import partial_bradley_terry_loss
+from pargs_min.reward_model import final_rewards, load_reward_model, prefix_rewards, save_reward_model
+from tests.strategies import SHAPES, left_padded, tiny_lm, tiny_reward_model
+
+EXACT = dict(rtol=0, atol=1e-12)
+
+
+def word_tokenizer(words: str = "<end> a b c d e f g h i", **special):
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words.split())}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", **special)
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_one_pass_gives_the_reward_of_every_prefix_alone(family):
+    model = tiny_reward_model(family)
+    ids, mask = left_padded(8)
+    rewards = prefix_rewards(model, ids, mask)
+    for t in range(1, 9):
+        assert_close(rewards[:, t - 1], prefix_rewards(model, ids[:, :t], mask[:, :t])[:, -1], **EXACT)
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_padding_on_either_side_changes_no_reward(family):
+    model = tiny_reward_model(family)
+    left, left_mask = left_padded(5, 8)
+    ids = left[:1, 3:]  # the row of 5 tokens by itself
+    alone = prefix_rewards(model, ids, torch.ones_like(ids))[0]
+    assert_close(prefix_rewards(model, left, left_mask)[0, 3:], alone, **EXACT)
+    right, right_mask = left.roll(-3, 1), left_mask.roll(-3, 1)
+    assert_close(prefix_rewards(model, right[:1], right_mask[:1])[0, :5], alone, **EXACT)
+
+
+def test_prefix_rewards_ignore_later_tokens():
+    model = tiny_reward_model()
+    ids, mask = left_padded(8)
+    changed = ids.clone()
+    changed[0, 5:] = 2 + (changed[0, 5:] - 1) % 9
+    before, after = prefix_rewards(model, ids, mask), prefix_rewards(model, changed, mask)
+    assert_close(before[:, :5], after[:, :5], **EXACT)
+    assert not torch.isclose(before[:, 5:], after[:, 5:]).any()
+
+
+def test_one_pass_loss_and_gradient_equal_every_prefix_as_a_row_of_its_own():
+    model = tiny_reward_model("llama").float()
+    ids, mask = left_padded(9, 9, 9, 9)
+    prompt, lengths = 4, torch.tensor([5, 5])
+    rewards = prefix_rewards(model, ids, mask)[:, prompt:]
+    one_pass = partial_bradley_terry_loss(rewards[:2], rewards[2:], lengths, lengths)
+    gradient = torch.autograd.grad(one_pass, list(model.parameters()))
+
+    expanded = [prefix_rewards(model, ids[:, :t], mask[:, :t])[:, -1] for t in range(prompt + 1, 10)]
+    losses = [torch.nn.functional.softplus(r[2:] - r[:2]) for r in expanded]
+    loss = torch.stack(losses).mean()
+    assert_close(one_pass, loss, rtol=0, atol=1e-6)
+    for ours, theirs in zip(gradient, torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_bfloat16_backbone_keeps_a_float32_head():
+    model = tiny_reward_model("llama")
+    ids, mask = left_padded(8)
+    exact = prefix_rewards(model, ids, mask)
+    rewards = prefix_rewards(model.bfloat16(), ids, mask)
+    assert rewards.dtype == torch.float32
+    assert not torch.equal(rewards, rewards.bfloat16().float())  # more digits than bfloat16 has
+    assert (rewards - exact).abs().max() < 0.1 * exact.std()
+    with torch.autocast("cpu", torch.bfloat16):
+        rewards = prefix_rewards(model.float(), ids, mask)
+    assert not torch.equal(rewards, rewards.bfloat16().float())
+
+
+def test_final_rewards_read_the_last_token_of_each_row():
+    model = tiny_reward_model()
+    ids, mask = left_padded(3, 8)
+    assert_close(final_rewards(model, ids, mask), prefix_rewards(model, ids, mask)[:, -1], **EXACT)
+    assert_close(
+        final_rewards(model, ids.roll(-5, 1)[:1], mask.roll(-5, 1)[:1]), final_rewards(model, ids, mask)[:1], **EXACT
+    )
+
+
+def test_final_rewards_of_a_bidirectional_model_do_not_see_padding():
+    config = BertConfig(
+        vocab_size=11, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=1
+    )
+    model = BertForSequenceClassification(config).double().eval()
+    ids, mask = left_padded(3, 8)
+    want = model(input_ids=ids[:1, 5:]).logits[0]
+    assert_close(final_rewards(model, ids, mask)[:1], want, **EXACT)
+    with pytest.raises(ValueError, match="ReencodeScorer"):
+        prefix_rewards(model, ids, mask)
+
+
+@pytest.mark.parametrize("padding", [None, "<end>", "a"], ids=["no pad", "pad is end", "own pad"])
+def test_what_we_save_gives_transformers_the_same_number(tmp_path, padding):
+    """In AutoModelForSequenceClassification and in the pipeline, for whole responses that end in the end token."""
+    tokenizer = word_tokenizer(pad_token=padding)
+    tiny_lm("llama", 10, eos_token_id=0, pad_token_id=None).float().save_pretrained(tmp_path / "lm")
+    torch.manual_seed(0)
+    model = load_reward_model(tmp_path / "lm", tokenizer)
+    save_reward_model(model, tokenizer, tmp_path / "rm", objective="partial", tail="extend")
+
+    texts = ["b c d <end>", "e f <end>"]
+    batch = AutoTokenizer.from_pretrained(tmp_path / "rm")(texts, return_tensors="pt", padding=True)
+    ours = final_rewards(load_reward_model(tmp_path / "rm"), batch.input_ids, batch.attention_mask)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")(**batch).logits[:, 0]
+    assert_close(theirs, ours)
+    piped = pipeline("text-classification", str(tmp_path / "rm"))(texts, batch_size=2)
+    assert_close(torch.tensor([out["score"] for out in piped]), ours.detach())
+    assert (tmp_path / "rm" / "model.safetensors").exists()
+    assert load_reward_model(tmp_path / "rm").config.pargs == {"objective": "partial", "tail": "extend"}
+    assert tokenizer.pad_token != tokenizer.eos_token
+
+
+def test_a_language_model_keeps_its_backbone_and_gets_a_head_from_the_global_stream(tmp_path):
+    lm = tiny_lm("gpt2").float()
+    lm.save_pretrained(tmp_path)
+    heads = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model = load_reward_model(tmp_path)
+        heads.append(model.score.weight.detach())
+        assert_close(model.base_model.wte.weight, lm.transformer.wte.weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_a_classifier_with_several_labels_is_refused(tmp_path):
+    tiny_lm("gpt2").float().save_pretrained(tmp_path)
+    AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="3 labels; a reward model has one"):
+        load_reward_model(tmp_path)

@@ -1,0 +1,187 @@
+"""Fast scoring equals the naive way, in every family; what cannot be scored fast is refused."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import BertConfig, BertForSequenceClassification
+
+from pargs_min.reward_model import prefix_rewards
+from pargs_min.scoring import (
+    ReencodeScorer,
+    SiblingScorer,
+    attention_window,
+    check_vocabularies,
+    model_rewards,
+    text_rewards,
+)
+from tests.strategies import SHAPES, left_padded, tiny_config, tiny_reward_model
+from tests.test_reward_model import word_tokenizer
+
+STEPS = torch.tensor(
+    [[[2, 3, 4], [5, 6, 7], [8, 9, 10]], [[1, 1, 0], [2, 2, 9], [3, 4, 5]], [[7, 8, 9], [7, 7, 1], [2, 4, 6]]]
+)
+DRAWN = torch.tensor([[2, 6, 10], [1, 2, 4]])
+
+
+def separate_passes(model, ids, mask, candidates):
+    """Each candidate in a forward pass of its own, each row without its padding."""
+    rewards = torch.empty(candidates.shape, dtype=torch.float64)
+    for b, k in torch.cartesian_prod(*map(torch.arange, candidates.shape)).tolist():
+        text = torch.cat([ids[b][mask[b].bool()], candidates[b, k, None]])[None]
+        rewards[b, k] = prefix_rewards(model, text, torch.ones_like(text))[0, -1]
+    return rewards
+
+
+def three_steps(scorer, ids, mask):
+    """Yield (ids so far, mask so far, candidates, rewards) while stepping the scorer as the loop does."""
+    scorer.start(ids, mask)
+    for number, candidates in enumerate(STEPS):
+        yield ids, mask, candidates, scorer.score(candidates)
+        if number < 2:
+            scorer.push(DRAWN[number])
+            ids = torch.cat([ids, DRAWN[number][:, None]], 1)
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize(
+    ("attention", "dtype", "tolerance"),
+    [("sdpa", torch.float64, 1e-12), ("sdpa", torch.float32, 1e-5), ("eager", torch.float32, 1e-5)],
+)
+def test_siblings_are_scored_as_separate_full_passes(family, attention, dtype, tolerance):
+    """Three steps deep, a batch of three with left padding; a candidate may be the padding or the end token.
+
+    (transformers' eager attention takes its softmax in float32 whatever the model's dtype.)
+    """
+    model = tiny_reward_model(family, attn_implementation=attention)
+    fast, slow = SiblingScorer(model.to(dtype)), tiny_reward_model(family)
+    for ids, mask, candidates, rewards in three_steps(fast, *left_padded(7, 3, 1)):
+        assert_close(rewards.double(), separate_passes(slow, ids, mask, candidates), rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_reencoding_gives_the_same_rewards(family):
+    model = tiny_reward_model(family)
+    slow = ReencodeScorer(model_rewards(model))
+    for step, again in zip(
+        three_steps(SiblingScorer(model), *left_padded(7, 3, 1)), three_steps(slow, *left_padded(7, 3, 1)), strict=True
+    ):
+        assert_close(step[3], again[3], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_prompt_of_one_token_needs_no_cache_to_begin_with():
+    model = tiny_reward_model("llama")
+    ids, mask = left_padded(1)
+    scorer = SiblingScorer(model)
+    scorer.start(ids, mask)
+    assert_close(scorer.score(STEPS[0, :1]), separate_passes(model, ids, mask, STEPS[0, :1]), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_one_pass_a_step_and_a_cache_that_is_not_expanded():
+    model = tiny_reward_model("llama")
+    scorer, passes = SiblingScorer(model), []
+    model.base_model.register_forward_hook(
+        lambda module, args, output: passes.append(output.last_hidden_state.shape[:2])
+    )
+    for *_, rewards in three_steps(scorer, *left_padded(7, 3, 1)):
+        assert rewards.shape == (3, 3)
+    assert passes == [(3, 6), (3, 4), (3, 4), (3, 4)]  # the prompts, then last token + 3 siblings a step
+    assert scorer.cache.layers[0].keys.shape == (3, 2, 9, 4)  # 7 prompt tokens + 2, one copy
+
+
+def bert(**changes):
+    sizes = dict(vocab_size=11, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    return BertForSequenceClassification(BertConfig(**sizes, num_labels=1, **changes)).double().eval()
+
+
+@torch.no_grad()
+def test_a_bidirectional_model_is_scored_by_reading_whole_texts():
+    model = bert()
+    with pytest.raises(ValueError, match="ReencodeScorer"):
+        SiblingScorer(model)
+    for ids, mask, candidates, rewards in three_steps(ReencodeScorer(model_rewards(model)), *left_padded(7, 3, 1)):
+        text = torch.cat([ids[1][mask[1].bool()], candidates[1, 2, None]])[None]
+        assert_close(rewards[1, 2], model(input_ids=text).logits[0, 0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("bloom", dict(hidden_size=16, n_layer=2, n_head=2)),
+        ("mpt", dict(d_model=16, n_layers=2, n_heads=2)),
+        ("falcon", dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, alibi=True)),
+    ],
+)
+def test_families_whose_siblings_would_be_misplaced_are_refused(family, changes):
+    with pytest.raises(ValueError, match="use ReencodeScorer, which works with every reward model"):
+        SiblingScorer(tiny_reward_model(family, **changes))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "window"),
+    [
+        ("mistral", dict(sliding_window=8), 8),
+        ("mistral", dict(sliding_window=None), None),
+        ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), 8),
+        ("qwen2", dict(use_sliding_window=False, sliding_window=8), None),
+        ("gemma2", dict(sliding_window=8), 8),
+        ("gpt_neo", dict(num_layers=2, attention_types=[[["global", "local"], 1]], window_size=8), 8),
+        ("gpt_neo", dict(num_layers=2, attention_types=[[["global"], 2]], window_size=8), None),
+        ("llama", {}, None),
+    ],
+)
+def test_the_attention_window_is_read_from_the_configuration(family, changes, window):
+    assert attention_window(tiny_config(family, 11, **changes)) == window
+
+
+@torch.no_grad()
+def test_a_text_may_fill_an_attention_window_but_not_outgrow_it():
+    model = tiny_reward_model("mistral", sliding_window=9, **SHAPES["llama"])
+    scorer = SiblingScorer(model)
+    for ids, mask, candidates, rewards in three_steps(scorer, *left_padded(6, 3, 1)):
+        assert_close(rewards, separate_passes(model, ids, mask, candidates), rtol=0, atol=1e-12)
+    scorer.push(DRAWN[0])
+    with pytest.raises(ValueError, match="attention window of 9; use ReencodeScorer"):
+        scorer.score(STEPS[0])
+
+
+def test_flash_attention_and_training_mode_are_refused():
+    model = tiny_reward_model()
+    scorer = SiblingScorer(model.train())
+    assert model.training  # looking at it left it as it was
+    with pytest.raises(ValueError, match="training mode"):
+        scorer.start(*left_padded(3))
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="flash attention ignores the sibling mask"):
+        SiblingScorer(model)
+
+
+@torch.no_grad()
+def test_score_is_called_once_per_push():
+    scorer = SiblingScorer(tiny_reward_model())
+    scorer.start(*left_padded(3, 3, 3))
+    scorer.score(STEPS[0])
+    with pytest.raises(RuntimeError, match="once per step"):
+        scorer.score(STEPS[0])
+
+
+@torch.no_grad()
+def test_another_tokenizer_is_bridged_by_text():
+    """The reward model's words are numbered backwards: through text it gives the rewards of its own ids."""
+    lm_tokenizer = word_tokenizer("<end> <pad> a b c d e f g h i", pad_token="<pad>")
+    rm_tokenizer = word_tokenizer("i h g f e d c b a <pad> <end>", pad_token="<pad>")
+    model = tiny_reward_model("llama")
+    ids, mask = left_padded(7, 3, 1)
+    ids, mask = torch.nn.functional.pad(ids, (0, 1)), torch.nn.functional.pad(mask, (0, 1), value=1)  # ends in <end>
+    rewards = text_rewards(model, rm_tokenizer, lm_tokenizer)(ids, mask)
+    assert_close(rewards, model_rewards(model)(10 - ids, mask), rtol=0, atol=1e-12)
+
+
+def test_vocabularies_are_compared_by_id():
+    check_vocabularies(word_tokenizer("<end> a b c"), word_tokenizer("<end> a b c more"))
+    with pytest.raises(ValueError, match=r"differ at 2 ids: 1 \('a'\), 2 \('b'\)"):
+        check_vocabularies(word_tokenizer("<end> a b c"), word_tokenizer("<end> b a c"))
