@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import torch
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from pargs_min.data import Pair
 
 # The shapes that differ in what matters here: learned, offset and rotary positions; plain and grouped attention.
 SHAPES = {
@@ -77,3 +88,28 @@ def scored_pairs(draw):
     lengths = st.lists(st.integers(1, width), min_size=3, max_size=3).map(torch.tensor)
     reward_rows = rows(st.just(width), -10.0, 10.0)
     return draw(reward_rows), draw(reward_rows), draw(lengths), draw(lengths)
+
+
+def tiny_tokenizer(start: bool = True) -> PreTrainedTokenizerFast:
+    """One word, one token; a start token where wanted, an end token, a chat template that writes the start token."""
+    words = ["<pad>", "</s>", "<s>", "<unk>", "user", "assistant", ":", *"abcdefg"]
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    if start:
+        backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %} {{ m.role }} : {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} assistant :{% endif %}"
+    )
+    return tokenizer
+
+
+@st.composite
+def token_pairs(draw, vocabulary: int = 14):
+    """One to four pairs of token ids; prompts of 1 to 4 tokens, responses of 1 to 5."""
+    ids = st.integers(2, vocabulary - 1)
+    pair = st.builds(Pair, *(st.lists(ids, min_size=1, max_size=longest) for longest in (4, 5, 5)))
+    return draw(st.lists(pair, min_size=1, max_size=4))

@@ -1,0 +1,200 @@
+"""Preference records and prompts: read from files or the model hub, and check.
+
+One line of JSON per record, in any of these forms:
+
+    {"prompt": "...", "chosen": "...", "rejected": "..."}               text, continued as it stands
+    {"prompt": [messages], "chosen": [message], "rejected": [message]}  through the tokenizer's chat template
+    {"chosen": [messages], "rejected": [messages]}                      whole chats: the last message is the response
+    {"chosen": "...", "rejected": "..."}                                whole dialogues, as HH-RLHF was published
+    {"prompt_ids": [...], "chosen_ids": [...], "rejected_ids": [...]}   token ids; each wins over its text
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+Messages = list[dict[str, str]]
+ASSISTANT = "\n\nAssistant:"  # how HH-RLHF begins an answer
+
+
+class Preference(NamedTuple):
+    """A checked record: the prompt is text, messages or token ids; the responses are text or token ids."""
+
+    prompt: str | Messages | list[int]
+    chosen: str | list[int]
+    rejected: str | list[int]
+    source: str  # file:line, for errors
+
+
+def read_preferences(name: str | os.PathLike) -> list[Preference]:
+    """Read a .jsonl or .jsonl.gz file, or a data set of the model hub given as `owner/name` or `owner/name:split`.
+
+    Raises:
+        ValueError: naming file and line, at the first line that is not a record of one of the forms above.
+        OSError: if there is no such file.
+    """
+    name = str(name)
+    is_file = os.path.exists(name) or name.count("/") != 1 or name.endswith((".json", ".jsonl", ".gz"))
+    preferences = [check_preference(*row) for row in (_read_jsonl(name) if is_file else _read_hub(name))]
+    if not preferences:
+        raise ValueError(f"{name} holds no records; expected one preference per line")
+    return preferences
+
+
+def read_prompts(path: str | os.PathLike) -> list[dict]:
+    """Read prompts to decode from: JSONL records with a `prompt` (text or messages), or plain text, one a line.
+
+    Files that end in .jsonl or .jsonl.gz are JSONL, and their records keep all other fields (`prompt_ids` among
+    them); in any other file each line that is not empty becomes `{"prompt": line}`.
+
+    Raises:
+        ValueError: naming file and line, if a record has no usable prompt, or if there are none at all.
+        OSError: if there is no such file.
+    """
+    if str(path).endswith((".json", ".jsonl", ".gz")):
+        prompts = []
+        for record, source in _read_jsonl(path):
+            _field(record, "prompt", source)
+            prompts.append(record)
+    else:
+        prompts = [{"prompt": line} for line in Path(path).read_text("utf-8").split("\n") if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; expected one per line")
+    return prompts
+
+
+def _read_jsonl(path: str | os.PathLike) -> Iterator[tuple[dict, str]]:
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _json_object(line, f"{path}:{number}"), f"{path}:{number}"
+        except EOFError:
+            raise ValueError(f"{path} ends in the middle of its gzip stream; copy or download it again") from None
+
+
+def _json_object(line: bytes, source: str) -> dict:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{source}: not JSON ({error}); expected one object per line") from None
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"{source}: expected a JSON object with prompt, chosen and rejected, got {line.decode()[:60]!r}"
+        )
+    return record
+
+
+def _read_hub(name: str) -> Iterator[tuple[dict, str]]:
+    name, _, split = name.partition(":")
+    to_record, default_split = HUB_PRESETS.get(name, (dict, "train"))
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(
+            f"there is no file {name}; to load it as a data set of the hub: pip install 'pargs-min[hub]'"
+        ) from None
+    for number, row in enumerate(load_dataset(name, split=split or default_split)):
+        yield to_record(row), f"{name} row {number}"
+
+
+def check_preference(record: dict, source: str) -> Preference:
+    """Bring a record of any form above to prompt, chosen and rejected.
+
+    Raises:
+        ValueError: naming `source`, if a field is missing or of the wrong type.
+
+    >>> check_preference({"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}, "sums.jsonl:1")
+    Preference(prompt='1 + 1 =', chosen=' 2', rejected=' 3', source='sums.jsonl:1')
+    """
+    chosen, rejected = _field(record, "chosen", source), _field(record, "rejected", source)
+    if is_messages(chosen) or is_messages(rejected):
+        record = split_chats(record, source)
+    elif not record.keys() & {"prompt", "prompt_ids"}:
+        record = split_dialogues(record, source)
+    return Preference(*(_field(record, name, source) for name in ("prompt", "chosen", "rejected")), source)
+
+
+def split_dialogues(record: dict, source: str = "record") -> dict:
+    """Two whole dialogues: the prompt is what they share, up to the last "Assistant:" of it.
+
+    >>> asked = "\\n\\nHuman: Hi\\n\\nAssistant:"
+    >>> split_dialogues({"chosen": asked + " Hello", "rejected": asked + " No"})
+    {'prompt': '\\n\\nHuman: Hi\\n\\nAssistant:', 'chosen': ' Hello', 'rejected': ' No'}
+    """
+    chosen, rejected = record.get("chosen"), record.get("rejected")
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        raise ValueError(f"{source}: no field `prompt`; add it (or `prompt_ids`)")
+    shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (characters are meant, not path components)
+    start = shared.rfind(ASSISTANT)
+    if start < 0:
+        raise ValueError(
+            f"{source}: no field `prompt`, and chosen and rejected share no beginning up to {ASSISTANT!r} as dialogues "
+            "of HH-RLHF do; add a `prompt`"
+        )
+    end = start + len(ASSISTANT)
+    return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
+
+
+def split_chats(record: dict, source: str = "record") -> dict:
+    """Responses given as messages: the last message is the response, those before it are the prompt.
+
+    >>> user, good, bad = ({"role": "-", "content": text} for text in ("Hi", "Hello", "No"))
+    >>> split_chats({"chosen": [user, good], "rejected": [user, bad]})
+    {'chosen': 'Hello', 'rejected': 'No', 'prompt': [{'role': '-', 'content': 'Hi'}]}
+    """
+    chosen, rejected = record.get("chosen"), record.get("rejected")
+    if not (is_messages(chosen) and is_messages(rejected)):
+        raise ValueError(f"{source}: chosen and rejected must both be lists of messages, or both text")
+    if chosen[:-1] != rejected[:-1]:
+        raise ValueError(f"{source}: chosen and rejected must share all messages but the last")
+    prompt = chosen[:-1] or _field(record, "prompt", source)
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    return record | {"prompt": prompt, "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
+
+
+def _field(record: dict, name: str, source: str) -> str | Messages | list[int]:
+    """A field's token ids where it has some, else its text or messages."""
+    if f"{name}_ids" in record:
+        ids = record[f"{name}_ids"]
+        if not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
+            raise ValueError(f"{source}: `{name}_ids` must be a list of token ids, got {json.dumps(ids)[:60]}")
+        return ids
+    if name not in record:
+        raise ValueError(f"{source}: no field `{name}`; found {', '.join(record) or 'none'}")
+    if not (isinstance(record[name], str) or is_messages(record[name])):
+        raise ValueError(
+            f"{source}: `{name}` must be a string, or a list of messages {{role, content}}, "
+            f"got {json.dumps(record[name])[:60]}"
+        )
+    return record[name]
+
+
+def is_messages(value: object) -> bool:
+    """Whether `value` is a non-empty list of messages {role, content}."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        )
+    )
+
+
+def _tldr(row: dict) -> dict:
+    return {name: row[name] for name in ("prompt", "chosen", "rejected")}
+
+
+# The three tasks of the paper: how a row becomes a record, and the split to train on. Any other data set of the hub is
+# read as it stands, from its split "train".
+HUB_PRESETS = {
+    "Anthropic/hh-rlhf": (split_dialogues, "train"),
+    "trl-lib/tldr-preference": (_tldr, "train"),
+    "HuggingFaceH4/ultrafeedback_binarized": (split_chats, "train_prefs"),
+}

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, normalizers
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
+
+from pargs_min.data import (
+    Pair,
+    at_response_tokens,
+    collate,
+    context_length,
+    encode_preferences,
+    encode_prompt,
+    encode_responses,
+    prompt_format,
+    split_by_prompt,
+)
+from pargs_min.records import Preference
+
+from .strategies import tiny_config, tiny_tokenizer, token_pairs
+
+END, START = 1, 2
+A, B, C = 7, 8, 9  # the words "a", "b", "c"
+
+
+def preference(chosen, rejected, prompt="a"):
+    return Preference(prompt, chosen, rejected, "pairs.jsonl:1")
+
+
+# ---- prompts ----
+
+
+def test_text_gets_one_start_token_and_no_end_token():
+    tokenizer = tiny_tokenizer()
+    assert encode_prompt(tokenizer, "a b") == [START, A, B]
+    assert encode_prompt(tiny_tokenizer(start=False), "a b") == [A, B]
+    tokenizer.backend_tokenizer.post_processor = type(tokenizer.backend_tokenizer.post_processor)(
+        single="<s> $A </s>", special_tokens=[("<s>", START), ("</s>", END)]
+    )
+    assert tokenizer("a b")["input_ids"] == [START, A, B, END]
+    assert encode_prompt(tokenizer, "a b") == [START, A, B]
+    assert encode_prompt(tokenizer, "") == [START]
+
+
+def test_a_chat_template_is_not_given_a_second_start_token():
+    ids = encode_prompt(tiny_tokenizer(), [{"role": "user", "content": "a"}])
+    assert tiny_tokenizer().decode(ids) == "<s> user : a assistant :"
+
+
+def test_token_ids_stay_as_they_are():
+    assert encode_prompt(tiny_tokenizer(), [5, 6]) == [5, 6]
+
+
+def test_decoding_applies_the_format_of_training():
+    tokenizer = tiny_tokenizer()
+    assert encode_prompt(tokenizer, "a", "chat") == encode_prompt(tokenizer, [{"role": "user", "content": "a"}])
+    dialogue = encode_prompt(tokenizer, "\n\nHuman: a\n\nAssistant:")
+    assert encode_prompt(tokenizer, "a", "dialogue") == dialogue != encode_prompt(tokenizer, "a", "text")
+    assert encode_prompt(tokenizer, "\n\nHuman: a\n\nAssistant:", "dialogue") == dialogue
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompt_format", "message"),
+    [([{"role": "user", "content": "a"}], "text", "trained on text prompts"), ([], None, "no token")],
+)
+def test_prompts_that_cannot_be_encoded_are_refused(prompt, prompt_format, message):
+    with pytest.raises(ValueError, match=message):
+        encode_prompt(tiny_tokenizer(), prompt, prompt_format)
+
+
+def test_messages_without_a_chat_template_are_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        encode_prompt(tokenizer, [{"role": "user", "content": "a"}])
+
+
+@given(st.lists(st.integers(3, 13), min_size=1, max_size=8), st.integers(1, 9), st.booleans())
+def test_prompts_are_cut_from_the_left_and_keep_their_start_token(ids, length, has_start):
+    prompt = [START] * has_start + ids
+    cut = encode_prompt(tiny_tokenizer(), prompt, max_length=length)
+    assert len(cut) == min(length, len(prompt))
+    assert (cut[0] == START) == has_start
+    body = cut[has_start:]
+    assert body == ids[len(ids) - len(body) :]
+
+
+def test_the_format_of_a_data_set_is_one():
+    assert prompt_format(["\n\nHuman: a\n\nAssistant:"]) == "dialogue"
+    assert prompt_format([[{"role": "user", "content": "a"}]]) == "chat"
+    assert prompt_format([[5, 6], [7]]) == "ids"
+    with pytest.raises(ValueError, match="chat, text"):
+        prompt_format(["a", [{"role": "user", "content": "a"}]])
+
+
+# ---- responses and pairs ----
+
+
+def test_responses_have_neither_start_nor_end_token_and_keep_their_order():
+    assert encode_responses(tiny_tokenizer(), ["a b", [5, 6], " ", "c"]) == [[A, B], [5, 6], [], [C]]
+
+
+def test_a_tokenizer_that_writes_its_own_space_is_not_given_two():
+    words = {word: i for i, word in enumerate(["<unk>", "▁", "▁a", "▁b"])}
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.pre_tokenizer = Split("▁", "merged_with_next")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert tokenizer(" a")["input_ids"] == [1, 2]
+    assert encode_responses(tokenizer, [" a b", "b"]) == [[2, 3], [3]]
+
+
+def test_the_end_token_is_appended_once():
+    pairs, _ = encode_preferences([preference("a", [B, END])], tiny_tokenizer())
+    assert pairs == [Pair([START, A], [A, END], [B, END])]
+    pairs, _ = encode_preferences([preference("a", "b")], tiny_tokenizer(), append_eos=False)
+    assert pairs == [Pair([START, A], [A], [B])]
+
+
+def test_an_empty_response_is_its_end_token_or_nothing():
+    records = [preference("a", ""), preference("a", "b")]
+    assert encode_preferences(records, tiny_tokenizer())[0][0] == Pair([START, A], [A, END], [END])
+    pairs, counts = encode_preferences(records, tiny_tokenizer(), append_eos=False)
+    assert len(pairs) == counts["kept"] == counts["empty"] == 1
+
+
+def test_what_does_not_fit_is_cut_or_dropped_and_counted():
+    records = [preference("a b c", "b", "a b"), preference("a b c d", "b"), preference("a", "a"), preference("a", "b")]
+    pairs, counts = encode_preferences(records, tiny_tokenizer(), max_length=5)
+    assert pairs == [Pair([START], [A, B, C, END], [B, END]), Pair([START, A], [A, END], [B, END])]
+    assert counts == dict(read=4, kept=2, too_long=1, empty=0, identical=1, prompts_cut=1)
+
+
+@given(st.lists(st.lists(st.sampled_from("abcdefg"), max_size=6), min_size=6, max_size=6), st.integers(2, 12))
+def test_kept_pairs_fit_and_counts_add_up(words, max_length):
+    prompts, chosen, rejected = (list(map(" ".join, words[i : i + 2])) for i in (0, 2, 4))
+    records = [preference(c, r, p) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
+    try:
+        pairs, counts = encode_preferences(records, tiny_tokenizer(), max_length)
+    except ValueError:
+        return
+    assert all(len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) <= max_length for p in pairs)
+    assert counts["read"] == len(records) == sum(counts[k] for k in ("kept", "too_long", "empty", "identical"))
+    assert counts["kept"] == len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("records", "arguments", "message"),
+    [
+        ([preference("a", "a")], {}, r"pairs.jsonl:1 .*chosen equals rejected everywhere"),
+        ([preference("a", "b")], dict(max_length=1), "no pair left of 1: 1 responses longer than max_length=1"),
+        ([preference([99], "b")], {}, r"pairs.jsonl:1: token id 99 is outside"),
+        ([preference("a", "b", [])], {}, r"pairs.jsonl:1: prompt \[\] has no token"),
+        ([], {}, "no preferences given"),
+    ],
+)
+def test_unusable_data_is_refused(records, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        encode_preferences(records, tiny_tokenizer(), **arguments)
+
+
+def test_a_tokenizer_without_end_token_is_refused_unless_none_is_wanted():
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no end token"):
+        encode_preferences([preference("a", "b")], tokenizer)
+    assert encode_preferences([preference("a", "b")], tokenizer, append_eos=False)[1]["kept"] == 1
+
+
+def test_the_context_is_read_under_the_names_of_each_family():
+    assert context_length(tiny_config("gpt2", 11)) == context_length(tiny_config("llama", 11)) == 64
+
+
+# ---- splitting and collating ----
+
+
+@given(token_pairs(), st.floats(0.0, 0.99), st.integers(0, 3))
+def test_no_prompt_is_on_both_sides_and_no_pair_is_lost(pairs, fraction, seed):
+    prompts = len({tuple(p.prompt_ids) for p in pairs})
+    held_out_prompts = max(1, round(fraction * prompts)) if fraction else 0
+    assume(held_out_prompts < prompts)
+    train, held_out = split_by_prompt(pairs, fraction, seed)
+    assert sorted(train + held_out) == sorted(pairs)
+    assert not {tuple(p.prompt_ids) for p in train} & {tuple(p.prompt_ids) for p in held_out}
+    assert len({tuple(p.prompt_ids) for p in held_out}) == held_out_prompts
+
+
+def test_the_split_is_fixed_by_its_seed_not_by_the_order_of_the_file():
+    pairs = [Pair([i], [5], [6]) for i in range(20)]
+    assert split_by_prompt(pairs, 0.5, 1)[1] == split_by_prompt(pairs[::-1], 0.5, 1)[1][::-1]
+    assert split_by_prompt(pairs, 0.5, 1)[1] != split_by_prompt(pairs, 0.5, 2)[1]
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0])
+def test_a_fraction_out_of_range_is_refused(fraction):
+    with pytest.raises(ValueError, match="eval-fraction"):
+        split_by_prompt([Pair([1], [2], [3])] * 2, fraction)
+
+
+def test_one_prompt_cannot_be_split():
+    with pytest.raises(ValueError, match="cannot hold out"):
+        split_by_prompt([Pair([1], [2], [3])] * 2, 0.1)
+
+
+@given(token_pairs(), st.sampled_from([None, END]))
+def test_collating_loses_nothing(pairs, extend_with):
+    batch = collate(pairs, pad_id=0, extend_with=extend_with)
+    responses = at_response_tokens(batch["input_ids"], batch)
+    for side, ids in zip(("chosen", "rejected"), responses, strict=True):
+        for pair, row in zip(pairs, ids, strict=True):
+            own = getattr(pair, f"{side}_ids")
+            longest = max(len(pair.chosen_ids), len(pair.rejected_ids))
+            expected = own + [END] * (longest - len(own)) if extend_with else own
+            assert row[: len(expected)].tolist() == expected
+    rows = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -1)
+    for pair, row in zip(pairs, rows, strict=False):
+        assert row[: len(pair.prompt_ids)].tolist() == pair.prompt_ids
+    tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
+    extension = sum(abs(len(p.chosen_ids) - len(p.rejected_ids)) for p in pairs)
+    assert batch["attention_mask"].sum() == tokens + (extension if extend_with else 0)
+
+
+def test_lengths_are_the_responses_own():
+    batch = collate([Pair([5], [6, 7, END], [END])], pad_id=0, extend_with=END)
+    assert batch["chosen_lengths"].tolist() == [3]
+    assert batch["rejected_lengths"].tolist() == [1]
+    torch.testing.assert_close(batch["input_ids"][1], torch.tensor([5, END, END, END]))

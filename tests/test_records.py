@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pargs_min.records import ASSISTANT, Preference, check_preference, read_preferences, read_prompts, split_dialogues
+
+GOOD = {"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}
+USER, HELLO, GO = ({"role": r, "content": c} for r, c in [("user", "Hi"), ("assistant", "Hello"), ("assistant", "Go")])
+
+
+def lines(*records):
+    return "\n".join(r if isinstance(r, str) else json.dumps(r) for r in records)
+
+
+def test_a_file_is_read_plain_or_compressed_and_blank_lines_are_skipped(tmp_path):
+    text = lines(GOOD, "", GOOD) + "\n"
+    (tmp_path / "p.jsonl").write_text(text)
+    with gzip.open(tmp_path / "p.jsonl.gz", "wt") as file:
+        file.write(text)
+    for name in ("p.jsonl", "p.jsonl.gz"):
+        assert read_preferences(tmp_path / name) == [
+            Preference("1 + 1 =", " 2", " 3", f"{tmp_path / name}:{line}") for line in (1, 3)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        (GOOD, ("1 + 1 =", " 2", " 3")),
+        (dict(prompt=[USER], chosen=[HELLO], rejected=[GO]), ([USER], "Hello", "Go")),
+        (dict(prompt=[USER], chosen="Hello", rejected="Go"), ([USER], "Hello", "Go")),
+        (dict(prompt="Hi", chosen=[HELLO], rejected=[GO]), ([USER], "Hello", "Go")),
+        (dict(chosen=[USER, HELLO], rejected=[USER, GO]), ([USER], "Hello", "Go")),
+        (GOOD | dict(prompt_ids=[5]), ([5], " 2", " 3")),
+        (GOOD | dict(chosen_ids=[6]), ("1 + 1 =", [6], " 3")),
+        (dict(prompt_ids=[5], chosen_ids=[6], rejected_ids=[7]), ([5], [6], [7])),
+    ],
+)
+def test_every_form_comes_to_prompt_chosen_rejected(record, expected):
+    assert check_preference(record, "-")[:3] == expected
+
+
+@given(st.text(), st.text(max_size=5), st.text(max_size=5))
+def test_dialogues_are_cut_after_the_last_shared_assistant(history, chosen, rejected):
+    prompt = f"\n\nHuman: {history}{ASSISTANT}"
+    record = split_dialogues({"chosen": prompt + chosen, "rejected": prompt + rejected})
+    assert record["prompt"] + record["chosen"] == prompt + chosen
+    assert record["prompt"] + record["rejected"] == prompt + rejected
+    assert record["prompt"].endswith(ASSISTANT)
+    assert record["prompt"] == prompt
+
+
+def test_an_earlier_turn_that_differs_belongs_to_the_response():
+    start = f"\n\nHuman: Hi{ASSISTANT}"
+    record = split_dialogues({"chosen": f"{start} A\n\nHuman: x{ASSISTANT} B", "rejected": f"{start} C"})
+    assert record == {"prompt": start, "chosen": f" A\n\nHuman: x{ASSISTANT} B", "rejected": " C"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "expected a JSON object"),
+        ({"prompt": "a", "chosen": "b"}, "no field `rejected`; found prompt, chosen"),
+        ({"prompt": 1, "chosen": "b", "rejected": "c"}, "`prompt` must be a string"),
+        (GOOD | {"chosen": None}, "`chosen` must be a string"),
+        (GOOD | {"chosen": [{"role": "assistant"}]}, "`chosen` must be a string"),
+        (GOOD | {"chosen": [HELLO]}, "both be lists of messages"),
+        (dict(chosen=[USER, HELLO], rejected=[HELLO, GO]), "share all messages but the last"),
+        (dict(chosen=[HELLO], rejected=[GO]), "no field `prompt`"),
+        (dict(chosen="a", rejected="b"), "share no beginning"),
+        (dict(chosen_ids=[1], rejected_ids=[2]), "no field `prompt`"),
+        (GOOD | {"prompt_ids": [1, -1]}, "`prompt_ids` must be a list of token ids"),
+        (GOOD | {"prompt_ids": [True]}, "`prompt_ids` must be a list of token ids"),
+        (GOOD | {"prompt_ids": "12"}, "`prompt_ids` must be a list of token ids"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(lines(GOOD, line))
+    with pytest.raises(ValueError, match="bad.jsonl:2: .*" + message):
+        read_preferences(path)
+
+
+def test_bytes_that_are_not_utf8_are_named(tmp_path):
+    (tmp_path / "bad.jsonl").write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(ValueError, match=r"bad.jsonl:1: not JSON"):
+        read_preferences(tmp_path / "bad.jsonl")
+
+
+def test_an_empty_file_and_a_cut_archive_are_refused(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="holds no records"):
+        read_preferences(tmp_path / "empty.jsonl")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines(*[GOOD] * 50).encode())[:-12])
+    with pytest.raises(ValueError, match="middle of its gzip stream"):
+        read_preferences(tmp_path / "cut.jsonl.gz")
+
+
+@pytest.mark.parametrize("name", ["absent.jsonl", "folder/absent.jsonl", "a/b/absent"])
+def test_a_missing_file_is_an_oserror(name):
+    with pytest.raises(FileNotFoundError):
+        read_preferences(name)
+
+
+# ---- prompts ----
+
+
+def test_prompts_are_read_from_records_and_from_lines(tmp_path):
+    records = [{"prompt": "a", "id": 3}, {"prompt": [USER]}, {"prompt_ids": [1, 2]}]
+    (tmp_path / "p.jsonl").write_text(lines(*records))
+    assert read_prompts(tmp_path / "p.jsonl") == records
+    (tmp_path / "p.txt").write_text("one day\n\ntwo\u2028days\n")
+    assert read_prompts(tmp_path / "p.txt") == [{"prompt": "one day"}, {"prompt": "two\u2028days"}]
+
+
+def test_bad_prompts_are_named(tmp_path):
+    (tmp_path / "p.jsonl").write_text(lines({"prompt": "a"}, {"text": "b"}))
+    with pytest.raises(ValueError, match=r"p.jsonl:2: no field `prompt`; found text"):
+        read_prompts(tmp_path / "p.jsonl")
+    (tmp_path / "p.txt").write_text("\n")
+    with pytest.raises(ValueError, match="holds no prompts"):
+        read_prompts(tmp_path / "p.txt")
+
+
+# ---- the hub: rows written by us, in the published schemas ----
+
+ROWS = {
+    "Anthropic/hh-rlhf": {
+        "chosen": "\n\nHuman: Is tea hot?\n\nAssistant: Usually.\n\nHuman: Always?\n\nAssistant: No.",
+        "rejected": "\n\nHuman: Is tea hot?\n\nAssistant: Usually.\n\nHuman: Always?\n\nAssistant: Find out.",
+    },
+    "trl-lib/tldr-preference": {
+        "prompt": "SUBREDDIT: r/tea\n\nTITLE: Tea\n\nPOST: I like tea a lot.\n\nTL;DR:",
+        "chosen": " Likes tea.",
+        "rejected": " Coffee.",
+    },
+    "HuggingFaceH4/ultrafeedback_binarized": {
+        "prompt": "Hi",
+        "prompt_id": "0a",
+        "chosen": [USER, HELLO],
+        "rejected": [USER, GO],
+        "messages": [USER, HELLO],
+        "score_chosen": 8.0,
+        "score_rejected": 3.5,
+    },
+}
+EXPECTED = {
+    "Anthropic/hh-rlhf": (ROWS["Anthropic/hh-rlhf"]["chosen"][: -len(" No.")], " No.", " Find out."),
+    "trl-lib/tldr-preference": tuple(ROWS["trl-lib/tldr-preference"].values()),
+    "HuggingFaceH4/ultrafeedback_binarized": ([USER], "Hello", "Go"),
+}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands in for the datasets library: the rows above, and the splits that were asked for."""
+    asked = []
+
+    class Datasets:
+        @staticmethod
+        def load_dataset(name, split):
+            asked.append((name, split))
+            return [ROWS[name]]
+
+    monkeypatch.setitem(sys.modules, "datasets", Datasets)
+    return asked
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_presets_read_the_published_schemas(hub, name):
+    assert read_preferences(name) == [Preference(*EXPECTED[name], f"{name} row 0")]
+
+
+def test_the_split_is_the_presets_own_or_the_one_named(hub):
+    name = "HuggingFaceH4/ultrafeedback_binarized"
+    read_preferences(name)
+    read_preferences(f"{name}:test_prefs")
+    read_preferences("trl-lib/tldr-preference")
+    assert [split for _, split in hub] == ["train_prefs", "test_prefs", "train"]
+
+
+def test_without_the_library_the_way_out_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"no file owner/name; .*pip install 'pargs-min\[hub\]'"):
+        read_preferences("owner/name")
