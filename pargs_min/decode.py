@@ -107,7 +107,7 @@ class ModelPolicy:
 
 @dataclass(frozen=True)
 class Generation:
-    """B responses of at most N tokens; after a response's end the tokens are padding and the numbers 0."""
+    """B responses, the longest of N tokens; after a response's end the tokens are padding and the numbers 0."""
 
     tokens: Tensor  # (B, N) ids
     lengths: Tensor  # (B,) tokens of each response, its end token included
@@ -216,7 +216,8 @@ def generate(
     _check_finite(broken_at, max_new_tokens)
     tokens, ref_log_probs, log_probs, rewards = (torch.stack(x, 1) for x in zip(*steps, strict=True))
     lengths = _lengths(tokens, ends)
-    return Generation(tokens, lengths, ref_log_probs, log_probs, rewards)
+    longest = int(lengths.max())
+    return Generation(tokens[:, :longest], lengths, *(x[:, :longest] for x in (ref_log_probs, log_probs, rewards)))
 
 
 def _lengths(tokens: Tensor, ends: Tensor) -> Tensor:

@@ -1,0 +1,344 @@
+"""The loop: exactly the policy of the equation, row by row, and the same inside transformers' own generate."""
+
+import itertools
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers.generation.logits_process import TopKLogitsWarper
+
+from pargs_min.decode import ModelPolicy, RewardGuidance, generate, greedy, row_uniforms, sample
+from pargs_min.reward_model import prefix_rewards
+from pargs_min.scoring import ReencodeScorer, SiblingScorer
+from tests.strategies import left_padded, tiny_lm, tiny_reward_model
+
+EXACT = dict(rtol=0, atol=1e-12)
+VOCABULARY, END = 5, 1
+FAMILIES = [("gpt2", "gpt2"), ("llama", "qwen2")]
+
+
+def models(vocabulary=11, lm="gpt2", rm="llama"):
+    return tiny_lm(lm, vocabulary), tiny_reward_model(rm, vocabulary)
+
+
+def enumerated(policy, reward, ids, top_k, steps, **settings):
+    """Every path of candidate choices through `generate`, as one batch: its tokens, lengths and log-probability."""
+    paths = torch.tensor(list(itertools.product(range(top_k), repeat=steps)))
+    numbers, drawn = iter(range(steps)), []
+
+    def follow(log_probs, uniforms):
+        index = paths[:, next(numbers)]
+        drawn.append(log_probs.gather(1, index[:, None])[:, 0])
+        return index
+
+    ids = ids.expand(len(paths), -1)
+    return generate(policy, reward, ids, top_k=top_k, max_new_tokens=steps, draw=follow, **settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("lm", "rm"), FAMILIES)
+def test_the_sequence_distribution_is_the_enumerated_one(lm, rm):
+    """Vocabulary 5, all paths of three tokens: at every prefix softmax(ref_log_probs + beta * rewards)."""
+    lm, rm = models(VOCABULARY, lm, rm)
+    prompt = torch.tensor([[2, 3]])
+    paths = enumerated(ModelPolicy(lm), SiblingScorer(rm), prompt, VOCABULARY, 3, beta=1.7, eos=END)
+    checked = set()
+    for tokens, length, log_probs, rewards in zip(
+        paths.tokens, paths.lengths, paths.log_probs, paths.rewards, strict=True
+    ):
+        for i in range(length):
+            prefix = torch.cat([prompt[0], tokens[:i]])
+            texts = torch.cat([prefix.expand(VOCABULARY, -1), torch.arange(VOCABULARY)[:, None]], 1)
+            reward = prefix_rewards(rm, texts, torch.ones_like(texts))[:, -1]
+            expected = (lm(input_ids=prefix[None]).logits[0, -1].log_softmax(-1) + 1.7 * reward).log_softmax(-1)
+            assert_close(log_probs[i], expected[tokens[i]], **EXACT)
+            assert_close(rewards[i], reward[tokens[i]], **EXACT)
+            checked.add((*prefix.tolist(), int(tokens[i])))
+    assert len(checked) == 5 + 4 * 5 + 16 * 5  # every token after every unfinished prefix
+    strings = {tuple(row.tolist()): p for row, p in zip(paths.tokens, paths.log_probs.sum(-1).exp(), strict=True)}
+    assert sum(strings.values()).item() == pytest.approx(1.0, abs=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("top_k", [1, 3, 11])
+def test_beta_zero_is_transformers_own_top_k_sampling(top_k):
+    lm, rm = models()
+    ids, mask = left_padded(4)
+    steps = []
+    generate(
+        ModelPolicy(lm), SiblingScorer(rm), ids, mask, beta=0.0, top_k=top_k, max_new_tokens=1, on_step=steps.append
+    )
+    logits = lm(input_ids=ids).logits[:, -1]
+    theirs = TopKLogitsWarper(top_k)(ids, logits).softmax(-1)
+    ours = torch.zeros_like(theirs).scatter(1, steps[0].candidates, steps[0].log_probs.exp())
+    assert_close(ours, theirs, **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("lm", "rm"), FAMILIES)
+@pytest.mark.parametrize("draw", [sample, greedy])
+def test_cached_batched_decoding_equals_the_naive_loop(lm, rm, draw):
+    """No cache, no batch, no padding, one reward pass per candidate: the same tokens and the same numbers."""
+    lm, rm = models(lm=lm, rm=rm)
+    ids, mask = left_padded(6, 2, 4)
+    uniforms = row_uniforms(0, range(3), [0, 0, 0], 12)
+    settings = dict(beta=2.0, top_k=4, max_new_tokens=12, eos=END, pad=0)
+    ours = generate(ModelPolicy(lm), SiblingScorer(rm), ids, mask, draw=draw, uniforms=uniforms, **settings)
+    for row in range(3):
+        text, tokens, log_probs, ref = ids[row][mask[row].bool()], [], [], []
+        for u in uniforms[row]:
+            full = lm(input_ids=text[None]).logits[:, -1].log_softmax(-1)
+            top, candidates = full.topk(4)
+            texts = [torch.cat([text, c[None]])[None] for c in candidates[0]]
+            rewards = torch.stack([prefix_rewards(rm, t, torch.ones_like(t))[0, -1] for t in texts])
+            guided = (top + 2.0 * rewards).log_softmax(-1)
+            j = draw(guided, u[None])[0]
+            text = torch.cat([text, candidates[0, j, None]])
+            tokens.append(int(text[-1])), log_probs.append(guided[0, j]), ref.append(top[0, j])
+            if tokens[-1] == END:
+                break
+        n = int(ours.lengths[row])
+        assert ours.tokens[row, :n].tolist() == tokens
+        assert (ours.tokens[row, n:] == 0).all()
+        assert_close(ours.log_probs[row, :n], torch.stack(log_probs), **EXACT)
+        assert_close(ours.ref_log_probs[row, :n], torch.stack(ref), **EXACT)
+        assert not ours.log_probs[row, n:].any()
+        assert not ours.rewards[row, n:].any()
+
+
+def test_uniforms_hit_each_candidate_as_often_as_it_is_likely():
+    """Exactly: the share of a grid of uniforms that picks a candidate is its probability, to one grid cell."""
+    log_probs = torch.tensor([0.1, 0.0, 0.55, 0.35], dtype=torch.float64).log()
+    grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    picked = sample(log_probs.expand(1000, -1), grid).bincount(minlength=4)
+    assert picked.tolist() == [100, 0, 550, 350]
+
+
+def test_the_smallest_and_the_largest_uniform_never_pick_what_is_impossible():
+    log_probs = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).log().expand(2, -1)
+    assert sample(log_probs, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)).tolist() == [1, 2]
+
+
+def test_uniforms_belong_to_seed_prompt_and_sample():
+    rows = row_uniforms(7, [0, 0, 1], [0, 1, 0], 50)
+    assert len(rows.unique()) == 150
+    assert torch.equal(row_uniforms(7, [1], [0], 20)[0], rows[2, :20])
+    assert not torch.equal(row_uniforms(8, [1], [0], 50)[0], rows[2])
+    assert ((rows >= 0) & (rows < 1)).all()
+
+
+@torch.no_grad()
+def test_end_tokens_end_a_row_and_several_may_be_given():
+    lm, _ = models()
+    ids, mask = left_padded(3, 3, 3, 3)
+    first = generate(
+        ModelPolicy(lm),
+        None,
+        ids,
+        mask,
+        beta=0.0,
+        top_k=0,
+        max_new_tokens=8,
+        uniforms=row_uniforms(0, range(4), [0] * 4, 8),
+    )
+    assert first.lengths.tolist() == [8] * 4  # no end token, no end
+    ends = {int(first.tokens[0, 2]), int(first.tokens[1, 5])}
+    again = generate(
+        ModelPolicy(lm),
+        None,
+        ids,
+        mask,
+        beta=0.0,
+        top_k=0,
+        max_new_tokens=8,
+        eos=ends,
+        pad=0,
+        uniforms=row_uniforms(0, range(4), [0] * 4, 8),
+    )
+    for row, length in enumerate(again.lengths.tolist()):
+        where = [i for i, t in enumerate(first.tokens[row].tolist()) if t in ends]
+        assert length == (where[0] + 1 if where else 8)
+        kept = min(length, again.tokens.shape[1])
+        assert torch.equal(again.tokens[row, :kept], first.tokens[row, :kept])
+
+
+@torch.no_grad()
+def test_each_step_calls_log_probs_score_and_push_once_in_that_order():
+    calls = []
+
+    class Table:
+        def __init__(self, name):
+            self.name = name
+
+        def start(self, ids, mask):
+            calls.append(f"{self.name}.start")
+
+        def log_probs(self):
+            calls.append("log_probs")
+            return torch.zeros(1, 3).log_softmax(-1)
+
+        def score(self, candidates):
+            calls.append("score")
+            return torch.zeros(1, 3)
+
+        def push(self, tokens):
+            calls.append(f"{self.name}.push")
+
+    generate(Table("policy"), Table("reward"), torch.tensor([[0]]), beta=1.0, top_k=0, max_new_tokens=2)
+    step = ["log_probs", "score", "policy.push", "reward.push"]
+    assert calls == ["policy.start", "reward.start", *step, *step]
+
+
+class Broken:
+    """A reward that breaks at a given step for the last row."""
+
+    def __init__(self, value, step):
+        self.value, self.step = value, step
+
+    def start(self, ids, mask):
+        self.now = 0
+
+    def score(self, candidates):
+        rewards = torch.zeros(candidates.shape)
+        if self.now == self.step:
+            rewards[-1, 1] = self.value
+        return rewards
+
+    def push(self, tokens):
+        self.now += 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_reward_that_is_not_finite_stops_with_step_and_row(value, step):
+    lm, _ = models()
+    with pytest.raises(FloatingPointError, match=f"row 2, step {step}: a reward is not finite"):
+        generate(ModelPolicy(lm), Broken(value, step), *left_padded(3, 3, 3), beta=1.0, top_k=4, max_new_tokens=4)
+
+
+def test_a_language_model_without_numbers_is_caught_too():
+    lm, _ = models()
+    lm.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(FloatingPointError, match="row 0, step 0"):
+        generate(ModelPolicy(lm), None, *left_padded(3), beta=0.0, top_k=0, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(top_k=-1), "top_k must lie between 1 and the vocabulary size 11"),
+        (dict(top_k=12), "top_k must lie between 1 and the vocabulary size 11"),
+        (dict(beta=float("nan")), "beta must be a finite number"),
+        (dict(max_new_tokens=0), "max_new_tokens must be at least 1"),
+        (dict(max_new_tokens=61), "exceed the language model's context of 64"),
+        (dict(uniforms=torch.zeros(1, 3)), r"uniforms must be \(1, 2\)"),
+        (dict(prompt_ids=torch.zeros(1, 0, dtype=torch.long)), "P >= 1"),
+        (dict(mask=torch.tensor([[1, 1, 1, 0]])), "padded on the left"),
+        (dict(mask=torch.tensor([[1, 1]])), "prompt_ids and mask must be"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    lm, rm = models()
+    good = dict(prompt_ids=left_padded(4)[0], beta=1.0, top_k=3, max_new_tokens=2)
+    generate(ModelPolicy(lm), SiblingScorer(rm), **good)
+    with pytest.raises(ValueError, match=message):
+        generate(ModelPolicy(lm), SiblingScorer(rm), **{**good, **change})
+
+
+def test_the_reward_models_context_counts_as_well():
+    lm, rm = tiny_lm("llama", max_position_embeddings=128), tiny_reward_model("gpt2")
+    with pytest.raises(ValueError, match="exceed the reward model's context of 64"):
+        generate(ModelPolicy(lm), SiblingScorer(rm), *left_padded(4), beta=1.0, top_k=3, max_new_tokens=61)
+
+
+def test_a_language_model_in_training_mode_is_refused():
+    lm, _ = models()
+    with pytest.raises(ValueError, match="training mode"):
+        generate(ModelPolicy(lm.train()), None, *left_padded(4), beta=0.0, top_k=3, max_new_tokens=2)
+
+
+# --- the same guidance inside transformers' generate -----------------------------------------------------------------
+
+
+def transformers_generate(lm, rm, ids, mask, scorer=SiblingScorer, **settings):
+    guidance = RewardGuidance(scorer(rm), mask, beta=2.0, top_k=4)
+    common = dict(max_new_tokens=10, eos_token_id=END, pad_token_id=0, top_k=0)
+    return lm.generate(ids, attention_mask=mask, logits_processor=[guidance], **{**common, **settings})
+
+
+@pytest.mark.parametrize(("lm", "rm"), FAMILIES)
+def test_reward_guidance_gives_the_same_tokens_when_greedy(lm, rm):
+    lm, rm = models(lm=lm, rm=rm)
+    ids, mask = left_padded(6, 2, 4)
+    theirs = transformers_generate(lm, rm, ids, mask, do_sample=False)[:, 6:]
+    settings = dict(beta=2.0, top_k=4, max_new_tokens=10, eos=END, pad=0, draw=greedy)
+    ours = generate(ModelPolicy(lm), SiblingScorer(rm), ids, mask, **settings)
+    assert torch.equal(theirs, ours.tokens)
+
+
+def test_reward_guidance_gives_the_same_scores_at_the_same_ids_when_sampling():
+    lm, rm = models()
+    ids, mask = left_padded(6, 2, 4)
+    torch.manual_seed(0)
+    theirs = transformers_generate(
+        lm, rm, ids, mask, do_sample=True, num_return_sequences=2, output_scores=True, return_dict_in_generate=True
+    )
+    ids, mask, tokens = ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0), theirs.sequences[:, 6:]
+    replayed, steps = iter(tokens.T), []
+
+    class Remembering(SiblingScorer):
+        def score(self, candidates):
+            self.candidates = candidates
+            return super().score(candidates)
+
+    scorer = Remembering(rm)
+
+    def replay(log_probs, uniforms):  # choose what transformers drew; a finished row may take anything
+        return (scorer.candidates == next(replayed)[:, None]).long().argmax(-1)
+
+    settings = dict(beta=2.0, top_k=4, max_new_tokens=tokens.shape[1], eos=END, pad=0, draw=replay)
+    generate(ModelPolicy(lm), scorer, ids, mask, on_step=steps.append, **settings)
+    for step, scores in zip(steps, theirs.scores, strict=True):
+        at = scores.gather(1, step.candidates).log_softmax(-1)[step.alive]
+        assert_close(at.double(), step.log_probs[step.alive], rtol=0, atol=1e-5)  # transformers' scores are float32
+        assert (scores.isfinite().sum(-1) == 4).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(num_beams=3), dict(num_beams=3, do_sample=True), dict(prompt_lookup_num_tokens=2), "assistant"],
+    ids=["beam search", "beam sampling", "prompt lookup", "assisted decoding"],
+)
+def test_what_moves_rows_is_refused(settings):
+    lm, rm = models()
+    settings = dict(assistant_model=tiny_lm("gpt2", seed=5)) if settings == "assistant" else settings
+    ids, mask = torch.tensor([[2, 3, 2, 3, 2, 3]]), torch.ones(1, 6, dtype=torch.long)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="not with beam search or assisted decoding"):
+        transformers_generate(lm, rm, ids, mask, max_new_tokens=20, eos_token_id=None, **settings)
+
+
+def test_one_guidance_serves_one_call():
+    lm, rm = models()
+    ids, mask = left_padded(6)
+    settings = dict(attention_mask=mask, max_new_tokens=3, pad_token_id=0)
+    settings["logits_processor"] = [RewardGuidance(SiblingScorer(rm), mask, beta=2.0, top_k=4)]
+    lm.generate(ids, **settings)
+    with pytest.raises(ValueError, match="needs a RewardGuidance of its own"):
+        lm.generate(ids, **settings)
+
+
+def test_reward_guidance_stops_at_a_reward_that_is_not_finite():
+    lm, _ = models()
+    with pytest.raises(FloatingPointError, match="row 0, token 4: a reward is not finite"):
+        transformers_generate(lm, None, *left_padded(3), scorer=lambda rm: Broken(float("nan"), 1), eos_token_id=None)
+
+
+@torch.no_grad()
+def test_any_reward_function_guides():
+    """A reward of 1 for each token 7 in the text: with a large beta nothing else is written while 7 is a candidate."""
+    lm, _ = models()
+    scorer = ReencodeScorer(lambda ids, mask: (ids == 7).sum(-1).double())
+    result = generate(ModelPolicy(lm), scorer, *left_padded(3, 5), beta=1000.0, top_k=0, max_new_tokens=4)
+    assert (result.tokens == 7).all()
+    assert (result.rewards[:, -1] - result.rewards[:, 0] == 3).all()
