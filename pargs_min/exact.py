@@ -2,13 +2,15 @@
 
 A response is a path of exactly `horizon` tokens through an `Automaton`: after the end token only end tokens follow.
 Two prefixes of one length that lead to one state have the same futures, hence the same values, so a table over
-(time, state) holds what enumeration would need |V|^T rows for. The recursion knows nothing of any world: `toy.py`
+(time, state) holds what enumeration would need |V|^T rows for. The recursion knows nothing of any world: `journey.py`
 builds automata from a grammar, and a tree of all prefixes is an automaton too.
 
 Shapes: S states, E edges, T the horizon. Tables of values are (T + 1, S): row i holds prefixes of length i; entries
 that no prefix reaches are never used. A policy is the log-probability of every edge at every step, (T, E), in nats.
 Everything is float64. T0, T4, T6 and T7 are the statements of that name in `theory/`.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -221,7 +223,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(world: Automaton, policy: Array) -> Evaluation:
-    """Expected reward of a tokenwise policy (T, E), and KL = sum_i E_{a ~ pi}[ KL(pi(. | a) || ref(. | a)) ], exactly."""
+    """Expected reward of a tokenwise policy (T, E), and KL = sum_i E_{a ~ pi}[ KL(pi(. | a) || ref(. | a)) ]."""
     mass = occupancy(world, policy)
     flow = mass[:-1, world.sources] * np.exp(policy)
     ratios = np.subtract(policy, world.reference, where=flow > 0, out=np.zeros_like(flow))
@@ -246,7 +248,7 @@ def expected_length(world: Automaton, end: int, policy: Array | None = None) -> 
 
 
 def sample(world: Automaton, uniforms: Array) -> tuple[NDArray[np.int64], Array]:
-    """Responses of the reference, one uniform in [0, 1) a token: uniforms (N, T) -> tokens, log-probabilities (N, T)."""
+    """Draw from the reference, one uniform in [0, 1) a token: uniforms (N, T) -> tokens, log-probabilities (N, T)."""
     cumulative = np.cumsum(np.exp(world.log_probs))
     before = cumulative[world.first_edges] - np.exp(world.log_probs[world.first_edges])
     last_edges = np.append(world.first_edges[1:], len(world.sources)) - 1

@@ -1,0 +1,259 @@
+"""The world that the package carries with it: a traveller packs one thing, and much later it matters.
+
+    the sailor leaves for the island : she packs a small flute and walks the ridge past golden hills into wolves
+    but comes home warm with songs
+
+A grammar writes such journeys, 8 to 24 words, for twelve prompts (a role and a place). Each road of a place has its own
+trouble, each item is of use in one trouble, and only who carries the right thing comes home. So the item and the road,
+neutral words at the start, all but settle the ending, and no later word undoes them; the words on the way mislead
+(under fair skies a traveller strays from her road). The gold reward is read off how the journey ends. It is a finite
+automaton over any word string, and the values of the automaton are known exactly (`exact.py`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache, cached_property
+from itertools import takewhile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pargs_min.exact import Array, Automaton, sample
+
+PAD, END, UNKNOWN = "<pad>", "<end>", "<unk>"
+HORIZON = 25  # tokens in the longest journey, its end token included
+OFF_GRAMMAR = -3.5  # the gold reward of a word string that the grammar cannot have written
+
+ADJECTIVES = "small", "red", "heavy", "worn"
+USE = {
+    "rope": "floods",
+    "raft": "floods",
+    "compass": "fog",
+    "lantern": "fog",
+    "kettle": "snow",
+    "blanket": "snow",
+    "flute": "wolves",
+    "drum": "wolves",
+}
+TROUBLES = tuple(dict.fromkeys(USE.values()))
+HABIT = {"sailor": "rope", "baker": "kettle", "painter": "lantern", "shepherd": "flute"}  # what a role packs most often
+ROADS = {
+    "island": {"coast": "floods", "marsh": "fog", "ridge": "wolves", "valley": "floods"},
+    "mountain": {"coast": "fog", "marsh": "wolves", "ridge": "snow", "valley": "snow"},
+    "forest": {"coast": "snow", "marsh": "floods", "ridge": "fog", "valley": "fog"},
+}
+SIGHTS = {
+    "past": ("hills", "orchards", "villages"),
+    "under": ("skies", "clouds", "stars"),
+    "through": ("rain", "wind", "woods"),
+}
+MOODS = {"golden": "fair", "warm": "fair", "bright": "fair", "grim": "dark", "cold": "dark", "bitter": "dark"}
+HOME = {"warm": 0.5, "bright": 0.25, "golden": 0.25, "tired": 0.0, "cold": -0.25, "bitter": -0.5}
+AWAY = {"warm": 0.25, "lost": 0.0, "tired": 0.0, "cold": -0.25, "bitter": -0.25, "grim": -0.5}
+GIFTS = {"songs": 0.25, "honey": 0.0, "nothing": -0.25}
+
+PROMPTS = tuple(f"the {role} leaves for the {place} :" for role in HABIT for place in ROADS)
+HELD_OUT_PROMPTS = tuple(
+    f"the {role} leaves for the {place} :"
+    for role, place in (("sailor", "mountain"), ("baker", "forest"), ("painter", "island"), ("shepherd", "mountain"))
+)
+TRAIN_PROMPTS = tuple(prompt for prompt in PROMPTS if prompt not in HELD_OUT_PROMPTS)
+
+# A place in the story, and a way on from it: how likely, which words, and the place they lead to.
+Place = tuple
+Way = tuple[Fraction | int, str, Place]
+# A state of the automaton: all that can still be written, as ((words, place after them), probability) pairs.
+State = tuple[tuple[tuple[tuple[str, ...], Place], Fraction], ...]
+
+
+@dataclass(frozen=True)
+class Journey:
+    """The grammar and its gold reward.
+
+    Args:
+        stay_home_reward: gold of never leaving; 0 makes it a safe exit.
+        luck: P(home | trouble she is not prepared for): how far a first mistake can still be undone.
+
+    >>> world = Journey()
+    >>> world.gold(["the baker leaves for the forest :"] * 2, ["she packs a drum and then stays home", "she packs"])
+    [-2.0, -3.5]
+    """
+
+    stay_home_reward: float = -2.0
+    luck: Fraction = Fraction(1, 200)
+
+    def ways(self, place: Place) -> list[Way]:
+        """The grammar: the ways on from a place in the story. Their weights are proportional to probabilities."""
+        match place:
+            case "start", role, land:
+                packing = "packing", role, land
+                return [
+                    (2, "she packs a", packing),
+                    (1, "today she packs a", packing),
+                    (1, "again she packs a", packing),
+                ]
+            case "packing", role, land:
+                items = [(3 if item == HABIT[role] else 1, item, ("packed", use, land)) for item, use in USE.items()]
+                return [(4 * n, item, then) for n, item, then in items] + [
+                    (n, f"{adjective} {item}", then) for adjective in ADJECTIVES for n, item, then in items
+                ]
+            case "packed", use, land:
+                return [
+                    (92, "and walks the", ("roads", use, land)),
+                    (8, "and then stays home", ("end", self.stay_home_reward)),
+                ]
+            case "roads", use, land:
+                return [(1, road, ("road", use, trouble, "plain", 2)) for road, trouble in ROADS[land].items()]
+            case "road", use, own, mood, sights_left:
+                chance = trouble_ahead(use, own, mood)
+                onward = [(p, f"into {trouble}", ("trouble", trouble == use)) for trouble, p in chance.items()]
+                sights = [
+                    (Fraction(1, len(SIGHTS)), word, ("sight", word, use, own, sights_left - 1))
+                    for word in SIGHTS
+                    if sights_left
+                ]
+                return onward + sights
+            case "sight", preposition, use, own, sights_left:
+                return [
+                    (1, f"{word} {noun}", ("road", use, own, mood, sights_left))
+                    for word, mood in MOODS.items()
+                    for noun in SIGHTS[preposition]
+                ]
+            case "trouble", prepared:
+                home = Fraction(17, 20) if prepared else self.luck
+                return [
+                    (home, "but comes home", ("ending", 2.0, "home")),
+                    (1 - home, "and ends up", ("ending", -2.0, "away")),
+                ]
+            case "ending", reward, where:
+                feelings = HOME if where == "home" else AWAY
+                return [(1, word, ("gift", reward + value)) for word, value in feelings.items()]
+            case "gift", reward:
+                return [(3, END, ("end", reward))] + [
+                    (1, f"with {gift}", ("end", reward + value)) for gift, value in GIFTS.items()
+                ]
+            case "end", _:
+                return [(1, END, place)]
+        raise ValueError(f"place {place!r} is not in the story")
+
+    @cached_property
+    def _stories(self) -> dict[str, tuple[list[State], list[dict[str, tuple[Fraction, int]]]]]:
+        """For each prompt its states, the first one first, and from each state word -> (probability, next state)."""
+        stories, moves_from = {}, cache(self._moves)
+        for prompt in PROMPTS:
+            _, role, *_, land, _ = prompt.split()
+            states = [self._state([((), ("start", role, land), Fraction(1))])]
+            number, moves = {states[0]: 0}, []
+            for state in states:  # grows as it is read
+                moves.append({})
+                for word, probability, then in moves_from(state):
+                    if then not in number:
+                        number[then] = len(states)
+                        states.append(then)
+                    moves[-1][word] = probability, number[then]
+            stories[prompt] = states, moves
+        return stories
+
+    def _moves(self, state: State) -> list[tuple[str, Fraction, State]]:
+        """The next words of a state: each with its probability and what can be written after it."""
+        rest = defaultdict(list)
+        for (words, place), p in state:
+            rest[words[0]].append((words[1:], place, p))
+        return [(word, sum(p for *_, p in options), self._state(options)) for word, options in rest.items()]
+
+    def _state(self, options: Iterable[tuple[tuple[str, ...], Place, Fraction]]) -> State:
+        """The state of these (words, place after them, weight): what can follow, equal continuations added up.
+
+        Prefixes with the same future share a state, so the automaton forgets what no longer matters.
+        """
+        future: dict[tuple[tuple[str, ...], Place], Fraction] = {}
+        for words, place, p in options:
+            if words:
+                future[words, place] = future.get((words, place), 0) + p
+            else:
+                ways = self.ways(place)
+                total = sum(weight for weight, *_ in ways)
+                for weight, phrase, then in ways:
+                    key = tuple(phrase.split()), then
+                    future[key] = future.get(key, 0) + p * Fraction(weight) / total
+        total = sum(future.values())
+        return tuple((key, p / total) for key, p in future.items())
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Every word and its id: pad, end, unknown, then the words of prompts and journeys in alphabetical order."""
+        words = {word for _, moves in self._stories.values() for move in moves for word in move}
+        words |= {word for prompt in PROMPTS for word in prompt.split()}
+        return {word: i for i, word in enumerate([PAD, END, UNKNOWN, *sorted(words - {END})])}
+
+    @cached_property
+    def words(self) -> list[str]:
+        """The word of each id."""
+        return list(self.vocabulary)
+
+    @cached_property
+    def automata(self) -> dict[str, Automaton]:
+        """The automaton of each prompt; the reward of an unfinished state is that of an off-grammar text."""
+        return {prompt: self._automaton(*story) for prompt, story in self._stories.items()}
+
+    def _automaton(self, states: list[State], moves: list[dict[str, tuple[Fraction, int]]]) -> Automaton:
+        edges = [
+            (i, self.vocabulary[word], j, float(p)) for i, move in enumerate(moves) for word, (p, j) in move.items()
+        ]
+        sources, tokens, targets, probabilities = map(np.array, zip(*edges, strict=True))
+        rewards = np.array([_final_reward(state) for state in states])
+        return Automaton(sources, tokens, targets, np.log(probabilities), rewards, start=0, horizon=HORIZON)
+
+    def write(self, uniforms: Array, prompts: Sequence[str] = PROMPTS) -> tuple[NDArray[np.int64], Array]:
+        """Journeys by the grammar itself, row i for prompts[i % len(prompts)]: tokens and their log-probabilities.
+
+        uniforms (N, HORIZON) in [0, 1); results (N, HORIZON), after the end more end tokens, of log-probability 0.
+        """
+        tokens, log_probs = np.empty(uniforms.shape, dtype=np.int64), np.empty(uniforms.shape)
+        for i, prompt in enumerate(prompts):
+            rows = slice(i, None, len(prompts))
+            tokens[rows], log_probs[rows] = sample(self.automata[prompt], uniforms[rows])
+        return tokens, log_probs
+
+    def gold(self, prompts: Sequence[str], responses: Sequence[str | Sequence[int]]) -> list[float]:
+        """The gold reward of each response, as text or as token ids, to its prompt.
+
+        A response goes up to its first end token, if it has one. What the grammar cannot have written, an unfinished
+        journey included, is worth OFF_GRAMMAR. Raises ValueError for a prompt that is not among PROMPTS.
+        """
+        return [self._gold(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+    def _gold(self, prompt: str, response: str | Sequence[int]) -> float:
+        if prompt not in self._stories:
+            raise ValueError(f"prompt must be one of the world's twelve (PROMPTS), got {prompt!r}")
+        states, moves = self._stories[prompt]
+        state = 0
+        for word in (*takewhile(lambda word: word != END, self._words(response)), END):
+            if word not in moves[state]:
+                return OFF_GRAMMAR
+            _, state = moves[state][word]
+        return _final_reward(states[state])
+
+    def _words(self, response: str | Sequence[int]) -> list[str]:
+        return response.split() if isinstance(response, str) else [self.words[token] for token in response]
+
+
+def _final_reward(state: State) -> float:
+    (words, place), _ = state[0]
+    return place[1] if words == (END,) and place[0] == "end" and len(state) == 1 else OFF_GRAMMAR
+
+
+def trouble_ahead(use: str, own: str, mood: str) -> dict[str, Fraction]:
+    """P(trouble) for who packed against `use`, on a road whose own trouble is `own`, after the last mood she saw.
+
+    Dark moods keep her on her road, so she meets its own trouble; under fair ones she strays to where what she packed
+    is of no use.
+    """
+    likely, p = (
+        (use, Fraction(3, 20)) if mood == "fair" else (own, Fraction(19, 20) if mood == "dark" else Fraction(13, 20))
+    )
+    return {trouble: p if trouble == likely else (1 - p) / (len(TROUBLES) - 1) for trouble in TROUBLES}
