@@ -72,10 +72,12 @@ class ModelPolicy:
 
     Args:
         model: a causal language model in evaluation mode.
+        vocabulary: number of token ids the tokenizer knows, where the model has more rows than that: many are padded
+            to a round number, and the rows beyond mean nothing.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self.model = model
+    def __init__(self, model: PreTrainedModel, vocabulary: int | None = None):
+        self.model, self.vocabulary = model, vocabulary
         self.max_length = context_length(model)
 
     def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
@@ -96,7 +98,7 @@ class ModelPolicy:
             **position_arguments(self.model, self.positions),
         )
         self.cache = output.past_key_values
-        logits = output.logits[:, -1]
+        logits = output.logits[:, -1, : self.vocabulary]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def push(self, tokens: Tensor) -> None:

@@ -83,7 +83,7 @@ class SiblingScorer:
             **position_arguments(self.body, positions),
         ).last_hidden_state
         self.cache.crop(-k)
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         self.last = None
         return token_rewards(self.head, hidden[:, 1:])
 

@@ -74,10 +74,8 @@ def test_reencoding_gives_the_same_rewards(family):
 @torch.no_grad()
 def test_a_prompt_of_one_token_needs_no_cache_to_begin_with():
     model = tiny_reward_model("llama")
-    ids, mask = left_padded(1)
-    scorer = SiblingScorer(model)
-    scorer.start(ids, mask)
-    assert_close(scorer.score(STEPS[0, :1]), separate_passes(model, ids, mask, STEPS[0, :1]), rtol=0, atol=1e-12)
+    for ids, mask, candidates, rewards in three_steps(SiblingScorer(model), *left_padded(1, 1, 1)):
+        assert_close(rewards, separate_passes(model, ids, mask, candidates), rtol=0, atol=1e-12)
 
 
 @torch.no_grad()

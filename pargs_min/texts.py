@@ -1,0 +1,268 @@
+"""Prompts in, texts out: the named methods over a file of prompts, in batches, one record per text.
+
+A text depends on (seed, prompt number, sample number) alone, so a run that was interrupted, resumed or divided writes
+the texts of one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pargs_min.data import encode_prompt
+from pargs_min.decode import Generation, ModelPolicy, RewardScorer, row_uniforms
+from pargs_min.methods import GUIDED, METHODS, RewardFn, best_of_n, guided, path_kl, plain, response_rewards
+from pargs_min.reward_model import context_length
+from pargs_min.scoring import (
+    ReencodeScorer,
+    SiblingScorer,
+    check_vocabularies,
+    model_rewards,
+    text_rewards,
+)
+
+
+def generate_texts(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[dict],
+    *,
+    method: str,
+    reward_model: PreTrainedModel | None = None,
+    reward_tokenizer: PreTrainedTokenizerBase | None = None,
+    beta: float = 1.0,
+    top_k: int | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    num_samples: int = 1,
+    n: int = 10,
+    batch_size: int = 8,
+    seed: int = 0,
+    done: Iterable[tuple[int, int]] = (),
+) -> Iterator[dict]:
+    """Yield one record per prompt and sample, in order.
+
+    Args:
+        prompts: records of `read_prompts`.
+        method: one of `METHODS`; all but "plain" need a reward model.
+        reward_tokenizer: the reward model's; None means that it is the language model's.
+        beta, max_new_tokens, temperature: as in `generate`.
+        top_k: candidates per step; by default 10 for guided methods and the whole vocabulary (0) for the others.
+        num_samples: texts per prompt.
+        n: samples behind each text of best-of-n.
+        batch_size: rows decoded together.
+        done: (prompt number, sample number) of records that need not be made again.
+
+    Yields:
+        prompt, prompt_number, sample, response (text), response_ids, finished (whether it ended by itself), method,
+        ref_log_prob (nats), kl (nats, `path_kl`), and with a reward model `reward` of the whole response.
+
+    Raises:
+        ValueError: for an argument out of range, or a prompt that leaves no room in a model's context: before any text
+            is generated.
+    """
+    _check(method, reward_model, num_samples, n, batch_size)
+    if top_k is None:
+        top_k = min(10, len(tokenizer)) if method in GUIDED else 0
+    format_ = None if reward_model is None else _recorded(reward_model).get("prompt_format")
+    encoded = [_encode(tokenizer, prompt, number, format_) for number, prompt in enumerate(prompts)]
+    longest = _longest(encoded, max_new_tokens, lm, reward_model)
+    reward_fn, scorer = _reward(method, reward_model, reward_tokenizer, tokenizer, longest)
+    ends = end_tokens(lm, tokenizer)
+    policy = ModelPolicy(lm, vocabulary=len(tokenizer))
+    skip, group = set(done), n if method == "best-of-n" else 1
+    rows = [(p, s) for p in range(len(prompts)) for s in range(num_samples) if (p, s) not in skip]
+    size = max(1, batch_size // group)
+    for batch in (rows[i : i + size] for i in range(0, len(rows), size)):
+        prompt_ids, mask = (x.to(lm.device) for x in left_pad([encoded[p] for p, _ in batch]))
+        streams = [(p, s * group + i) for p, s in batch for i in range(group)]
+        settings = dict(
+            top_k=top_k,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            eos=ends,
+            uniforms=row_uniforms(seed, *zip(*streams, strict=True), max_new_tokens),
+        )
+        if method == "plain":
+            generation = plain(policy, prompt_ids, mask, **settings)
+        elif method == "best-of-n":
+            generation = best_of_n(policy, reward_fn, prompt_ids, mask, n=n, **settings)
+        else:
+            generation = guided(method, policy, scorer, prompt_ids, mask, beta=beta, **settings)
+        rewards = None if reward_fn is None else response_rewards(reward_fn, prompt_ids, mask, generation)
+        yield from _records(
+            batch, prompts, tokenizer, method, generation, path_kl(method, generation, n), rewards, ends
+        )
+
+
+def _check(method: str, reward_model, num_samples: int, n: int, batch_size: int) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    for name, value in (("num_samples", num_samples), ("n", n), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if method == "plain":
+        return
+    if reward_model is None:
+        raise ValueError(f"method {method} needs a reward model (--reward-model)")
+    objective = _recorded(reward_model).get("objective", "full")
+    if method.startswith("pargs") and objective != "partial":
+        warnings.warn(
+            f"{method} with a reward model of whole responses: its scores of prefixes mean nothing, so this is ARGS; "
+            "train one with --objective partial",
+            stacklevel=3,
+        )
+    if method.startswith("args") and objective == "partial":
+        warnings.warn(
+            f"{method} with a reward model of prefixes is PARGS; train ARGS's with --objective full", stacklevel=3
+        )
+    if not _recorded(reward_model).get("append_eos", True):
+        warnings.warn(
+            "this reward model was trained on responses without an end token: its reward of ending is extrapolation",
+            stacklevel=3,
+        )
+
+
+def _recorded(reward_model: PreTrainedModel) -> dict:
+    """What training recorded with the reward model; nothing for one from elsewhere, which is full-sequence."""
+    return getattr(reward_model.config, "pargs", None) or {}
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: dict, number: int, prompt_format: str | None) -> list[int]:
+    try:
+        return encode_prompt(tokenizer, prompt.get("prompt_ids", prompt.get("prompt")), prompt_format)
+    except ValueError as error:
+        raise ValueError(f"prompt number {number}: {error}") from None
+
+
+def _longest(encoded: list[list[int]], max_new_tokens: int, *models: PreTrainedModel | None) -> int:
+    """Tokens of the longest text that a run can write; an error now, not hours later, where a model cannot read it."""
+    number = max(range(len(encoded)), key=lambda i: len(encoded[i]))
+    longest = len(encoded[number]) + max_new_tokens
+    for model in filter(None, models):
+        limit = context_length(model)
+        if limit is not None and longest > limit:
+            raise ValueError(
+                f"prompt number {number} has {len(encoded[number])} tokens; with max_new_tokens={max_new_tokens} that "
+                f"exceeds the context of {limit} of {type(model).__name__}; shorten it, or lower max_new_tokens"
+            )
+    return longest
+
+
+def _reward(
+    method: str, model: PreTrainedModel | None, tokenizer, lm_tokenizer: PreTrainedTokenizerBase, longest: int
+) -> tuple[RewardFn | None, RewardScorer | None]:
+    """The fastest right way to ask this reward model: of whole texts, and of the candidates of a step."""
+    if model is None:
+        return None, None
+    try:
+        check_vocabularies(lm_tokenizer, tokenizer or lm_tokenizer)
+        reward_fn = model_rewards(model)
+    except ValueError as error:
+        warnings.warn(
+            f"{error}. Falling back to the latter: top_k reward passes over decoded text a token", stacklevel=3
+        )
+        reward_fn = text_rewards(model, tokenizer, lm_tokenizer)
+        return reward_fn, ReencodeScorer(reward_fn)
+    if method not in GUIDED:
+        return reward_fn, None
+    return reward_fn, choose_scorer(model, longest)
+
+
+def choose_scorer(model: PreTrainedModel, longest: int) -> RewardScorer:
+    """`SiblingScorer` where it is right for texts of up to `longest` tokens, else `ReencodeScorer`, with a warning."""
+    try:
+        scorer = SiblingScorer(model)
+        if scorer.window is None or longest <= scorer.window:
+            return scorer
+        why = f"texts of up to {longest} tokens outgrow the reward model's attention window of {scorer.window}"
+    except ValueError as error:
+        why = str(error)
+    warnings.warn(f"{why}. Falling back to top_k reward passes over the whole text a token", stacklevel=2)
+    return ReencodeScorer(model_rewards(model))
+
+
+def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end a response: the tokenizer's end token first, then those of the generation configuration."""
+    configured = lm.generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    return list(dict.fromkeys(end for end in ends if end is not None))
+
+
+def left_pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both (B, P), of token lists padded on the left (with id 0, which the mask hides).
+
+    >>> left_pad([[5, 6], [7]])[0]
+    tensor([[5, 6],
+            [0, 7]])
+    """
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    return ids, (torch.arange(width) >= torch.tensor([[width - len(row)] for row in rows])).long()
+
+
+def _records(batch, prompts, tokenizer, method, generation: Generation, kl, rewards, ends) -> Iterator[dict]:
+    ref_log_probs = generation.ref_log_probs.sum(-1).tolist()
+    for i, (number, sample) in enumerate(batch):
+        ids = generation.tokens[i, : generation.lengths[i]].tolist()
+        record = {
+            "prompt": prompts[number].get("prompt"),
+            "prompt_number": number,
+            "sample": sample,
+            "response": tokenizer.decode(ids, skip_special_tokens=True),
+            "response_ids": ids,
+            "finished": ids[-1] in ends,
+            "method": method,
+            "ref_log_prob": ref_log_probs[i],
+            "kl": kl[i].item(),
+        }
+        yield record if rewards is None else record | {"reward": rewards[i].item()}
+
+
+def write_records(path: str | os.PathLike, records: Iterable[dict], settings: dict, resume: bool) -> Iterator[dict]:
+    """Append each record, with the run's settings, to a JSONL file as it comes, and pass it on."""
+    with open(path, "a" if resume else "x", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record | {"settings": settings}, ensure_ascii=False) + "\n")
+            file.flush()
+            yield record
+
+
+def read_done(path: str | os.PathLike, settings: dict) -> set[tuple[int, int]]:
+    """(prompt number, sample number) of the records that an interrupted run left; a half-written last line is removed.
+
+    Raises:
+        ValueError: if they were made with other settings.
+    """
+    path, done = Path(path), set()
+    if not path.exists():
+        return done
+    whole, _, broken = path.read_bytes().rpartition(b"\n")
+    if broken:
+        os.truncate(path, len(whole) + 1 if whole else 0)
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            record = json.loads(line)
+            done.add((record["prompt_number"], record["sample"]))
+            theirs = record["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}:{number}: not a record of `pargs generate` ({error!r}); write to another file"
+            ) from None
+        differ = [
+            f"{key} {theirs.get(key)!r} there, {value!r} now"
+            for key, value in settings.items()
+            if theirs.get(key) != value
+        ]
+        if differ:
+            raise ValueError(
+                f"{path}:{number} was made with other settings ({'; '.join(differ)}); write to another file"
+            )
+    return done

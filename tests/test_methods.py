@@ -1,0 +1,104 @@
+"""The named methods: what each of them is, exactly."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pargs_min.decode import Generation, ModelPolicy, generate, greedy, row_uniforms
+from pargs_min.methods import best_of_n, guided, path_kl, plain, response_rewards
+from pargs_min.reward_model import prefix_rewards
+from pargs_min.scoring import SiblingScorer, model_rewards
+from tests.strategies import left_padded, tiny_lm, tiny_reward_model
+
+SETTINGS = dict(top_k=0, max_new_tokens=5, eos=1, pad=0)
+
+
+@pytest.mark.parametrize("method", ["pargs", "args", "pargs-greedy", "args-greedy"])
+def test_guided_methods_are_one_call_of_generate(method):
+    lm, rm = tiny_lm(), tiny_reward_model()
+    ids, mask = left_padded(4, 2)
+    uniforms = row_uniforms(0, [0, 1], [0, 0], 5)
+    ours = guided(method, ModelPolicy(lm), SiblingScorer(rm), ids, mask, beta=2.0, uniforms=uniforms, **SETTINGS)
+    draw = dict(draw=greedy) if "greedy" in method else {}
+    same = generate(ModelPolicy(lm), SiblingScorer(rm), ids, mask, beta=2.0, uniforms=uniforms, **draw, **SETTINGS)
+    assert torch.equal(ours.tokens, same.tokens)
+
+
+def test_best_of_n_is_the_best_of_n_different_samples():
+    lm, rm = tiny_lm(), tiny_reward_model()
+    ids, mask = left_padded(4, 2)
+    uniforms = row_uniforms(0, [0] * 6 + [1] * 6, [*range(6), *range(6)], 5)
+    best = best_of_n(ModelPolicy(lm), model_rewards(rm), ids, mask, n=6, uniforms=uniforms, **SETTINGS)
+    for row in range(2):
+        prompt = ids[row][mask[row].bool()]
+        texts, rewards = [], []
+        for u in uniforms[6 * row : 6 * row + 6]:
+            sample = plain(ModelPolicy(lm), prompt[None], torch.ones(1, len(prompt)), uniforms=u[None], **SETTINGS)
+            text = sample.tokens[0, : sample.lengths[0]]
+            whole = torch.cat([prompt, text])[None]
+            texts.append(text.tolist())
+            rewards.append(prefix_rewards(rm, whole, torch.ones_like(whole))[0, -1].item())
+        assert len(set(map(tuple, texts))) > 1
+        assert best.tokens[row, : best.lengths[row]].tolist() == texts[rewards.index(max(rewards))]
+
+
+def test_best_of_n_draws_from_the_closed_form():
+    """Exactly: over all pairs of one-token responses, P(best of 2 = y) is what their reward order says."""
+    lm, rm = tiny_lm(vocabulary=5), tiny_reward_model(vocabulary=5)
+    ids, mask = left_padded(3, vocabulary=5)
+    with torch.no_grad():
+        ref = lm(input_ids=ids).logits[0, -1].softmax(-1)
+        texts = torch.cat([ids.expand(5, -1), torch.arange(5)[:, None]], 1)
+        reward = prefix_rewards(rm, texts, torch.ones_like(texts))[:, -1]
+    at_most = torch.stack([ref[reward <= r].sum() for r in reward])
+    below = torch.stack([ref[reward < r].sum() for r in reward])
+    middle = ref.cumsum(0) - ref / 2  # a uniform that draws each token
+    found = torch.zeros(5, dtype=torch.float64)
+    for a, b in itertools.product(range(5), repeat=2):
+        uniforms = middle[[a, b], None]
+        best = best_of_n(
+            ModelPolicy(lm), model_rewards(rm), ids, mask, n=2, uniforms=uniforms, top_k=0, max_new_tokens=1
+        )
+        found[best.tokens[0, 0]] += ref[a] * ref[b]
+    assert_close(found, at_most**2 - below**2, rtol=0, atol=1e-12)
+
+
+def test_n_must_be_at_least_one():
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        best_of_n(ModelPolicy(tiny_lm()), model_rewards(tiny_reward_model()), *left_padded(3), n=0, **SETTINGS)
+
+
+def test_response_rewards_see_the_end_token_and_no_padding():
+    rm = tiny_reward_model("llama")
+    ids, mask = left_padded(4, 2)
+    generation = Generation(torch.tensor([[5, 1, 0], [6, 7, 1]]), torch.tensor([2, 3]), *[torch.zeros(2, 3)] * 3)
+    got = response_rewards(model_rewards(rm), ids, mask, generation)
+    for row, response in enumerate(([5, 1], [6, 7, 1])):
+        text = torch.cat([ids[row][mask[row].bool()], torch.tensor(response)])[None]
+        assert_close(got[row], prefix_rewards(rm, text, torch.ones_like(text))[0, -1], rtol=0, atol=1e-12)
+
+
+def test_the_mean_path_kl_is_the_divergence():
+    """Exactly: weighted by their probability, the paths of the guided policy average to its KL from the reference."""
+    lm, rm = tiny_lm(vocabulary=5), tiny_reward_model(vocabulary=5)
+    ids, _ = left_padded(3, vocabulary=5)
+    settings, steps = dict(beta=2.0, top_k=3, max_new_tokens=1), []
+    each = [
+        generate(
+            ModelPolicy(lm),
+            SiblingScorer(rm),
+            ids,
+            draw=lambda *_, k=k: torch.tensor([k]),
+            on_step=steps.append,
+            **settings,
+        )
+        for k in range(3)
+    ]
+    policy, ref = steps[0].log_probs[0], steps[0].ref_log_probs[0]
+    mean = sum(policy[k].exp() * path_kl("pargs", path)[0] for k, path in enumerate(each))
+    assert_close(mean, (policy.exp() * (policy - ref)).sum(), rtol=0, atol=1e-12)
+    assert_close(path_kl("pargs-greedy", each[0]), -ref[:1], rtol=0, atol=1e-12)
+    assert path_kl("best-of-n", each[0], n=4).tolist() == [pytest.approx(math.log(4) - 3 / 4)]

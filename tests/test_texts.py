@@ -1,0 +1,169 @@
+"""Prompts in, texts out: the same texts however a run is batched, interrupted or divided."""
+
+import itertools
+import json
+import warnings
+
+import pytest
+import torch
+
+from pargs_min.reward_model import prefix_rewards
+from pargs_min.scoring import ReencodeScorer, SiblingScorer
+from pargs_min.texts import choose_scorer, end_tokens, generate_texts, read_done, write_records
+from tests.strategies import tiny_lm, tiny_reward_model
+from tests.test_reward_model import word_tokenizer
+
+WORDS = "<pad> <end> a b c d e f g h i"
+TOKENIZER = word_tokenizer(WORDS, pad_token="<pad>")
+WINDOWED = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, sliding_window=9)
+PROMPTS = [{"prompt": "a b c"}, {"prompt": "d"}, {"prompt": "e f", "prompt_ids": [3, 4]}]
+SETTINGS = dict(max_new_tokens=6, beta=2.0, top_k=4, num_samples=3, seed=5)
+
+
+def texts(method="pargs", objective="partial", append_eos=True, prompts=PROMPTS, **changes):
+    rm = tiny_reward_model("llama")
+    rm.config.pargs = {"objective": objective, "append_eos": append_eos, "prompt_format": "text"}
+    lm = tiny_lm("gpt2")
+    return generate_texts(lm, TOKENIZER, prompts, method=method, reward_model=rm, **{**SETTINGS, **changes})
+
+
+@pytest.mark.parametrize("method", ["plain", "pargs", "best-of-n"])
+def test_a_text_depends_on_its_own_numbers_alone(method):
+    """Not on the batch, nor on what was done before."""
+    whole = list(texts(method, n=3, batch_size=16))
+    assert [(r["prompt_number"], r["sample"]) for r in whole] == list(itertools.product(range(3), range(3)))
+    assert len({tuple(r["response_ids"]) for r in whole}) > 3
+    alone = list(texts(method, n=3, batch_size=1))
+    rest = list(texts(method, n=3, batch_size=2, done=[(0, 0), (1, 2), (2, 2)]))
+    ids = {(r["prompt_number"], r["sample"]): r["response_ids"] for r in whole}
+    for record in alone + rest:
+        assert record["response_ids"] == ids[record["prompt_number"], record["sample"]]
+    assert len(rest) == 6
+
+
+def test_records_say_what_was_written():
+    for record in texts():
+        ids = record["response_ids"]
+        assert record["finished"] == (ids[-1] == 1)
+        assert record["response"].split() == [WORDS.split()[i] for i in ids if i > 1]
+        assert record["ref_log_prob"] < 0
+    again = list(texts(prompts=[{"prompt": "b c"}], num_samples=1))  # prompt_ids won over prompt in the third
+    assert len(again) == 1
+    assert "reward" not in next(iter(generate_texts(tiny_lm(), TOKENIZER, PROMPTS, method="plain", max_new_tokens=2)))
+
+
+def test_the_reward_of_a_record_is_that_of_its_last_prefix():
+    lm, rm = tiny_lm(), tiny_reward_model()
+    rm.config.pargs = {"objective": "partial"}
+    for record in generate_texts(lm, TOKENIZER, PROMPTS, method="pargs", reward_model=rm, **SETTINGS):
+        prompt = PROMPTS[record["prompt_number"]]
+        ids = prompt.get("prompt_ids") or TOKENIZER(prompt["prompt"])["input_ids"]
+        text = torch.tensor([ids + record["response_ids"]])
+        assert record["reward"] == pytest.approx(prefix_rewards(rm, text, torch.ones_like(text))[0, -1].item())
+
+
+@pytest.mark.parametrize(
+    ("method", "objective", "append_eos", "warning"),
+    [
+        ("pargs", "full", True, "its scores of prefixes mean nothing, so this is ARGS"),
+        ("args", "partial", True, "with a reward model of prefixes is PARGS"),
+        ("pargs", "partial", False, "its reward of ending is extrapolation"),
+    ],
+)
+def test_a_reward_model_used_for_what_it_was_not_trained_for_is_reported(method, objective, append_eos, warning):
+    with pytest.warns(UserWarning, match=warning):
+        next(texts(method, objective, append_eos))
+
+
+@pytest.mark.parametrize(
+    ("method", "objective"), [("pargs", "partial"), ("args-greedy", "full"), ("best-of-n", "full")]
+)
+def test_the_right_reward_model_draws_no_warning(method, objective):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        next(texts(method, objective))
+
+
+def test_another_vocabulary_is_bridged_through_text_and_reported():
+    other = word_tokenizer("i h g f e d c b a <end> <pad>", pad_token="<pad>")
+    with pytest.warns(UserWarning, match=r"differ at 10 ids: 0 \('<pad>'\).*top_k reward passes"):
+        record = next(texts(reward_tokenizer=other))
+    assert record["response_ids"]
+
+
+def test_the_scorer_is_chosen_by_what_is_right():
+    assert isinstance(choose_scorer(tiny_reward_model("llama"), 60), SiblingScorer)
+    windowed = tiny_reward_model("mistral", **WINDOWED)
+    assert isinstance(choose_scorer(windowed, 9), SiblingScorer)
+    with pytest.warns(UserWarning, match="texts of up to 10 tokens outgrow the reward model's attention window of 9"):
+        assert isinstance(choose_scorer(windowed, 10), ReencodeScorer)
+    with pytest.warns(UserWarning, match="mpt takes a token's position from its place in the cache|cannot score"):
+        assert isinstance(
+            choose_scorer(tiny_reward_model("mpt", d_model=16, n_layers=2, n_heads=2), 10), ReencodeScorer
+        )
+
+
+def test_end_tokens_come_from_tokenizer_and_generation_configuration():
+    lm = tiny_lm()
+    lm.generation_config.eos_token_id = [7, 1]
+    assert end_tokens(lm, TOKENIZER) == [1, 7]
+    lm.generation_config.eos_token_id = None
+    assert end_tokens(lm, TOKENIZER) == [1]
+
+
+def test_ids_beyond_the_tokenizers_vocabulary_are_never_drawn():
+    lm = tiny_lm(vocabulary=16)
+    lm.get_output_embeddings().weight.data[11:] += 1.0  # the padding rows, made likely
+    records = generate_texts(lm, TOKENIZER, PROMPTS, method="plain", num_samples=20, max_new_tokens=8)
+    assert {i for record in records for i in record["response_ids"]} <= set(range(11))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(method="pragmatic"), "method must be one of plain, pargs"),
+        (dict(num_samples=0), "num_samples must be at least 1"),
+        (dict(n=0), "n must be at least 1"),
+        (dict(batch_size=0), "batch_size must be at least 1"),
+        (dict(method="args", reward_model=None), "method args needs a reward model"),
+        (dict(top_k=12), "top_k must lie between 1 and the vocabulary size 11"),
+        (dict(beta=float("inf")), "beta must be a finite number"),
+        (
+            dict(prompts=[{"prompt": "a"}, {"prompt": "a " * 60}]),
+            "prompt number 1 has 60 tokens; with max_new_tokens=6",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*reward model of")
+def test_bad_arguments_are_named(change, message):
+    arguments = dict(method="pargs", reward_model=tiny_reward_model(), prompts=PROMPTS) | SETTINGS
+    with pytest.raises(ValueError, match=message):
+        list(generate_texts(tiny_lm(), TOKENIZER, **{**arguments, **change}))
+
+
+def test_an_interrupted_run_is_resumed_to_the_same_file(tmp_path):
+    settings = {"method": "pargs", "seed": 5}
+    list(write_records(tmp_path / "whole.jsonl", texts(), settings, resume=False))
+    half = tmp_path / "half.jsonl"
+    list(itertools.islice(write_records(half, texts(), settings, resume=False), 4))
+    with half.open("a") as file:
+        file.write('{"prompt": "torn')
+    done = read_done(half, settings)
+    assert len(done) == 4
+    list(write_records(half, texts(done=done), settings, resume=True))
+    whole, resumed = ([json.loads(line) for line in (tmp_path / f"{n}.jsonl").open()] for n in ("whole", "half"))
+    exact = ["prompt", "prompt_number", "sample", "response", "response_ids", "settings"]
+    assert [[r[k] for k in exact] for r in resumed] == [[r[k] for k in exact] for r in whole]
+
+
+def test_what_is_there_is_never_overwritten_or_mixed(tmp_path):
+    path = tmp_path / "out.jsonl"
+    assert read_done(path, {}) == set()
+    list(write_records(path, itertools.islice(texts(), 2), {"seed": 5}, resume=False))
+    with pytest.raises(FileExistsError):
+        list(write_records(path, texts(), {"seed": 5}, resume=False))
+    with pytest.raises(ValueError, match=r"out.jsonl:1 was made with other settings \(seed 5 there, 6 now\)"):
+        read_done(path, {"seed": 6})
+    path.write_text('{"prompt": "a"}\n')
+    with pytest.raises(ValueError, match=r"out.jsonl:1: not a record of `pargs generate`"):
+        read_done(path, {"seed": 5})
