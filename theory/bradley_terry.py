@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import expit
 
-from theory.world import Levels, World
+from theory.world import Levels, World, finished
 
 
 def bt_loss(weight: np.ndarray, wins: np.ndarray, scores: np.ndarray) -> float:
@@ -37,6 +37,8 @@ def fit_bradley_terry(weight: np.ndarray, wins: np.ndarray, steps: int = 100) ->
     (somebody always wins), or floating point cannot hold it.
     """
     met = weight.sum(1) > 0
+    if not met.any():
+        return np.zeros(len(met))
     weight, wins = weight[np.ix_(met, met)], wins[met]
     mass = weight.sum(1)
     root = np.sqrt(mass)
@@ -110,3 +112,57 @@ def labels_of(world: World) -> np.ndarray:
 def win_rate(world: World, log_p: np.ndarray, log_q: np.ndarray) -> float:
     """P(Y > Y'), Y ~ p and Y' ~ q independent, over A_T."""
     return float(np.exp(log_p) @ labels_of(world) @ np.exp(log_q))
+
+
+# ---- other treatments of responses that have ended ------------------------------------------------------------------
+
+
+def compared_pairs(world: World, treatment: str) -> list[np.ndarray]:
+    """(n_T, n_T) for i = 0..T: with what weight the lengths of a pair let its length-i prefixes be compared."""
+    shorter = np.minimum.outer(world.lengths, world.lengths)
+    longer = np.maximum.outer(world.lengths, world.lengths)
+    weights = {
+        "extend": lambda i: longer >= i,  # end tokens up to the longer response's length; every prefix counts once
+        "min": lambda i: shorter >= i,  # up to the shorter response's length
+        "pair": lambda i: (longer >= i) / longer,  # as extend, but every pair counts once
+        "hold": lambda i: longer >= i,  # as extend, a finished response having one score at all lengths
+    }
+    if treatment not in weights:
+        raise ValueError(f"treatment={treatment!r}, expected one of {sorted(weights)}")
+    return [weights[treatment](i).astype(float) for i in range(world.horizon + 1)]
+
+
+def partial_reward_of(world: World, treatment: str) -> Levels:
+    """The population minimiser of the partial loss as it is summed over real pairs (Y, Y') from ref x ref."""
+    ref = np.exp(world.log_ref[-1])
+    pairs = np.outer(ref, ref)
+    tables = []
+    for i, compared in enumerate(compared_pairs(world, treatment)):
+        to_level = _descendants(world, i)
+        weight = to_level @ (pairs * compared) @ to_level.T
+        wins = (to_level @ (pairs * compared * labels_of(world))).sum(1)
+        tables.append((weight, wins))
+    if treatment != "hold":
+        return [fit_bradley_terry(weight, wins) for weight, wins in tables]
+    places, count = _shared_places(world)
+    shared, shared_wins = np.zeros((count, count)), np.zeros(count)
+    for (weight, wins), place in zip(tables[1:], places[1:], strict=True):
+        np.add.at(shared, np.ix_(place, place), weight)
+        np.add.at(shared_wins, place, wins)
+    return [fit_bradley_terry(shared, shared_wins)[place] for place in places]
+
+
+def _descendants(world: World, i: int) -> np.ndarray:
+    """(n_i, n_T) one where the response continues the prefix."""
+    return (world.ancestors(i) == np.arange(len(world.prefixes[i]))[:, None]).astype(float)
+
+
+def _shared_places(world: World) -> tuple[list[np.ndarray], int]:
+    """A number for every prefix, a finished response having the same one at all lengths."""
+    places, count = [np.zeros(1, dtype=np.int64)], 1
+    for i in range(1, world.horizon + 1):
+        ended = finished(world.prefixes[i - 1], world.eos)[world.parents[i]]
+        fresh = count + np.cumsum(~ended) - 1
+        places.append(np.where(ended, world.down(i, places[-1]), fresh))
+        count += int((~ended).sum())
+    return places, count

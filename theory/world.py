@@ -216,6 +216,13 @@ class World:
         policy = self.ref if policy is None else policy
         return self.backward(last, lambda i, x: self.up(i, np.exp(policy[i]) * x))
 
+    def ancestors(self, i: int) -> np.ndarray:
+        """(n_T,) the place in A_i of each response's first i tokens."""
+        places = np.arange(len(self.prefixes[-1]))
+        for j in range(self.horizon, i, -1):
+            places = self.parents[j][places]
+        return places
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """(n_T,) tokens of every response, its end token counted."""
@@ -251,10 +258,12 @@ def largest_gap(x: Levels, y: Levels) -> float:
 
 def kl(log_p: np.ndarray, log_q: np.ndarray) -> float:
     """KL(p || q) = sum p (e^d - 1 - d), d = log q - log p: no term is negative, so a tiny KL keeps its digits."""
-    p = np.exp(log_p)
+    p, q = np.exp(log_p), np.exp(log_q)
     inside = p > 0
     d = log_q[inside] - log_p[inside]
-    return float(np.sum(p[inside] * (np.expm1(d) - d)) + np.exp(log_q[~inside]).sum())
+    small = np.minimum(d, 1.0)  # beyond it e^d may overflow, and the plain form is exact enough
+    terms = np.where(d < 1.0, p[inside] * (np.expm1(small) - small), q[inside] - p[inside] * (1.0 + d))
+    return float(terms.sum() + q[~inside].sum())
 
 
 def total_variation(log_p: np.ndarray, log_q: np.ndarray) -> float:
