@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from .records import ASSISTANT, Messages, Preference, is_messages
+from pargs_min.records import ASSISTANT, Messages, Preference, is_messages
 
 
 class Pair(NamedTuple):
@@ -201,11 +201,6 @@ def _nothing_left(preferences: Sequence[Preference], counts: dict[str, int], max
         f"max_length={max_length}, {counts['empty']} empty, {counts['identical']} identical; raise --max-length, or "
         "append end tokens"
     )
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    """The most tokens that a model takes, or None if its configuration names no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def split_by_prompt(pairs: Sequence[Pair], fraction: float, seed: int = 0) -> tuple[list[Pair], list[Pair]]:

@@ -1,0 +1,170 @@
+"""The command line: one function per command. Heavy imports stay inside them, so that `pargs --help` is instant."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, 2 for input that cannot be used, 130 when interrupted."""
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if name in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    try:
+        if name not in COMMANDS:
+            raise ValueError(f"no command {name!r}; there are {', '.join(COMMANDS)} (pargs --help)")
+        COMMANDS[name](rest)
+    except (ValueError, OSError) as error:
+        print(f"pargs: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("pargs: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+@dataclass
+class TrainOptions:
+    """What `pargs train` takes besides transformers' TrainingArguments."""
+
+    model: str = field(metadata={"help": "Language model or reward model to start from: a folder or a hub id."})
+    dataset: str = field(
+        metadata={
+            "help": "Preference pairs: a .jsonl or .jsonl.gz file, or a hub data set as owner/name or owner/name:split "
+            "(needs the extra `hub`)."
+        }
+    )
+    objective: Literal["partial", "full"] = field(
+        default="partial", metadata={"help": "Compare every prefix (PARGS) or whole responses only (ARGS)."}
+    )
+    tail: Literal["extend", "min"] | None = field(
+        default=None,
+        metadata={
+            "help": "Compare prefixes up to the longer response, the shorter one continued with end tokens, or up to "
+            "the shorter one. Default: extend, or min with --no-append-eos."
+        },
+    )
+    reduction: Literal["prefix", "pair"] = field(
+        default="prefix", metadata={"help": "Weigh every prefix alike, or every pair (partial objective)."}
+    )
+    append_eos: bool = field(
+        default=True,
+        metadata={"help": "End each response with the end token; --no-append-eos if they were cut at a length limit."},
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of prompt and response at most; prompts are cut. Default: the model's context."},
+    )
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Pairs to evaluate on, as --dataset, instead of held-out ones."}
+    )
+    eval_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the prompts to hold out, with all their pairs; 0 for none."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in --output-dir, if any."})
+
+
+# Where we differ from transformers' defaults: one pass, since reward models overfit on the second, and a step size for
+# pretrained language models (tiny ones want 1e-3).
+TRAIN_DEFAULTS = dict(
+    output_dir="runs/reward_model",
+    num_train_epochs=1,
+    learning_rate=1e-5,
+    warmup_steps=0.05,
+    logging_steps=10,
+    save_total_limit=1,
+)
+
+
+def train(arguments: list[str]) -> None:
+    """Train a reward model on every prefix of the responses of preference pairs."""
+    from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
+
+    from pargs_min.data import encode_preferences, prompt_format, split_by_prompt
+    from pargs_min.records import read_preferences
+    from pargs_min.reward_model import context_length, load_reward_model, save_reward_model
+    from pargs_min.train import last_checkpoint, train_reward_model
+
+    parser = HfArgumentParser((TrainOptions, TrainingArguments), prog="pargs train", description=train.__doc__)
+    parser.set_defaults(**TRAIN_DEFAULTS)
+    options, args = parser.parse_args_into_dataclasses(arguments)
+    tail = options.tail or ("extend" if options.append_eos else "min")
+    if tail == "extend" and not options.append_eos:
+        raise ValueError(
+            "--tail extend continues responses with end tokens, --no-append-eos says they have none; use min"
+        )
+    if last_checkpoint(args.output_dir) and not options.resume:
+        raise ValueError(
+            f"{args.output_dir} holds checkpoints of an earlier run: add --resume, or choose another --output-dir"
+        )
+    preferences = read_preferences(options.dataset)
+    set_seed(args.seed)  # the new head
+    with quiet_loading():
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = load_reward_model(options.model, tokenizer)
+
+    def encode(preferences):
+        max_length = options.max_length or context_length(model)
+        pairs, counts = encode_preferences(preferences, tokenizer, max_length, options.append_eos)
+        if args.process_index == 0:
+            print("pairs:", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
+        return pairs
+
+    pairs = encode(preferences)
+    if options.eval_dataset:
+        held_out = encode(read_preferences(options.eval_dataset))
+    else:
+        pairs, held_out = split_by_prompt(pairs, options.eval_fraction, args.seed)
+    metrics = train_reward_model(
+        model,
+        tokenizer,
+        pairs,
+        held_out,
+        args=args,
+        objective=options.objective,
+        tail=tail,
+        reduction=options.reduction,
+        resume=options.resume,
+    )
+    if args.process_index == 0:
+        save_reward_model(
+            model,
+            tokenizer,
+            args.output_dir,
+            objective=options.objective,
+            tail=tail,
+            reduction=options.reduction,
+            append_eos=options.append_eos,
+            prompt_format=prompt_format(p.prompt for p in preferences),
+        )
+        print("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items()))
+        print(f"saved {args.output_dir}")
+
+
+def quiet_loading():
+    """transformers reports each loaded checkpoint at length; only its errors matter here."""
+    from contextlib import contextmanager
+
+    from transformers.utils import logging
+
+    @contextmanager
+    def quiet():
+        level = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(level)
+            logging.enable_progress_bar()
+
+    return quiet()
+
+
+COMMANDS = {"train": train}
+USAGE = "usage: pargs COMMAND [options]   (pargs COMMAND --help)\n\n" + "\n".join(
+    f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()
+)

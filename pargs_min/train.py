@@ -1,0 +1,271 @@
+"""Train a reward model on preference pairs: on every prefix of the responses, or on whole responses only.
+
+A batch of B pairs is one forward pass of 2B rows, which holds the rewards of all prefixes. The loop, its checkpoints,
+precision and processes are those of transformers' `Trainer`; what is ours is the loss and what evaluation reports.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import MethodType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+
+from pargs_min.data import Pair, at_response_tokens, collate
+from pargs_min.losses import bradley_terry_loss, compared_prefixes, partial_bradley_terry_loss
+from pargs_min.reward_model import is_causal, prefix_rewards
+
+FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the longer response of a pair; 1 is the usual accuracy of a reward model
+LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # in tokens
+
+
+def train_reward_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    eval_pairs: Sequence[Pair] = (),
+    *,
+    args: TrainingArguments,
+    objective: str = "partial",
+    tail: str = "extend",
+    reduction: str = "prefix",
+    resume: bool = False,
+) -> dict[str, float]:
+    """Train a reward model in place.
+
+    Args:
+        model: from `load_reward_model`.
+        tokenizer: names the end token that continues the shorter response of a pair, and the padding.
+        pairs, eval_pairs: from `encode_preferences`; the second are evaluated when training has ended, and whenever
+            `args` says so.
+        args: of transformers; batch sizes count pairs.
+        objective: "partial" (PARGS) compares every prefix, "full" (ARGS) whole responses only.
+        tail, reduction: of the partial objective, see `partial_bradley_terry_loss`.
+        resume: go on from the last whole checkpoint in `args.output_dir`, if there is one: same data, seed and
+            arguments give the weights of a run that was never interrupted.
+
+    Returns:
+        Metrics: `train_loss` and `eval_loss` in nats per prefix, pair accuracies (`prefix_metrics`), seconds.
+
+    Raises:
+        ValueError: if the model is not causal, if `objective`, `tail` or `reduction` is unknown, or if one process sees
+            several GPUs.
+    """
+    if not is_causal(model):
+        raise ValueError(f"{type(model).__name__} has no reward at every token; train a causal model")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs: start one process each with `torchrun --nproc-per-node={args.n_gpu} "
+            "-m pargs_min train ...`, or show it a single one through CUDA_VISIBLE_DEVICES"
+        )
+    loss, items = objective_functions(objective, tail, reduction)
+    extend_with = tokenizer.eos_token_id if (objective, tail) == ("partial", "extend") else None
+    pad_id = tokenizer.pad_token_id or 0
+
+    def collate_with_items(batch: Sequence[Pair]) -> dict[str, Tensor]:
+        tensors = collate(batch, pad_id, extend_with)
+        return tensors | {"labels": items(tensors)}
+
+    with _forward_is_prefix_rewards(model):
+        trainer = PairTrainer(
+            model,
+            args,
+            data_collator=collate_with_items,
+            train_dataset=pairs,
+            eval_dataset=eval_pairs or None,
+            compute_metrics=prefix_metrics,
+            loss=loss,
+        )
+        if args.logging_strategy == "no":
+            trainer.remove_callback(PrinterCallback)
+        result = trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if resume else None)
+        metrics = result.metrics | (trainer.evaluate() if eval_pairs else {})
+    model.eval()
+    return metrics
+
+
+class PairTrainer(Trainer):
+    """transformers' Trainer, for batches of pairs.
+
+    `labels` mark what the loss is a mean of, -100 elsewhere: Trainer counts them over all parts of a global batch
+    (accumulation steps, processes), so that a prefix weighs the same wherever it falls.
+    """
+
+    def __init__(self, *arguments, loss: Callable[..., Tensor], **keywords):
+        super().__init__(*arguments, **keywords)
+        self.loss = loss
+        self.model_accepts_loss_kwargs = True  # makes Trainer count the labels
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        rewards = at_response_tokens(model(inputs["input_ids"], inputs["attention_mask"]), inputs)
+        loss = self.loss(*rewards, inputs["chosen_lengths"], inputs["rejected_lengths"])
+        if num_items_in_batch is not None:
+            # Gradients are summed over accumulation steps and averaged over processes: the mean of all items.
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss * processes * (inputs["labels"] != -100).sum() / num_items_in_batch
+        return (loss, rewards) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, rewards = self.compute_loss(model, inputs, return_outputs=True)
+        longest = torch.maximum(inputs["chosen_lengths"], inputs["rejected_lengths"])[:, None]
+        lengths = torch.cat(
+            [torch.ceil(longest * longest.new_tensor(FRACTIONS, dtype=torch.float64)).long(),
+             longest.new_tensor(LENGTHS).expand(len(longest), -1)], dim=1
+        )  # fmt: skip
+        margins, differ = prefix_margins(*rewards, inputs, lengths)
+        return loss, (margins, differ.long()), longest
+
+
+def objective_functions(objective: str, tail: str, reduction: str) -> tuple[Callable[..., Tensor], Callable]:
+    """The loss of (chosen_rewards, rejected_rewards, chosen_lengths, rejected_lengths), and what it is a mean of.
+
+    The second function takes a collated batch and gives a tensor with -100 where there is nothing to count.
+
+    Raises:
+        ValueError: if a name is unknown.
+    """
+    if objective not in ("partial", "full"):
+        raise ValueError(f'objective must be "partial" or "full", got {objective!r}')
+    if tail not in ("extend", "min"):
+        raise ValueError(f'tail must be "extend" or "min", got {tail!r}')
+    if reduction not in ("prefix", "pair"):
+        raise ValueError(f'reduction must be "prefix" or "pair", got {reduction!r}')
+
+    def items(batch: dict[str, Tensor]) -> Tensor:
+        chosen, rejected = batch["chosen_lengths"], batch["rejected_lengths"]
+        if objective == "full" or reduction == "pair":
+            return torch.zeros_like(chosen)
+        compared = compared_prefixes(chosen, rejected, int(torch.maximum(chosen, rejected).max()), tail)
+        return torch.where(compared, 0, -100)
+
+    loss = partial(partial_bradley_terry_loss, tail=tail, reduction=reduction) if objective == "partial" else full_loss
+    return loss, items
+
+
+def full_loss(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
+) -> Tensor:
+    """The Bradley-Terry loss of whole responses: of the reward at the last token of each (nats per pair).
+
+    >>> full_loss(torch.tensor([[9.0, 2.0]]), torch.tensor([[1.0, 9.0]]), torch.tensor([2]), torch.tensor([1]))
+    tensor(0.3133)
+    """
+    return bradley_terry_loss(
+        chosen_rewards.gather(1, chosen_lengths[:, None] - 1), rejected_rewards.gather(1, rejected_lengths[:, None] - 1)
+    )
+
+
+@contextmanager
+def _forward_is_prefix_rewards(model: PreTrainedModel) -> Iterator[None]:
+    """Within, calling the model gives its rewards at every token.
+
+    The model's own forward pools the last one. Wrappers (DDP, FSDP, autocast) act on a model that is called, so its
+    parts must not be called behind their back.
+    """
+    model.forward = MethodType(prefix_rewards, model)
+    try:
+        yield
+    finally:
+        for name in ("forward", "_original_forward"):  # the second is a trace of accelerate's autocast
+            vars(model).pop(name, None)
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint of a folder; one that was being written when the run was killed does not count."""
+    whole = Path(folder).glob("checkpoint-*/trainer_state.json")  # the file that Trainer writes last
+    return max((str(state.parent) for state in whole), key=lambda name: int(name.rpartition("-")[2]), default=None)
+
+
+# ---- evaluation ----
+
+
+class PrefixAccuracy(NamedTuple):
+    """How often the chosen response is ahead after i = 1, 2, ... tokens, and over how many pairs; both (T,)."""
+
+    accuracy: Tensor
+    pairs: Tensor
+
+
+@torch.no_grad()
+def prefix_accuracy(model: PreTrainedModel, pairs: Sequence[Pair], *, batch_size: int = 32) -> PrefixAccuracy:
+    """Pair accuracy of a reward model at every prefix length.
+
+        accuracy_i = mean over pairs of [r(chosen_1:i) > r(rejected_1:i)],   ties 1/2
+
+    over the pairs whose first i tokens differ. A response that has ended stays as it is, so the last entry is the usual
+    accuracy on whole responses. It is nan where no pair differs yet.
+
+    Args:
+        model: causal, with one label; trained on prefixes or not.
+        batch_size: in pairs.
+
+    Raises:
+        ValueError: if there are no pairs.
+    """
+    if not pairs:
+        raise ValueError("pairs is empty; give at least one")
+    longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
+    lengths = torch.arange(1, longest + 1, device=model.device)
+    ahead = torch.zeros(2, longest, dtype=torch.float64, device=model.device)
+    for start in range(0, len(pairs), batch_size):
+        batch = {name: t.to(model.device) for name, t in collate(pairs[start : start + batch_size], pad_id=0).items()}
+        rewards = at_response_tokens(prefix_rewards(model, batch["input_ids"], batch["attention_mask"]), batch)
+        margins, differ = prefix_margins(*rewards, batch, lengths.expand(len(batch["chosen_lengths"]), -1))
+        ahead += torch.stack([_wins(margins) * differ, differ.double()]).sum(1)
+    return PrefixAccuracy((ahead[0] / ahead[1]).cpu(), ahead[1].long().cpu())
+
+
+def prefix_margins(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, batch: dict[str, Tensor], lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """By how much the chosen response is ahead at given prefix lengths, and whether the prefixes differ at all.
+
+        margin = r(chosen_1:i) - r(rejected_1:i),   where a response that has ended stays as it is
+
+    Args:
+        chosen_rewards, rejected_rewards: (B, T) reward at each response token, from `at_response_tokens`.
+        batch: from `collate`.
+        lengths: (B, K) prefix lengths i >= 1, in tokens.
+
+    Returns:
+        (B, K) margins, and (B, K) booleans.
+    """
+    ends = batch["chosen_lengths"][:, None], batch["rejected_lengths"][:, None]
+    ids = at_response_tokens(batch["input_ids"], batch)
+    both = torch.arange(ids[0].shape[1], device=lengths.device) < torch.minimum(*ends)
+    shared = ((ids[0] == ids[1]) & both).cumprod(1).sum(1, keepdim=True)
+    chosen, rejected = (
+        rewards.gather(1, torch.minimum(lengths, end) - 1)
+        for rewards, end in zip((chosen_rewards, rejected_rewards), ends, strict=True)
+    )
+    return chosen - rejected, torch.minimum(lengths, torch.maximum(*ends)) > shared
+
+
+def prefix_metrics(evaluation: EvalPrediction) -> dict[str, float]:
+    """Pair accuracies for Trainer: `accuracy` (whole responses), after 25, 50, 75 % and after 1, 2, 4, ... tokens."""
+    (margins, differ), longest = evaluation.predictions, evaluation.label_ids
+    names = [f"accuracy_{100 * fraction:.0f}_percent" for fraction in FRACTIONS[:-1]] + ["accuracy"]
+    names += [f"accuracy_after_{length}" for length in LENGTHS if length < longest.max()]
+    wins, differ = _wins(torch.from_numpy(margins)), torch.from_numpy(differ).bool()
+    accuracies = {name: float(wins[differ[:, k], k].mean()) for k, name in enumerate(names)}
+    return {"pairs": len(wins)} | {name: value for name, value in accuracies.items() if not math.isnan(value)}
+
+
+def _wins(margins: Tensor) -> Tensor:
+    return (margins > 0).double() + 0.5 * (margins == 0).double()

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification, TrainingArguments
+
+from pargs_min import train
+from pargs_min.data import Pair, at_response_tokens, collate
+from pargs_min.losses import bradley_terry_loss
+from pargs_min.reward_model import prefix_rewards
+from pargs_min.train import last_checkpoint, objective_functions, prefix_accuracy, train_reward_model
+
+from .strategies import tiny_config, tiny_reward_model, tiny_tokenizer, token_pairs
+
+END = 1
+
+
+def arguments(folder, **changes):
+    defaults = dict(
+        max_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return TrainingArguments(str(folder), **{**defaults, **changes})
+
+
+def random_pairs(count, seed=0):
+    """Pairs of unequal lengths; the chosen response begins with token 7, the rejected one with 8: that is all."""
+    words = random.Random(seed)
+
+    def response(first):
+        return [first, *(words.randrange(9, 14) for _ in range(words.randrange(6))), END]
+
+    return [Pair([words.randrange(2, 7)], response(7), response(8)) for _ in range(count)]
+
+
+def reward_model(seed=1, **changes):
+    return tiny_reward_model(vocabulary=14, seed=seed, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **changes)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("objective", ["partial", "full"])
+def test_training_learns_which_response_is_better(tmp_path, objective):
+    model, pairs = reward_model(), random_pairs(64)
+    metrics = train_reward_model(
+        model,
+        tiny_tokenizer(),
+        pairs,
+        random_pairs(32, seed=1),
+        args=arguments(tmp_path, max_steps=60, per_device_train_batch_size=16),
+        objective=objective,
+    )
+    assert metrics["eval_accuracy"] > 0.95
+    assert metrics["eval_loss"] < 0.3
+    assert not model.training
+
+
+@pytest.mark.parametrize("tail", ["extend", "min"])
+@pytest.mark.parametrize("reduction", ["prefix", "pair"])
+def test_accumulated_parts_weigh_as_one_batch(tmp_path, tail, reduction):
+    trained = []
+    for size, parts in ((8, 1), (2, 4)):
+        model = reward_model()
+        args = arguments(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=parts, max_steps=2, optim="sgd"
+        )
+        pairs = random_pairs(16)
+        metrics = train_reward_model(model, tiny_tokenizer(), pairs, args=args, tail=tail, reduction=reduction)
+        trained.append((weights(model), metrics["train_loss"]))
+    torch.testing.assert_close(trained[0][0], trained[1][0], rtol=0, atol=1e-12)
+    assert trained[0][1] == pytest.approx(trained[1][1], rel=1e-6)
+
+
+@pytest.mark.parametrize("killed_after", [3, 7])
+def test_a_run_that_was_killed_and_resumed_equals_one_that_was_not(tmp_path, monkeypatch, killed_after):
+    pairs = random_pairs(12)  # three batches an epoch: checkpoint 2 falls within an epoch, 6 between two
+
+    def run(folder, resume=False):
+        torch.manual_seed(resume)  # what went before must not matter
+        model = tiny_reward_model(vocabulary=14, seed=resume + 1)  # with dropout; what is resumed replaces the weights
+        args = arguments(tmp_path / folder, max_steps=8, save_strategy="steps", save_steps=2)
+        train_reward_model(model, tiny_tokenizer(), pairs, args=args, resume=resume)
+        return weights(model)
+
+    expected = run("whole")
+    compute_loss, calls = train.PairTrainer.compute_loss, []
+
+    def killed(self, *rest, **keywords):
+        calls.append(1)
+        if len(calls) > killed_after:
+            raise KeyboardInterrupt
+        return compute_loss(self, *rest, **keywords)
+
+    monkeypatch.setattr(train.PairTrainer, "compute_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("killed")
+    monkeypatch.undo()
+    (tmp_path / "killed" / "checkpoint-8").mkdir()  # killed while it wrote this one
+    assert last_checkpoint(tmp_path / "killed").endswith(f"checkpoint-{killed_after - 1}")
+    assert torch.equal(run("killed", resume=True), expected)
+
+
+def test_resuming_where_there_is_nothing_starts_anew(tmp_path):
+    model, other = reward_model(), reward_model()
+    train_reward_model(model, tiny_tokenizer(), random_pairs(8), args=arguments(tmp_path / "a"), resume=True)
+    train_reward_model(other, tiny_tokenizer(), random_pairs(8), args=arguments(tmp_path / "b"))
+    assert torch.equal(weights(model), weights(other))
+    assert last_checkpoint(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+def test_the_models_own_forward_is_back_afterwards(tmp_path, precision):
+    model = AutoModelForSequenceClassification.from_config(tiny_config("llama", 14, num_labels=1))
+    train_reward_model(model, tiny_tokenizer(), random_pairs(8), args=arguments(tmp_path, max_steps=1, **precision))
+    assert "forward" not in vars(model)
+    assert model(torch.tensor([[5, 6]])).logits.shape == (1, 1)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    with pytest.raises(IndexError):
+        train_reward_model(model, tiny_tokenizer(), [Pair([99], [5], [6])], args=arguments(tmp_path))
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [(dict(objective="value"), "objective"), (dict(tail="cut"), "tail"), (dict(reduction="sum"), "reduction")],
+)
+def test_unknown_names_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=f"{message} must be"):
+        train_reward_model(reward_model(), tiny_tokenizer(), random_pairs(4), args=arguments(tmp_path), **changes)
+
+
+def test_a_bidirectional_model_is_refused(tmp_path):
+    config = tiny_config("bert", 14, num_labels=1, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    bert = AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(ValueError, match="no reward at every token"):
+        train_reward_model(bert, tiny_tokenizer(), random_pairs(4), args=arguments(tmp_path))
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node=2"):
+        train_reward_model(reward_model(), tiny_tokenizer(), random_pairs(4), args=args)
+
+
+# ---- objectives ----
+
+
+@given(token_pairs())
+def test_the_full_objective_reads_the_last_token_of_each_response(pairs):
+    model = reward_model()
+    batch = collate(pairs, pad_id=0)
+    rewards = at_response_tokens(prefix_rewards(model, batch["input_ids"], batch["attention_mask"]), batch)
+    loss, items = objective_functions("full", "extend", "prefix")
+    expected = [[whole_reward(model, p.prompt_ids + p[side]) for p in pairs] for side in (1, 2)]
+    actual = loss(*rewards, batch["chosen_lengths"], batch["rejected_lengths"])
+    torch.testing.assert_close(actual, bradley_terry_loss(*torch.tensor(expected, dtype=torch.float64)))
+    assert (items(batch) != -100).sum() == len(pairs)
+
+
+@given(token_pairs(), st.sampled_from(["extend", "min"]))
+def test_the_partial_objective_counts_its_prefixes(pairs, tail):
+    batch = collate(pairs, pad_id=0)
+    count = {"extend": max, "min": min}[tail]
+    expected = sum(count(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
+    assert (objective_functions("partial", tail, "prefix")[1](batch) != -100).sum() == expected
+    assert (objective_functions("partial", tail, "pair")[1](batch) != -100).sum() == len(pairs)
+
+
+@pytest.mark.parametrize(("tail", "last"), [("extend", max), ("min", min)])
+def test_the_partial_loss_is_that_of_every_prefix_on_its_own(tmp_path, tail, last):
+    model, held_out, margins = reward_model(), random_pairs(6, seed=1), []
+    args = arguments(tmp_path, max_steps=1, per_device_eval_batch_size=6)
+    metrics = train_reward_model(model, tiny_tokenizer(), random_pairs(4), held_out, args=args, tail=tail)
+    for prompt, chosen, rejected in held_out:
+        for i in range(1, last(len(chosen), len(rejected)) + 1):
+            one, other = ((ids + [END] * i)[:i] for ids in (chosen, rejected))
+            margins.append(whole_reward(model, prompt + one) - whole_reward(model, prompt + other))
+    expected = torch.nn.functional.softplus(-torch.tensor(margins, dtype=torch.float64)).mean()
+    assert metrics["eval_loss"] == pytest.approx(float(expected), rel=1e-9)
+
+
+# ---- evaluation ----
+
+
+def whole_reward(model, ids):
+    with torch.no_grad():
+        return float(prefix_rewards(model, torch.tensor([ids]), torch.ones(1, len(ids)))[0, -1])
+
+
+def naive_prefix_accuracy(model, pairs):
+    """One forward pass for every prefix of every response; the definition, slowly."""
+    accuracy, counts = [], []
+    for i in range(1, max(len(ids) for pair in pairs for ids in pair[1:]) + 1):
+        outcomes = []
+        for prompt, chosen, rejected in pairs:
+            if chosen[:i] != rejected[:i]:
+                margin = whole_reward(model, prompt + chosen[:i]) - whole_reward(model, prompt + rejected[:i])
+                outcomes.append(0.5 * (1 + (margin > 0) - (margin < 0)))
+        accuracy.append(sum(outcomes) / len(outcomes) if outcomes else float("nan"))
+        counts.append(len(outcomes))
+    return torch.tensor(accuracy, dtype=torch.float64), torch.tensor(counts)
+
+
+@given(token_pairs(), st.integers(1, 3))
+@example([Pair([5], [6], [6]), Pair([5], [6], [6, 0]), Pair([5, 5], [6, 7, 8], [6, 7])], 3)  # 0 is also the padding
+@settings(max_examples=50)
+def test_prefix_accuracy_in_one_pass_equals_one_pass_per_prefix(pairs, batch_size):
+    model = reward_model()
+    accuracy, counts = naive_prefix_accuracy(model, pairs)
+    actual = prefix_accuracy(model, pairs, batch_size=batch_size)
+    torch.testing.assert_close(actual.accuracy, accuracy, equal_nan=True)
+    assert actual.pairs.tolist() == counts.tolist()
+
+
+def test_equal_rewards_are_half_right():
+    model = reward_model()
+    torch.nn.init.zeros_(model.score.weight)
+    accuracy, pairs = prefix_accuracy(model, [Pair([5], [6, 7], [6, 8])])
+    torch.testing.assert_close(accuracy, torch.tensor([float("nan"), 0.5], dtype=torch.float64), equal_nan=True)
+    assert pairs.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="pairs is empty"):
+        prefix_accuracy(model, [])
+
+
+@pytest.mark.parametrize("tail", ["extend", "min"])
+def test_trainer_reports_the_same_accuracies(tmp_path, tail):
+    model, held_out = reward_model(), random_pairs(23, seed=1)
+    args = arguments(tmp_path, max_steps=1, per_device_eval_batch_size=4)
+    metrics = train_reward_model(model, tiny_tokenizer(), random_pairs(8), held_out, args=args, tail=tail)
+    accuracy = prefix_accuracy(model, held_out).accuracy
+    longest = [max(len(p.chosen_ids), len(p.rejected_ids)) for p in held_out]
+    assert max(longest) == len(accuracy) == 7
+    for length in (1, 2, 4):
+        assert metrics[f"eval_accuracy_after_{length}"] == pytest.approx(float(accuracy[length - 1]))
+    assert metrics["eval_accuracy"] == pytest.approx(float(accuracy[-1]))
+    assert "eval_accuracy_after_8" not in metrics
+    assert metrics["eval_pairs"] == 23
+    halves = [Pair(p[0], *(ids[: (n + 1) // 2] for ids in p[1:])) for p, n in zip(held_out, longest, strict=True)]
+    assert metrics["eval_accuracy_50_percent"] == pytest.approx(float(prefix_accuracy(model, halves).accuracy[-1]))
