@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"no command {name!r}; there are {', '.join(COMMANDS)} (pargs --help)")
         COMMANDS[name](rest)
     except (ValueError, OSError) as error:
-        print(f"pargs: error: {error}", file=sys.stderr)
+        print("pargs: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pargs: interrupted", file=sys.stderr)
@@ -93,16 +95,14 @@ def train(arguments: list[str]) -> None:
     options, args = parser.parse_args_into_dataclasses(arguments)
     tail = options.tail or ("extend" if options.append_eos else "min")
     if tail == "extend" and not options.append_eos:
-        raise ValueError(
-            "--tail extend continues responses with end tokens, --no-append-eos says they have none; use min"
-        )
+        raise ValueError("--tail extend appends end tokens and --no-append-eos forbids them: drop one of the two")
     if last_checkpoint(args.output_dir) and not options.resume:
         raise ValueError(
             f"{args.output_dir} holds checkpoints of an earlier run: add --resume, or choose another --output-dir"
         )
     preferences = read_preferences(options.dataset)
     set_seed(args.seed)  # the new head
-    with quiet_loading():
+    with loading(options.model):
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         model = load_reward_model(options.model, tokenizer)
 
@@ -144,24 +144,20 @@ def train(arguments: list[str]) -> None:
         print(f"saved {args.output_dir}")
 
 
-def quiet_loading():
-    """transformers reports each loaded checkpoint at length; only its errors matter here."""
-    from contextlib import contextmanager
-
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Load models without transformers' report on each, and with errors that name the model."""
     from transformers.utils import logging
 
-    @contextmanager
-    def quiet():
-        level = logging.get_verbosity()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            logging.set_verbosity(level)
-            logging.enable_progress_bar()
-
-    return quiet()
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot load {name!r}: {error}") from error
+    finally:
+        logging.set_verbosity(level)
 
 
 COMMANDS = {"train": train}

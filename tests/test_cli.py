@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from pargs_min.cli import main
+from pargs_min.reward_model import prefix_rewards
+
+from .strategies import tiny_lm, tiny_tokenizer
+
+WORDS = "abcdefg"
+
+
+@pytest.fixture
+def lm(tmp_path):
+    """The folder of a tiny language model."""
+    folder = tmp_path / "lm"
+    tiny_lm(vocabulary=14).float().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    records = [{"prompt": f"{w} {v}", "chosen": f"a {w}", "rejected": f"b {v} c"} for w in WORDS for v in WORDS]
+    file.write_text("\n".join(map(json.dumps, records)))
+    return file
+
+
+def train(lm, pairs, out, *more):
+    few = ["--max-steps", "2", "--save-steps", "1", "--disable-tqdm", "True", "--use-cpu", "True"]
+    return main(["train", "--model", str(lm), "--dataset", str(pairs), "--output-dir", str(out), *few, *more])
+
+
+def test_help_is_instant():
+    code = "import sys; from pargs_min.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "train" in done.stdout
+
+
+def test_train_saves_a_model_that_transformers_loads_and_that_says_how_it_was_made(lm, pairs, tmp_path, capsys):
+    assert train(lm, pairs, tmp_path / "out", "--eval-fraction", "0.2") == 0
+    out = capsys.readouterr().out
+    assert "49 read, 49 kept" in out
+    assert "eval_accuracy_50_percent" in out
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.config.pargs == {
+        "objective": "partial",
+        "tail": "extend",
+        "reduction": "prefix",
+        "append_eos": True,
+        "prompt_format": "text",
+    }
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "out")("a b </s>")["input_ids"]])
+    with torch.no_grad():
+        own = prefix_rewards(model, ids, torch.ones_like(ids))[:, -1:]
+        torch.testing.assert_close(model(ids).logits, own)
+
+
+def test_responses_that_were_cut_are_compared_up_to_the_shorter_one(lm, pairs, tmp_path, capsys):
+    assert train(lm, pairs, tmp_path / "out", "--no-append-eos", "--objective", "full") == 0
+    settings = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.pargs
+    assert (settings["objective"], settings["tail"], settings["append_eos"]) == ("full", "min", False)
+    assert train(lm, pairs, tmp_path / "other", "--no-append-eos", "--tail", "extend") == 2
+    assert "drop one of the two" in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_gone_on_with_or_left_alone(lm, pairs, tmp_path, capsys):
+    assert train(lm, pairs, tmp_path / "out") == 0
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert train(lm, pairs, tmp_path / "out", "--seed", "5") == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert train(lm, pairs, tmp_path / "out", "--resume") == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+
+
+def test_held_out_pairs_may_be_a_file_of_their_own(lm, pairs, tmp_path, capsys):
+    assert train(lm, pairs, tmp_path / "out", "--eval-dataset", str(pairs)) == 0
+    assert "eval_pairs                   49" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--dataset", "absent.jsonl"], "absent.jsonl"),
+        (["--model", "absent"], "cannot load 'absent'"),
+        (["--max-length", "2"], "raise --max-length"),
+        (["--eval-fraction", "2"], "eval-fraction"),
+        (["--beta", "1"], "--beta"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(lm, pairs, tmp_path, capsys, more, message):
+    assert train(lm, pairs, tmp_path / "out", *more) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("pargs: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_command_names_those_there_are(capsys):
+    assert main(["trian"]) == 2
+    assert "there are train" in capsys.readouterr().err
+
+
+def test_no_command_prints_the_help(capsys):
+    assert main([]) == 0
+    assert "usage: pargs COMMAND" in capsys.readouterr().out
