@@ -168,7 +168,7 @@ class Journey:
     def _state(self, options: Iterable[tuple[tuple[str, ...], Place, Fraction]]) -> State:
         """The state of these (words, place after them, weight): what can follow, equal continuations added up.
 
-        Prefixes with the same future share a state, so the automaton forgets what no longer matters.
+        Prefixes that the same words may follow, to the same places, share a state: the automaton forgets the rest.
         """
         future: dict[tuple[tuple[str, ...], Place], Fraction] = {}
         for words, place, p in options:
