@@ -195,6 +195,10 @@ class Journey:
         """The word of each id."""
         return list(self.vocabulary)
 
+    def text(self, ids: Sequence[int]) -> str:
+        """The words of token ids, between blanks."""
+        return " ".join(self.words[i] for i in ids)
+
     @cached_property
     def automata(self) -> dict[str, Automaton]:
         """The automaton of each prompt; the reward of an unfinished state is that of an off-grammar text."""

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import logsumexp
+from scipy.special import expit, logsumexp
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -73,16 +73,11 @@ def reference(
     """Train the reference on journeys of all prompts, each read once, or load it if the folder holds it already.
 
     A GPT-2 of 2 layers, width 64 and 4 heads (about 110,000 parameters), saved with its tokenizer as an ordinary hub
-    folder. About 40 seconds on one core. Raises ValueError if the folder holds a model made with other arguments.
+    folder. About 40 seconds on one core. Raises ValueError if the folder holds a model made with other arguments; what
+    staying home is worth is none of them, since it changes no text.
     """
     folder, world = Path(folder), world or Journey()
-    made_with = {
-        "world": repr(world),
-        "seed": seed,
-        "steps": steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-    }
+    made_with = dict(luck=str(world.luck), seed=seed, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
     if not folder.exists():
         tokenizer, model = word_tokenizer(world), _new_model(world, seed)
         _train(model, world, seed, steps, batch_size, learning_rate)
@@ -192,34 +187,31 @@ def write_pairs(
     Pair i is of prompts[i % len(prompts)]. A pair with a response that did not end within HORIZON tokens is left out;
     returns how many were. Off-grammar responses stay: they are part of the reference.
     """
-    left_out = 0
-    unfinished = Path(f"{file}.unfinished")
+    left_out, unfinished = 0, Path(f"{file}.unfinished")
     with unfinished.open("w", encoding="utf-8") as out, tqdm(total=pairs, desc="preference pairs") as progress:
         for first in range(0, pairs, batch_size):
             numbers = range(first, min(first + batch_size, pairs))
             asked = [prompts[i % len(prompts)] for i in numbers]
-            one, other = (responses(model, tokenizer, asked, [2 * i + k for i in numbers], seed) for k in (0, 1))
-            noise = row_uniforms(
-                seed, (PROMPTS.index(prompt) for prompt in asked), (2 * i for i in numbers), HORIZON + 1
-            )
-            for prompt, a, b, u in zip(asked, one, other, noise[:, -1].tolist(), strict=True):
-                if a is None or b is None:
+            two = [responses(model, tokenizer, asked, [2 * i + k for i in numbers], seed) for k in (0, 1)]
+            prompt_ids, uniforms = tokenizer(asked).input_ids, _label_uniforms(asked, numbers, seed)
+            for prompt, ids, u, *pair in zip(asked, prompt_ids, uniforms, *two, strict=True):
+                if None in pair:
                     left_out += 1
                     continue
-                better, worse = world.gold([prompt] * 2, [a, b])
-                chosen, rejected = (a, b) if u < 1 / (1 + math.exp(worse - better)) else (b, a)
-                record = {
-                    "prompt": prompt,
-                    "chosen": tokenizer.decode(chosen),
-                    "rejected": tokenizer.decode(rejected),
-                    "prompt_ids": tokenizer(prompt).input_ids,
-                    "chosen_ids": chosen,
-                    "rejected_ids": rejected,
-                }
+                gold = world.gold([prompt] * 2, pair)
+                chosen, rejected = pair if u < expit(gold[0] - gold[1]) else reversed(pair)
+                record = {"prompt": prompt, "chosen": world.text(chosen), "rejected": world.text(rejected)}
+                record |= {"prompt_ids": ids, "chosen_ids": chosen, "rejected_ids": rejected}
                 out.write(json.dumps(record) + "\n")
             progress.update(len(numbers))
     unfinished.rename(file)
     return left_out
+
+
+def _label_uniforms(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> list[float]:
+    """The number that draws each pair's label: the next of the stream that drew its first response."""
+    rows = row_uniforms(seed, map(PROMPTS.index, prompts), [2 * i for i in numbers], HORIZON + 1)
+    return rows[:, -1].tolist()
 
 
 def responses(
@@ -234,19 +226,10 @@ def responses(
     Row i is sample number samples[i] of prompts[i], whatever the other rows are (`row_uniforms`).
     """
     ids = torch.tensor(tokenizer(list(prompts)).input_ids)
-    uniforms = row_uniforms(seed, (PROMPTS.index(prompt) for prompt in prompts), samples, HORIZON)
+    uniforms = row_uniforms(seed, map(PROMPTS.index, prompts), samples, HORIZON)
     end = tokenizer.eos_token_id
-    drawn = generate(
-        ModelPolicy(model),
-        None,
-        ids,
-        beta=0.0,
-        top_k=0,
-        max_new_tokens=HORIZON,
-        eos=end,
-        pad=tokenizer.pad_token_id,
-        uniforms=uniforms,
-    )
+    settings = dict(beta=0.0, top_k=0, max_new_tokens=HORIZON, eos=end, uniforms=uniforms)
+    drawn = generate(ModelPolicy(model), None, ids, **settings)
     rows = [row[:n] for row, n in zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)]
     return [row[:-1] if row[-1] == end else None for row in rows]
 

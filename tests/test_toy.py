@@ -1,0 +1,192 @@
+"""The tiny reference, its pairs, and the frontier of what it can write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import expit
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pargs_min import exact, toy
+from pargs_min.toy import HELD_OUT_PROMPTS, HORIZON, PROMPTS, TRAIN_PROMPTS, Journey
+
+WORLD = Journey()
+STEPS = 60  # enough for texts that end
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("toy") / "reference"
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path):
+    return toy.reference(folder, WORLD, steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def pairs(folder: Path, trained) -> tuple[list[dict], int]:
+    """Four hundred pairs, and how many were left out."""
+    left_out = toy.write_pairs(folder / "../pairs.jsonl", *trained, WORLD, pairs=400)
+    return [json.loads(line) for line in (folder / "../pairs.jsonl").read_text().splitlines()], left_out
+
+
+def test_texts_survive_the_tokenizer():
+    tokenizer = toy.word_tokenizer(WORLD)
+    tokens, _ = WORLD.write(np.random.default_rng(0).random((120, HORIZON)))
+    for i, row in enumerate(tokens):
+        text = " ".join(WORLD.words[t] for t in row if t != tokenizer.eos_token_id)
+        ids = tokenizer(text).input_ids
+        assert ids == row[: len(ids)].tolist()
+        assert tokenizer.decode(ids) == text
+        assert tokenizer(PROMPTS[i % 12]).input_ids == [WORLD.vocabulary[word] for word in PROMPTS[i % 12].split()]
+    assert tokenizer("she packs a zebra <end>").input_ids[3:] == [tokenizer.unk_token_id, tokenizer.eos_token_id]
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
+
+
+def test_the_reference_is_an_ordinary_hub_folder(folder: Path, trained):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.get_vocab() == WORLD.vocabulary
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (model.config.pad_token_id, model.config.eos_token_id)
+    ids = torch.tensor([tokenizer(PROMPTS[0]).input_ids])
+    assert torch.equal(model.eval()(input_ids=ids).logits, trained[0](input_ids=ids).logits)
+    assert not trained[0].training
+
+
+def test_a_reference_that_is_there_is_reused_and_another_is_refused(folder: Path, trained):
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    toy.reference(folder, Journey(stay_home_reward=0.0), steps=STEPS)  # the same texts
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="choose another folder"):
+        toy.reference(folder, WORLD, steps=STEPS + 1)
+
+
+def test_training_repeats_itself_and_leaves_the_global_stream_alone(tmp_path: Path):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    one, other = (toy.reference(tmp_path / name, WORLD, steps=3, batch_size=4)[0] for name in "ab")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    different = toy.reference(tmp_path / "c", WORLD, steps=3, batch_size=4, seed=1)[0]
+    assert not torch.equal(one.transformer.wte.weight, different.transformer.wte.weight)
+
+
+def test_the_gap_is_what_the_model_adds_to_the_surprisal_of_a_text(trained):
+    """Against transformers' own loss, one text at a time, over the same texts."""
+    model, tokenizer = trained
+    gap = toy.reference_gap(model, WORLD, texts=48, seed=5)
+    tokens, log_probs = WORLD.write(np.random.default_rng([5, 48]).random((48, HORIZON)))
+    surprisal, count = 0.0, 0
+    for i, row in enumerate(tokens.tolist()):
+        prompt = tokenizer(PROMPTS[i % len(PROMPTS)]).input_ids
+        response = row[: row.index(tokenizer.eos_token_id) + 1]
+        ids = torch.tensor([prompt + response])
+        labels = torch.tensor([[-100] * len(prompt) + response])
+        surprisal += model(input_ids=ids, labels=labels).loss.item() * len(response)
+        count += len(response)
+    assert gap["model"] == pytest.approx(surprisal / count, rel=1e-5)
+    assert gap["automaton"] == pytest.approx(-log_probs.sum() / count, rel=1e-12)
+    assert gap["gap"] == pytest.approx((surprisal + log_probs.sum()) / 48, rel=1e-4)
+    assert gap["entropy"] == pytest.approx(gap["automaton"], rel=0.05)  # a fixed draw: 0.719 beside 0.724
+    assert gap["entropy"] < gap["model"] < np.log(len(WORLD.vocabulary))
+
+
+def test_pairs_are_records_of_training_prompts_in_text_and_ids(pairs, trained):
+    records, left_out = pairs
+    tokenizer = trained[1]
+    assert len(records) + left_out == 400
+    assert {record["prompt"] for record in records} == set(TRAIN_PROMPTS)
+    assert not set(TRAIN_PROMPTS) & set(HELD_OUT_PROMPTS)
+    for record in records:
+        for field in ("prompt", "chosen", "rejected"):
+            ids = record[f"{field}_ids"]
+            assert tokenizer(record[field]).input_ids == ids or tokenizer.pad_token_id in ids
+            assert tokenizer.eos_token_id not in ids
+            assert len(ids) < HORIZON
+
+
+def test_labels_are_bradley_terry_on_the_gold_reward(trained, tmp_path: Path, monkeypatch):
+    """Hoeffding at 1e-6: how often the better response was chosen, against the mean of its probability."""
+    rng = np.random.default_rng(2)
+
+    def by_the_grammar(model, tokenizer, prompts, samples, seed):
+        tokens, _ = WORLD.write(rng.random((len(prompts), HORIZON)), prompts)
+        return [row[: row.index(tokenizer.eos_token_id)] for row in tokens.tolist()]
+
+    monkeypatch.setattr(toy, "responses", by_the_grammar)
+    assert toy.write_pairs(tmp_path / "pairs.jsonl", *trained, WORLD, pairs=4000, batch_size=4000) == 0
+    records = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    gold = np.array([WORLD.gold([r["prompt"]] * 2, [r["chosen"], r["rejected"]]) for r in records])
+    margin = (gold[:, 0] - gold[:, 1])[gold[:, 0] != gold[:, 1]]
+    bound = np.sqrt(np.log(2 / 1e-6) / (2 * len(margin)))
+    assert bound < 0.05
+    assert abs((margin > 0).mean() - expit(np.abs(margin)).mean()) < bound
+    close = np.abs(margin) < 0.6
+    assert abs((margin > 0)[close].mean() - expit(np.abs(margin[close])).mean()) < bound * np.sqrt(
+        len(margin) / close.sum()
+    )
+
+
+def test_pairs_do_not_depend_on_the_batch_and_are_whole_or_not_there(trained, tmp_path: Path, monkeypatch):
+    settings = dict(pairs=20, seed=4)
+    for name, batch_size in (("a", 20), ("b", 7)):
+        toy.write_pairs(tmp_path / name, *trained, WORLD, batch_size=batch_size, **settings)
+    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
+    first = (tmp_path / "a").read_text()
+    toy.write_pairs(tmp_path / "c", *trained, WORLD, pairs=20, seed=5)
+    assert (tmp_path / "c").read_text() != first
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journey, "gold", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        toy.write_pairs(tmp_path / "d", *trained, WORLD, **settings)
+    assert not (tmp_path / "d").exists()
+
+
+def test_responses_that_do_not_end_are_none(trained):
+    model, tokenizer = trained
+    bias = torch.zeros(len(WORLD.vocabulary))
+    got = toy.responses(model, tokenizer, PROMPTS * 4, range(48), 0)
+    assert all(row is None or (len(row) < HORIZON and tokenizer.eos_token_id not in row) for row in got)
+    bias[tokenizer.eos_token_id] = -torch.inf
+    hook = model.lm_head.register_forward_hook(lambda module, args, logits: logits + bias)
+    try:
+        assert toy.responses(model, tokenizer, PROMPTS, range(12), 0) == [None] * 12
+    finally:
+        hook.remove()
+
+
+def test_the_frontier_of_samples_is_the_exact_frontier():
+    """The automaton's own samples, to 5.5 standard errors (delta method): false failures 4e-8 each, ten of them."""
+    n, betas = 5000, [0.0, 0.5, 1.0, 2.0, 3.0]
+    automata = [WORLD.automata[prompt] for prompt in HELD_OUT_PROMPTS]
+    tokens, _ = WORLD.write(np.random.default_rng(11).random((4 * n, HORIZON)), HELD_OUT_PROMPTS)
+    gold = np.array(WORLD.gold(HELD_OUT_PROMPTS * n, tokens.tolist())).reshape(n, 4).T
+    for point in toy.frontier(gold, betas):
+        policies = [exact.rlhf_frontier(automaton, [max(point.beta, 1e-9)])[0] for automaton in automata]
+        weights = np.exp(point.beta * gold)
+        weights /= weights.sum(1, keepdims=True)
+        log_ratio = np.log(n * weights)
+        for estimate, truth, value in (
+            (point.reward, np.mean([policy.reward for policy in policies]), gold),
+            (point.kl, np.mean([policy.kl for policy in policies]), log_ratio),
+        ):
+            mean = (weights * value).sum(1, keepdims=True)
+            # KL = E_w[beta gold] - log Z: each sample moves the mean, and for KL the normaliser too
+            influence = weights * (value - mean) - (0 if value is gold else weights - 1 / n)
+            error = np.sqrt((influence**2).sum()) / 4
+            assert abs(estimate - truth) <= 5.5 * error + 1e-6
+    assert toy.frontier(gold, [0.0])[0].effective_samples == pytest.approx(4 * n)
+
+
+def test_a_frontier_point_on_few_samples_is_left_out():
+    gold = np.zeros((1, 1000))
+    gold[0, 0] = 5.0
+    assert [point.beta for point in toy.frontier(gold, [0.1, 5.0])] == [0.1]
+    assert [point.beta for point in toy.frontier(gold, [0.1, 5.0], least=1)] == [0.1, 5.0]
