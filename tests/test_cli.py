@@ -20,7 +20,7 @@ WORDS = "abcdefg"
 def lm(tmp_path):
     """The folder of a tiny language model."""
     folder = tmp_path / "lm"
-    tiny_lm(vocabulary=14).float().save_pretrained(folder)
+    tiny_lm(vocabulary=14, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).float().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -111,3 +111,19 @@ def test_an_unknown_command_names_those_there_are(capsys):
 def test_no_command_prints_the_help(capsys):
     assert main([]) == 0
     assert "usage: pargs COMMAND" in capsys.readouterr().out
+
+
+def test_two_processes_train_what_one_does(lm, tmp_path):
+    file, out = tmp_path / "unequal.jsonl", [tmp_path / "one", tmp_path / "two"]
+    records = [{"prompt": w, "chosen": "a " * n, "rejected": f"b {w}"} for n, w in enumerate(WORDS + "a", 1)]
+    file.write_text("\n".join(map(json.dumps, records)))
+    options = ["--model", str(lm), "--dataset", str(file), "--eval-fraction", "0", "--max-steps", "2", "--optim", "sgd"]
+    options += ["--learning-rate", "0.1", "--save-strategy", "no", "--disable-tqdm", "True", "--use-cpu", "True"]
+    assert main(["train", *options, "--output-dir", str(out[0]), "--per-device-train-batch-size", "4"]) == 0
+    two = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pargs_min", "train", *options]
+    two += ["--output-dir", str(out[1]), "--per-device-train-batch-size", "2"]
+    done = subprocess.run([sys.executable, "-m", *two], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (AutoModelForSequenceClassification.from_pretrained(folder).state_dict() for folder in out)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name])
