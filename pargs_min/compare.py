@@ -1,0 +1,313 @@
+"""Files of texts, of any methods over the same prompts, beside each other: one row a file, every number with its error.
+
+read_files -> compare -> write_comparison, markdown, panels
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import NamedTuple
+
+from pargs_min.evaluate import bootstrap_interval, count_outcomes, distinct_n, mean_and_error, outcome
+from pargs_min.journey import OFF_GRAMMAR
+from pargs_min.judges import Judge, is_number
+
+REQUIRED = {
+    "prompt_number": int,
+    "sample": int,
+    "prompt": (str, list, type(None)),
+    "response": str,
+    "response_ids": list,
+}
+OPTIONAL = {"kl": (int, float), "finished": bool, "method": str, "cost": dict, "settings": dict}
+
+Files = Mapping[str, list[dict]]  # label -> records of `pargs generate`
+
+
+class Comparison(NamedTuple):
+    """One row a file; every answer of every judge, as it came; and what a reader of the rows must know."""
+
+    rows: list[dict]
+    answers: list[dict]
+    notes: list[str]
+
+
+def read_files(paths: Sequence[str | os.PathLike]) -> dict[str, list[dict]]:
+    """The texts of each file, by the file's name without its ending; by its whole path where two names are equal.
+
+    Raises:
+        ValueError: as `read_texts`, or if the files' prompts differ, naming them.
+    """
+    paths = list(dict.fromkeys(map(Path, paths)))
+    names = [path.stem for path in paths]
+    files = {
+        name if names.count(name) == 1 else str(path): read_texts(path) for name, path in zip(names, paths, strict=True)
+    }
+    check_same_prompts(files)
+    return files
+
+
+def read_texts(path: str | os.PathLike) -> list[dict]:
+    """Records of `pargs generate`, sorted by prompt and sample.
+
+    Raises:
+        ValueError: naming file and line, at the first that is no such record or repeats one; if there are none.
+        OSError: if there is no such file.
+    """
+    texts: dict[tuple[int, int], dict] = {}
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)
+            wrong = [name for name, kind in REQUIRED.items() if not isinstance(text[name], kind)]
+            wrong += [name for name, kind in OPTIONAL.items() if name in text and not isinstance(text[name], kind)]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: not a record of `pargs generate` ({error!r})") from None
+        if wrong:
+            raise ValueError(f"{path}:{number}: `{wrong[0]}` must not be {json.dumps(text[wrong[0]])[:60]}")
+        if texts.setdefault((text["prompt_number"], text["sample"]), text) is not text:
+            raise ValueError(f"{path}:{number}: prompt {text['prompt_number']} has sample {text['sample']} already")
+    if not texts:
+        raise ValueError(f"{path} holds no texts; write some with `pargs generate`")
+    return [texts[key] for key in sorted(texts)]
+
+
+def check_same_prompts(files: Files) -> None:
+    """Check that all files have the prompts of the first.
+
+    Raises:
+        ValueError: naming the file and the prompts that differ.
+    """
+    prompts = {label: {text["prompt_number"]: text["prompt"] for text in texts} for label, texts in files.items()}
+    first, *others = prompts
+    for label in others:
+        here, there = prompts[label], prompts[first]
+        differ = [
+            f"number {n} ({f'{here[n]!r:.60}' if n in here else 'missing'}, not "
+            f"{f'{there[n]!r:.60}' if n in there else 'missing'})"
+            for n in sorted(here.keys() | there.keys())
+            if n not in here or n not in there or here[n] != there[n]
+        ]
+        if differ:
+            raise ValueError(
+                f"{label} and {first} differ in {len(differ)} prompts: {'; '.join(differ[:3])}; compare files that "
+                "were generated, to the end, from the same prompts"
+            )
+
+
+def compare(files: Files, judges: Sequence[Judge] = (), against: str | None = None) -> Comparison:
+    """Judge and measure each file.
+
+    Args:
+        against: the file that the others are compared with text by text: the same sample of the same prompt.
+
+    Returns:
+        rows: file, method, prompts, texts, `judges` (by name: reward, win_rate, out_of_format), and the measures below.
+            Each measure is {mean, error, low, high}, the error over prompts and the bootstrap interval of 95%, or None
+            where the records do not have it; error, low and high are None for a single prompt.
+
+            kl              nats a text from the model that the file `against` (or the first) was written by
+            distinct_1, _2  `distinct_n` among a prompt's samples, of as many as the poorest prompt of all files has
+            rouge_l         ROUGE-L F among a prompt's samples, pair by pair: the smaller, the more diverse
+            length          tokens a text, its end token included
+            finished        share of texts that ended by themselves
+            seconds, calls  cost a text (`cost` of the records: seconds, model_calls)
+            off_grammar     share of texts that the embedded world's grammar cannot have written (judge `toy`)
+
+    Raises:
+        ValueError: if `against` is not among the files, or a judge that compares texts is given without it.
+    """
+    if against is not None and against not in files:
+        raise ValueError(f"against must be one of {', '.join(files)}, got {against!r}")
+    answers, outcomes = {}, {}
+    for judge in judges:
+        answers[judge.name], outcomes[judge.name] = _judge(judge, files, against)
+    samples = min(len(texts) for group in files.values() for texts in _by_prompt(group).values())
+    notes = [*_notes(files, judges, against, samples)]
+    rows = []
+    for label, texts in files.items():
+        row = {
+            "file": label,
+            "method": ", ".join(dict.fromkeys(str(text.get("method", "")) for text in texts)),
+            "prompts": len(_by_prompt(texts)),
+            "texts": len(texts),
+            "judges": {
+                judge.name: _summary(judge, texts, answers[judge.name][label], outcomes[judge.name][label])
+                for judge in judges
+            },
+            "kl_is_bound": any(text.get("method") == "best-of-n" for text in texts),
+        }
+        row |= {name: _mean(texts, measure) for name, measure in MEASURES.items()}
+        if _model(texts) != _model(files[against or next(iter(files))]):
+            row["kl"] = None
+        for n in (1, 2):
+            row[f"distinct_{n}"] = _among_samples(texts, lambda group, n=n: distinct(group[:samples], n))
+        row["rouge_l"] = _among_samples(texts, rouge_l)
+        if "toy" in answers:
+            row["off_grammar"] = _estimate([float(a == OFF_GRAMMAR) for a in answers["toy"][label]], _groups(texts))
+        rows.append(row)
+    kept = [
+        {"file": label, "prompt_number": text["prompt_number"], "sample": text["sample"]}
+        | {name: answers[name][label][i] for name in answers}
+        for label, texts in files.items()
+        for i, text in enumerate(texts)
+    ]
+    return Comparison(rows, kept, notes)
+
+
+MEASURES: dict[str, Callable[[dict], float | None]] = {
+    "kl": lambda text: text.get("kl"),
+    "length": lambda text: len(text["response_ids"]),
+    "finished": lambda text: text.get("finished"),
+    "seconds": lambda text: text.get("cost", {}).get("seconds"),
+    "model_calls": lambda text: text.get("cost", {}).get("model_calls"),
+}
+
+
+def _judge(judge: Judge, files: Files, against: str | None) -> tuple[dict[str, list], dict[str, list]]:
+    """(answers, outcomes) of each file, one a text: what the judge said, and who won against the text's partner.
+
+    An outcome is None where a text has no partner, or one of the two has no number.
+    """
+    pairs = {label: _partners(texts, files[against]) if against else [] for label, texts in files.items()}
+    pairs |= {against: []}
+    if judge.score:
+        answers = {label: judge.score(texts) for label, texts in files.items()}
+        won = {label: [_outcome(answers[label][i], answers[against][j]) for i, j in pairs[label]] for label in files}
+    elif against is None:
+        raise ValueError(f"judge {judge.name} compares texts: say with which (--against FILE)")
+    else:
+        answers = None
+        won = {
+            label: judge.compare([texts[i] for i, _ in pairs[label]], [files[against][j] for _, j in pairs[label]])
+            for label, texts in files.items()
+        }
+    outcomes = {label: _at([i for i, _ in pairs[label]], won[label], len(texts)) for label, texts in files.items()}
+    return answers or outcomes, outcomes
+
+
+def _partners(ours: list[dict], theirs: list[dict]) -> list[tuple[int, int]]:
+    """Places of the texts that are the same sample of the same prompt."""
+    place = {_key(text): j for j, text in enumerate(theirs)}
+    return [(i, place[_key(text)]) for i, text in enumerate(ours) if _key(text) in place]
+
+
+def _outcome(ours: object, theirs: object) -> float | None:
+    return outcome(ours, theirs) if is_number(ours) and is_number(theirs) else None
+
+
+def _at(places: list[int], values: list, length: int) -> list:
+    row = [None] * length
+    for i, value in zip(places, values, strict=True):
+        row[i] = value
+    return row
+
+
+def _summary(judge: Judge, texts: list[dict], answers: list, outcomes: list) -> dict:
+    answered = answers if judge.score else [answer for answer in answers if answer is not None]
+    scores = [(a, text["prompt_number"]) for a, text in zip(answers, texts, strict=True) if is_number(a)]
+    rate = [(o, text["prompt_number"]) for o, text in zip(outcomes, texts, strict=True) if is_number(o)]
+    return {
+        "reward": _estimate(*zip(*scores, strict=True)) if judge.score and scores else None,
+        "win_rate": _win_rate(*map(list, zip(*rate, strict=True))) if rate else None,
+        "out_of_format": sum(not is_number(answer) for answer in answered),
+    }
+
+
+def _win_rate(outcomes: list[float], groups: list[int]) -> dict:
+    return count_outcomes(outcomes)._asdict() | {"error_over_prompts": _known(mean_and_error(outcomes, groups)[1])}
+
+
+def _mean(texts: list[dict], measure: Callable[[dict], float | None]) -> dict | None:
+    values = [measure(text) for text in texts]
+    return None if None in values else _estimate(values, _groups(texts))
+
+
+def _among_samples(texts: list[dict], measure: Callable[[list[dict]], float]) -> dict | None:
+    values = {number: measure(group) for number, group in _by_prompt(texts).items()}
+    values = {number: value for number, value in values.items() if not math.isnan(value)}
+    return _estimate([*values.values()], [*values]) if values else None
+
+
+def _estimate(values: Sequence[float], groups: Sequence[int]) -> dict:
+    numbers = (*mean_and_error(values, groups), *bootstrap_interval(values, groups))
+    return dict(zip(("mean", "error", "low", "high"), map(_known, numbers), strict=True))
+
+
+def _known(number: float) -> float | None:
+    return None if math.isnan(number) else number
+
+
+def distinct(texts: list[dict], n: int) -> float:
+    """`distinct_n` of the token ids of some texts."""
+    return distinct_n([text["response_ids"] for text in texts], n)
+
+
+def rouge_l(texts: list[dict]) -> float:
+    """Mean ROUGE-L F of all pairs of texts; nan for a single text, or without the extra `metrics`.
+
+    rouge-score's own tokeniser reads letters a-z and digits only: nothing can be said of texts without any.
+
+    Source: Lin (2004), ROUGE; the diversity of arXiv 2406.07780.
+    """
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        return math.nan
+    score = RougeScorer(["rougeL"]).score
+    pairs = [score(a["response"], b["response"])["rougeL"].fmeasure for a, b in combinations(texts, 2)]
+    return sum(pairs) / len(pairs) if pairs else math.nan
+
+
+def _notes(files: Files, judges: Sequence[Judge], against: str | None, samples: int) -> Iterator[str]:
+    for judge in judges:
+        for label, texts in files.items():
+            if any(_guided_by(text, judge.name) for text in texts):
+                yield (
+                    f"the judge {judge.name} guided {label}: its reward says how well it was optimised, not how good "
+                    "the texts are; add a judge that no method has seen"
+                )
+    reference = against or next(iter(files))
+    for label, texts in files.items():
+        if _model(texts) != _model(files[reference]):
+            yield (
+                f"{label} was written by {_model(texts)}, {reference} by {_model(files[reference])}: its KL, to its "
+                "own model, is left out"
+            )
+    counts = {len(group) for texts in files.values() for group in _by_prompt(texts).values()}
+    if len(counts) > 1:
+        yield f"the prompts have {min(counts)} to {max(counts)} samples: distinct-n is over {samples} of each"
+    if any(text.get("method") == "best-of-n" for texts in files.values() for text in texts):
+        yield "the KL of best-of-n is an upper bound, log n - (n - 1)/n"
+
+
+def _guided_by(text: dict, judge: str) -> bool:
+    model = text.get("settings", {}).get("reward_model")
+    if model is None or text.get("method") == "plain":
+        return False
+    return os.path.realpath(model) == os.path.realpath(judge)
+
+
+def _model(texts: list[dict]) -> str | None:
+    return texts[0].get("settings", {}).get("model")
+
+
+def _key(text: dict) -> tuple[int, int]:
+    return text["prompt_number"], text["sample"]
+
+
+def _groups(texts: list[dict]) -> list[int]:
+    return [text["prompt_number"] for text in texts]
+
+
+def _by_prompt(texts: list[dict]) -> dict[int, list[dict]]:
+    groups: dict[int, list[dict]] = {}
+    for text in texts:
+        groups.setdefault(text["prompt_number"], []).append(text)
+    return groups

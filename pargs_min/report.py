@@ -1,0 +1,95 @@
+"""A comparison on paper: a Markdown table, what its figure shows, and the files that keep it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from pargs_min.compare import Comparison
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table and its notes; columns that no file has are left out."""
+    table = [_cells(row) for row in comparison.rows]
+    names = [name for name in table[0] if any(cells[name] for cells in table)]
+    lines = [names, *([cells[name] for name in names] for cells in table)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    text = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join([f"| {line} |" for line in text] + [""] + [f"- {note}" for note in comparison.notes])
+
+
+def panels(comparison: Comparison) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """What the figure shows: for each measure, (value, low, high) of each file that has it."""
+    found: dict[str, dict[str, tuple[float, float, float]]] = {}
+    for row in comparison.rows:
+        estimates = {"KL to the reference (nats)": row["kl"]}
+        for name, judged in row["judges"].items():
+            estimates[f"reward ({_short(name)})"] = judged["reward"]
+            estimates[f"share won ({_short(name)})"] = judged["win_rate"]
+        for name, estimate in estimates.items():
+            if estimate:
+                value = estimate.get("mean", estimate.get("rate"))
+                ends = (value if estimate[end] is None else estimate[end] for end in ("low", "high"))
+                found.setdefault(name, {})[row["file"]] = (value, *ends)
+    return found
+
+
+def write_comparison(comparison: Comparison, folder: str | os.PathLike) -> None:
+    """evaluation.md, evaluation.json (rows and notes) and answers.jsonl (each judge's answer on each text, raw)."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.md").write_text(markdown(comparison) + "\n", "utf-8")
+    rows = {"rows": comparison.rows, "notes": comparison.notes}
+    (folder / "evaluation.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False), "utf-8")
+    lines = [json.dumps(answer, ensure_ascii=False, default=repr) + "\n" for answer in comparison.answers]
+    (folder / "answers.jsonl").write_text("".join(lines), "utf-8")
+
+
+def _short(judge: str) -> str:
+    return os.path.basename(judge.rstrip("/")).rpartition("#")[2]
+
+
+def _cells(row: dict) -> dict[str, str]:
+    cells = {"file": row["file"], "texts": f"{row['texts']} of {row['prompts']}"}
+    for name, judged in row["judges"].items():
+        cells[f"reward ({_short(name)})"] = _plus_minus(judged["reward"], interval=True)
+        cells[f"wins ({_short(name)})"] = _wins(judged["win_rate"])
+        cells[f"no answer ({_short(name)})"] = str(judged["out_of_format"] or "")
+    kl = _plus_minus(row["kl"])
+    cells["KL (nats)"] = f"≤ {row['kl']['mean']:.3g}" if kl and row["kl_is_bound"] else kl
+    for name, title in COLUMNS.items():
+        cells[title] = _plus_minus(row.get(name))
+    return cells
+
+
+COLUMNS = {
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "rouge_l": "ROUGE-L",
+    "length": "tokens",
+    "finished": "finished",
+    "off_grammar": "off grammar",
+    "seconds": "seconds",
+    "model_calls": "model calls",
+}
+
+
+def _plus_minus(estimate: dict | None, interval: bool = False) -> str:
+    if estimate is None:
+        return ""
+    text = (
+        f"{estimate['mean']:.3g}" if estimate["error"] is None else f"{estimate['mean']:.3g} ± {estimate['error']:.2g}"
+    )
+    return (
+        text if not interval or estimate["low"] is None else f"{text} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
+    )
+
+
+def _wins(rate: dict | None) -> str:
+    """Share won, its Wilson interval, and the counts won / tied / lost."""
+    if rate is None:
+        return ""
+    ends = f"{rate['rate']:.0%} [{rate['low']:.0%}, {rate['high']:.0%}]"
+    return f"{ends} {rate['wins']}/{rate['ties']}/{rate['losses']}"

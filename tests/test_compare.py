@@ -1,0 +1,234 @@
+"""Files of texts beside each other: what is counted, with what, and what is refused."""
+
+import json
+import math
+
+import pytest
+
+from pargs_min.compare import compare, distinct, read_files, read_texts, rouge_l
+from pargs_min.evaluate import bootstrap_interval, mean_and_error, win_rate
+from pargs_min.judges import Judge
+from pargs_min.report import markdown, panels, write_comparison
+
+
+def text(prompt_number, sample, response, **more):
+    record = {
+        "prompt": f"prompt {prompt_number}",
+        "prompt_number": prompt_number,
+        "sample": sample,
+        "response": response,
+        "response_ids": [ord(letter) for letter in response],
+        "finished": True,
+        "method": "plain",
+        "kl": float(len(response)),
+    }
+    return record | more
+
+
+def write(path, texts):
+    path.write_text("".join(json.dumps(record) + "\n" for record in texts))
+    return path
+
+
+def length(texts):
+    return [len(record["response"]) for record in texts]
+
+
+LENGTH = Judge("length", score=length)
+LIKES_A = Judge("likes a", compare=lambda ours, theirs: [float("a" in record["response"]) for record in ours])
+ONE = [text(0, 0, "aa"), text(0, 1, "bbbb"), text(1, 0, "c"), text(1, 1, "d")]
+TWO = [text(0, 0, "a"), text(0, 1, "bbbb"), text(1, 0, "cc"), text(1, 1, "dd")]
+
+
+def test_every_number_of_a_row_is_that_of_its_function():
+    result = compare({"one": ONE, "two": TWO}, [LENGTH], against="one")
+    one, two = result.rows
+    groups = [0, 0, 1, 1]
+    for row, lengths in ((one, [2, 4, 1, 1]), (two, [1, 4, 2, 2])):
+        mean, error = mean_and_error(lengths, groups)
+        low, high = bootstrap_interval(lengths, groups)
+        want = {"mean": mean, "error": error, "low": low, "high": high}
+        assert row["judges"]["length"]["reward"] == row["kl"] == row["length"] == want
+        assert (row["prompts"], row["texts"], row["finished"]["mean"]) == (2, 4, 1.0)
+    assert one["judges"]["length"]["win_rate"] is None
+    won = two["judges"]["length"]["win_rate"]
+    assert {**won, **win_rate([1, 4, 2, 2], [2, 4, 1, 1])._asdict()} == won
+    assert won["error_over_prompts"] == mean_and_error([0, 0.5, 1, 1], groups)[1] > 0
+    assert result.answers[4] == {"file": "two", "prompt_number": 0, "sample": 0, "length": 1}
+
+
+def test_texts_are_paired_by_prompt_and_sample_where_both_files_have_them():
+    more = [text(0, 5, "zzzzzzz"), *TWO]
+    rows = compare({"one": ONE, "more": more}, [LENGTH], against="one").rows
+    won = rows[1]["judges"]["length"]["win_rate"]
+    assert (won["wins"], won["ties"], won["losses"]) == (2, 1, 1)
+
+
+def test_a_judge_that_compares_has_wins_and_no_reward():
+    result = compare({"one": ONE, "two": TWO}, [LIKES_A], against="one")
+    assert result.rows[0]["judges"]["likes a"] == {"reward": None, "win_rate": None, "out_of_format": 0}
+    assert result.rows[1]["judges"]["likes a"]["win_rate"]["wins"] == 1
+    assert [answer["likes a"] for answer in result.answers] == [None] * 4 + [1.0, 0.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="judge likes a compares texts: say with which"):
+        compare({"one": ONE}, [LIKES_A])
+
+
+def test_answers_out_of_format_are_counted_kept_and_not_guessed(tmp_path):
+    def odd(texts):
+        return ["3", 1.0, float("nan"), 5.0] if texts[0]["response"] == "a" else length(texts)
+
+    unclear = Judge("unclear", compare=lambda ours, theirs: [["A?", "[[B]]"], 1.0, 0.5, 0.0][: len(ours)])
+    result = compare({"one": ONE, "two": TWO}, [Judge("odd", score=odd), unclear], against="one")
+    judged = result.rows[1]["judges"]["odd"]
+    assert judged["out_of_format"] == 2
+    assert judged["reward"]["mean"] == 3.0
+    assert (judged["win_rate"]["wins"], judged["win_rate"]["losses"]) == (1, 1)  # 1 against 4, 5 against 1
+    judged = result.rows[1]["judges"]["unclear"]
+    assert (judged["out_of_format"], judged["win_rate"]["rate"]) == (1, 0.5)
+    write_comparison(result, tmp_path)
+    kept = [json.loads(line) for line in (tmp_path / "answers.jsonl").open()]
+    assert kept[4]["odd"] == "3"
+    assert kept[4]["unclear"] == ["A?", "[[B]]"]
+    nothing = compare({"one": ONE}, [Judge("silent", score=lambda texts: [None] * len(texts))]).rows[0]
+    assert nothing["judges"]["silent"] == {"reward": None, "win_rate": None, "out_of_format": 4}
+
+
+def test_diversity_is_among_the_samples_of_a_prompt():
+    words = [text(0, 0, "the cat sat"), text(0, 1, "the dog sat"), text(1, 0, "one two"), text(1, 1, "one two")]
+    pytest.importorskip("rouge_score")
+    row = compare({"words": words}).rows[0]
+    assert rouge_l(words[:2]) == pytest.approx(2 / 3)
+    assert row["rouge_l"]["mean"] == pytest.approx((2 / 3 + 1) / 2)
+    assert math.isnan(rouge_l(words[:1]))
+    pairs = [rouge_l([a, b]) for a, b in ((words[0], words[1]), (words[0], words[2]), (words[1], words[2]))]
+    assert rouge_l(words[:3]) == pytest.approx(sum(pairs) / 3)
+    assert compare({"words": [words[0], words[2]]}).rows[0]["rouge_l"] is None
+
+
+def test_distinct_n_is_over_as_many_samples_in_every_file():
+    """Or the file with more texts would look less diverse."""
+    more = [*ONE, text(0, 2, "aa")]
+    result = compare({"one": ONE, "more": more})
+    assert result.rows[0]["distinct_1"] == result.rows[1]["distinct_1"]
+    assert result.rows[0]["distinct_1"]["mean"] == (distinct(ONE[:2], 1) + distinct(ONE[2:], 1)) / 2 == (2 / 6 + 1) / 2
+    assert result.rows[0]["distinct_2"]["mean"] == 2 / 4  # the second prompt has no bigram
+    assert "the prompts have 2 to 3 samples: distinct-n is over 2 of each" in result.notes
+
+
+def test_a_judge_that_guided_a_method_is_reported(tmp_path):
+    folder = str(tmp_path)
+    settings = {"settings": {"reward_model": folder + "/."}}
+    files = {
+        "guided": [text(0, 0, "a", method="pargs", **settings)],
+        "scored": [text(0, 0, "a", **settings)],
+    }
+    notes = compare(files, [Judge(folder, score=length)]).notes
+    assert [note for note in notes if "guided" in note] == notes
+    assert notes[0].startswith(f"the judge {folder} guided guided: its reward says how well it was optimised")
+    assert not compare(files, [LENGTH]).notes
+
+
+def test_kl_to_another_model_is_left_out_and_a_bound_is_marked():
+    def by(model, **more):
+        return [text(0, 0, "a", settings={"model": model}, **more), text(1, 0, "b", settings={"model": model}, **more)]
+
+    result = compare({"plain": by("ref"), "dpo": by("dpo"), "best": by("ref", method="best-of-n")}, against="plain")
+    assert [row["kl"] and row["kl"]["mean"] for row in result.rows] == [1.0, None, 1.0]
+    assert "dpo was written by dpo, plain by ref: its KL, to its own model, is left out" in result.notes
+    table = markdown(result).splitlines()
+    assert "≤ 1 " in table[4]
+    assert "≤" not in table[2] + table[3]
+
+
+def test_cost_is_reported_where_it_was_recorded():
+    paid = [text(n, 0, "a", cost={"seconds": 2.0 + n, "model_calls": 30}) for n in (0, 1)]
+    free = [text(n, 0, "a") for n in (0, 1)]
+    paid_row, free_row = compare({"paid": paid, "free": free}).rows
+    assert (paid_row["seconds"]["mean"], paid_row["model_calls"]["mean"]) == (2.5, 30.0)
+    assert free_row["seconds"] is free_row["model_calls"] is None
+
+
+def test_off_grammar_is_a_column_of_the_embedded_world():
+    judge = Judge("toy", score=lambda texts: [-3.5, 1.0, 2.0, 2.0])
+    assert compare({"one": ONE}, [judge]).rows[0]["off_grammar"]["mean"] == 0.25
+
+
+def test_the_table_has_a_line_a_file_and_no_empty_column():
+    result = compare({"one": ONE, "two": TWO}, [LENGTH, Judge("http://x/v1#gpt", compare=LIKES_A.compare)], "one")
+    head, rule, one, two, *_ = markdown(result).splitlines()
+    names = [cell.strip() for cell in head.strip("|").split("|")]
+    assert names[:5] == ["file", "texts", "reward (length)", "wins (length)", "wins (gpt)"]
+    assert "seconds" not in names
+    assert len({len(line) for line in (head, rule, one, two)}) == 1
+    cells = dict(zip(names, [cell.strip() for cell in two.strip("|").split("|")], strict=True))
+    assert cells["wins (length)"].endswith("2/1/1")
+    assert cells["wins (length)"].startswith("62% [")
+    assert cells["reward (length)"] == "2.25 ± 0.25 [2, 2.5]"
+    assert cells["texts"] == "4 of 2"
+
+
+def test_one_prompt_has_no_error_and_the_files_are_still_valid(tmp_path):
+    result = compare({"one": ONE[:2], "two": TWO[:2]}, [LENGTH], "one")
+    assert result.rows[0]["kl"] == {"mean": 3.0, "error": None, "low": None, "high": None}
+    write_comparison(result, tmp_path)
+    kept = json.loads((tmp_path / "evaluation.json").read_text())
+    assert kept["rows"] == json.loads(json.dumps(result.rows))
+    assert (tmp_path / "evaluation.md").read_text() == markdown(result) + "\n"
+    assert panels(result)["reward (length)"]["one"] == (3.0, 3.0, 3.0)
+
+
+def test_the_figure_shows_intervals():
+    shown = panels(compare({"one": ONE, "two": TWO}, [LENGTH], "one"))
+    assert list(shown) == ["KL to the reference (nats)", "reward (length)", "share won (length)"]
+    assert shown["reward (length)"]["two"] == (2.25, *bootstrap_interval([1, 4, 2, 2], [0, 0, 1, 1]))
+    assert shown["share won (length)"] == {"two": win_rate([1, 4, 2, 2], [2, 4, 1, 1])[:3]}
+
+
+def test_files_are_read_in_any_order_and_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    paths = [write(tmp_path / "a" / "x.jsonl", ONE[::-1]), write(tmp_path / "b" / "x.jsonl", ONE)]
+    paths.append(write(tmp_path / "y.jsonl", TWO))
+    assert read_files([*paths, paths[0]]) == {str(paths[0]): ONE, str(paths[1]): ONE, "y": TWO}
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (ONE[:2], r"two and one differ in 1 prompts: number 1 \(missing, not 'prompt 1'\)"),
+        ([*ONE, text(7, 0, "x")], r"number 7 \('prompt 7', not missing\)"),
+        ([*ONE[:2], text(1, 0, "x", prompt="other")], r"number 1 \('other', not 'prompt 1'\)"),
+    ],
+)
+def test_files_of_other_prompts_are_refused(tmp_path, others, message):
+    paths = [write(tmp_path / "one.jsonl", ONE), write(tmp_path / "two.jsonl", others)]
+    with pytest.raises(ValueError, match=message):
+        read_files(paths)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("", "x.jsonl holds no texts"),
+        ("\n", "x.jsonl holds no texts"),
+        ("GOOD\nno\n", "x.jsonl:2: not a record of `pargs generate`"),
+        ("GOOD\n[1]\n", "x.jsonl:2: not a record of `pargs generate`"),
+        (
+            '{"prompt": "a", "chosen": "b"}\n',
+            r"x.jsonl:1: not a record of `pargs generate` \(KeyError\('prompt_number'",
+        ),
+        (json.dumps(text(0, 1, "a") | {"response": None}), "x.jsonl:1: `response` must not be null"),
+        (json.dumps(text(0, 1, "a") | {"kl": "0.1"}), 'x.jsonl:1: `kl` must not be "0.1"'),
+        ("GOOD\n\nGOOD\n", "x.jsonl:3: prompt 0 has sample 0 already"),
+    ],
+)
+def test_malformed_lines_are_named(tmp_path, lines, message):
+    path = tmp_path / "x.jsonl"
+    path.write_text(lines.replace("GOOD", json.dumps(ONE[0])))
+    with pytest.raises(ValueError, match=message):
+        read_texts(path)
+
+
+def test_against_must_be_one_of_the_files():
+    with pytest.raises(ValueError, match="against must be one of one, got 'two'"):
+        compare({"one": ONE}, against="two")
