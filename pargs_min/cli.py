@@ -83,6 +83,7 @@ TRAIN_DEFAULTS = dict(
 
 def train(arguments: list[str]) -> None:
     """Train a reward model on every prefix of the responses of preference pairs."""
+    import torch
     from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 
     from pargs_min.data import encode_preferences, prompt_format, split_by_prompt
@@ -91,7 +92,7 @@ def train(arguments: list[str]) -> None:
     from pargs_min.train import last_checkpoint, train_reward_model
 
     parser = HfArgumentParser((TrainOptions, TrainingArguments), prog="pargs train", description=train.__doc__)
-    parser.set_defaults(**TRAIN_DEFAULTS)
+    parser.set_defaults(**TRAIN_DEFAULTS, dataloader_pin_memory=torch.accelerator.is_available())
     options, args = parser.parse_args_into_dataclasses(arguments)
     tail = options.tail or ("extend" if options.append_eos else "min")
     if tail == "extend" and not options.append_eos:

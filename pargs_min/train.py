@@ -62,8 +62,8 @@ def train_reward_model(
         Metrics: `train_loss` and `eval_loss` in nats per prefix, pair accuracies (`prefix_metrics`), seconds.
 
     Raises:
-        ValueError: if the model is not causal, if `objective`, `tail` or `reduction` is unknown, or if one process sees
-            several GPUs.
+        ValueError: if the model is not causal, if `objective`, `tail` or `reduction` is unknown, if one process sees
+            several GPUs, or for FSDP.
     """
     if not is_causal(model):
         raise ValueError(f"{type(model).__name__} has no reward at every token; train a causal model")
@@ -90,6 +90,10 @@ def train_reward_model(
             compute_metrics=prefix_metrics,
             loss=loss,
         )
+        if trainer.is_fsdp_enabled:
+            raise ValueError(
+                "args.fsdp shards the model, and shards cannot be saved as one yet; use DDP (plain torchrun)"
+            )
         if args.logging_strategy == "no":
             trainer.remove_callback(PrinterCallback)
         result = trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if resume else None)
@@ -175,7 +179,7 @@ def full_loss(
 def _forward_is_prefix_rewards(model: PreTrainedModel) -> Iterator[None]:
     """Within, calling the model gives its rewards at every token.
 
-    The model's own forward pools the last one. Wrappers (DDP, FSDP, autocast) act on a model that is called, so its
+    The model's own forward pools the last one. Wrappers (DDP, autocast) act on a model that is called, so its
     parts must not be called behind their back.
     """
     model.forward = MethodType(prefix_rewards, model)
