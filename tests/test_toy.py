@@ -12,6 +12,7 @@ from scipy.special import expit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pargs_min import exact, toy
+from pargs_min.decode import row_uniforms
 from pargs_min.toy import HELD_OUT_PROMPTS, HORIZON, PROMPTS, TRAIN_PROMPTS, Journey
 
 WORLD = Journey()
@@ -66,9 +67,10 @@ def test_a_reference_that_is_there_is_reused_and_another_is_refused(folder: Path
 
 
 def test_training_repeats_itself_and_leaves_the_global_stream_alone(tmp_path: Path):
-    torch.manual_seed(0)
+    one = toy.reference(tmp_path / "a", WORLD, steps=3, batch_size=4)[0]
+    torch.manual_seed(123)
     before = torch.get_rng_state()
-    one, other = (toy.reference(tmp_path / name, WORLD, steps=3, batch_size=4)[0] for name in "ab")
+    other = toy.reference(tmp_path / "b", WORLD, steps=3, batch_size=4)[0]
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     different = toy.reference(tmp_path / "c", WORLD, steps=3, batch_size=4, seed=1)[0]
@@ -101,6 +103,7 @@ def test_pairs_are_records_of_training_prompts_in_text_and_ids(pairs, trained):
     assert len(records) + left_out == 400
     assert {record["prompt"] for record in records} == set(TRAIN_PROMPTS)
     assert not set(TRAIN_PROMPTS) & set(HELD_OUT_PROMPTS)
+    assert sum(record["chosen_ids"] != record["rejected_ids"] for record in records) > 0.9 * len(records)
     for record in records:
         for field in ("prompt", "chosen", "rejected"):
             ids = record[f"{field}_ids"]
@@ -129,6 +132,14 @@ def test_labels_are_bradley_terry_on_the_gold_reward(trained, tmp_path: Path, mo
     assert abs((margin > 0)[close].mean() - expit(np.abs(margin[close])).mean()) < bound * np.sqrt(
         len(margin) / close.sum()
     )
+
+
+def test_labels_are_drawn_by_numbers_that_drew_no_token():
+    numbers = range(8)
+    labels = toy._label_uniforms(PROMPTS[:8], numbers, seed=3)
+    for sample in range(2 * 8):
+        assert not set(labels) & set(row_uniforms(3, range(8), [sample] * 8, HORIZON).flatten().tolist())
+    assert len(set(labels)) == 8
 
 
 def test_pairs_do_not_depend_on_the_batch_and_are_whole_or_not_there(trained, tmp_path: Path, monkeypatch):
