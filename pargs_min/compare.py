@@ -267,12 +267,12 @@ def rouge_l(texts: list[dict]) -> float:
 
 def _notes(files: Files, judges: Sequence[Judge], against: str | None, samples: int) -> Iterator[str]:
     for judge in judges:
-        for label, texts in files.items():
-            if any(_guided_by(text, judge.name) for text in texts):
-                yield (
-                    f"the judge {judge.name} guided {label}: its reward says how well it was optimised, not how good "
-                    "the texts are; add a judge that no method has seen"
-                )
+        guided = [label for label, texts in files.items() if any(_guided_by(text, judge.name) for text in texts)]
+        if guided:
+            yield (
+                f"the judge {judge.name} guided {', '.join(guided)}: its reward says how well it was optimised, not "
+                "how good the texts are; add a judge that no method has seen"
+            )
     reference = against or next(iter(files))
     for label, texts in files.items():
         if _model(texts) != _model(files[reference]):

@@ -28,8 +28,8 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import torch
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
-from transformers.utils.logging import tqdm
 
 from pargs_min.data import encode_prompt, encode_responses
 from pargs_min.journey import END, OFF_GRAMMAR, Journey
@@ -173,7 +173,9 @@ def model_judge(name: str, batch_size: int = 32) -> Callable[[Texts], list[float
                     f"and judge {name!r} reads at most {limit}; generate shorter texts (--max-new-tokens)"
                 )
         rewards = []
-        for batch in tqdm([rows[i : i + batch_size] for i in range(0, len(rows), batch_size)], desc="judging"):
+        for batch in tqdm(
+            [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)], desc="judging", disable=None
+        ):
             if as_pairs:
                 inputs = tokenizer.pad(batch, return_tensors="pt").to(model.device)
                 rewards += model(**inputs).logits[:, 0].tolist()
@@ -274,7 +276,7 @@ class ChatJudge:
         try:
             with self.verdicts.open("a", encoding="utf-8") as file:
                 asked = {pool.submit(self._ask, request): request for request in sorted(requests)}
-                for answer in tqdm(as_completed(asked), desc=self.model, total=len(asked)):
+                for answer in tqdm(as_completed(asked), desc=self.model, total=len(asked), disable=None):
                     request = asked[answer]
                     self.replies[request] = answer.result()
                     line = {"address": self.address, "request": json.loads(request), "reply": self.replies[request]}

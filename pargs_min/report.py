@@ -24,10 +24,11 @@ def panels(comparison: Comparison) -> dict[str, dict[str, tuple[float, float, fl
     """What the figure shows: for each measure, (value, low, high) of each file that has it."""
     found: dict[str, dict[str, tuple[float, float, float]]] = {}
     for row in comparison.rows:
-        estimates = {"KL to the reference (nats)": row["kl"]}
+        estimates = {}
         for name, judged in row["judges"].items():
             estimates[f"reward ({_short(name)})"] = judged["reward"]
             estimates[f"share won ({_short(name)})"] = judged["win_rate"]
+        estimates["KL to the reference (nats)"] = row["kl"]
         for name, estimate in estimates.items():
             if estimate:
                 value = estimate.get("mean", estimate.get("rate"))
@@ -79,12 +80,16 @@ COLUMNS = {
 def _plus_minus(estimate: dict | None, interval: bool = False) -> str:
     if estimate is None:
         return ""
-    text = (
-        f"{estimate['mean']:.3g}" if estimate["error"] is None else f"{estimate['mean']:.3g} ± {estimate['error']:.2g}"
-    )
-    return (
-        text if not interval or estimate["low"] is None else f"{text} [{estimate['low']:.3g}, {estimate['high']:.3g}]"
-    )
+    text = _digits(estimate["mean"])
+    if estimate["error"] is None:
+        return text
+    text = f"{text} ± {_digits(estimate['error'], 2)}"
+    return f"{text} [{_digits(estimate['low'])}, {_digits(estimate['high'])}]" if interval else text
+
+
+def _digits(number: float, digits: int = 3) -> str:
+    """Rounding noise is zero."""
+    return f"{round(number, 6) + 0.0:.{digits}g}"
 
 
 def _wins(rate: dict | None) -> str:
