@@ -58,7 +58,7 @@ def fit_bradley_terry(weight: np.ndarray, wins: np.ndarray, steps: int = 100) ->
         while size > 1e-4:
             trial = scores - size * step
             trial_residual = stationarity(weight, wins, trial)
-            if np.linalg.norm(root * trial_residual) < np.linalg.norm(root * residual):
+            if np.linalg.norm(trial_residual) < np.linalg.norm(residual):
                 break
             size /= 2
         else:
@@ -132,16 +132,20 @@ def compared_pairs(world: World, treatment: str) -> list[np.ndarray]:
     return [weights[treatment](i).astype(float) for i in range(world.horizon + 1)]
 
 
-def partial_reward_of(world: World, treatment: str) -> Levels:
-    """The population minimiser of the partial loss as it is summed over real pairs (Y, Y') from ref x ref."""
+def tables_of(world: World, treatment: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(weight, wins) of the prefixes of each length 0..T, summed over whole pairs (Y, Y') from ref x ref."""
     ref = np.exp(world.log_ref[-1])
-    pairs = np.outer(ref, ref)
     tables = []
     for i, compared in enumerate(compared_pairs(world, treatment)):
         to_level = _descendants(world, i)
-        weight = to_level @ (pairs * compared) @ to_level.T
-        wins = (to_level @ (pairs * compared * labels_of(world))).sum(1)
-        tables.append((weight, wins))
+        pairs = np.outer(ref, ref) * compared
+        tables.append((to_level @ pairs @ to_level.T, to_level @ (pairs * labels_of(world)).sum(1)))
+    return tables
+
+
+def partial_reward_of(world: World, treatment: str) -> Levels:
+    """The population minimiser of the partial loss as it is summed over real pairs (Y, Y') from ref x ref."""
+    tables = tables_of(world, treatment)
     if treatment != "hold":
         return [fit_bradley_terry(weight, wins) for weight, wins in tables]
     places, count = _shared_places(world)

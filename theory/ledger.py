@@ -22,6 +22,7 @@ TITLES = {
     "T14": "Controlled decoding",
     "T15": "The frontier",
     "T16": "One family",
+    "world": "The worlds agree with the rational oracle",
     "code": "The product computes the theory",
     "length": "The same at real length",
 }

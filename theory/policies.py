@@ -102,10 +102,25 @@ def best_of_n(world: World, last: np.ndarray, n: int) -> np.ndarray:
     """log P(y) = log ref(y) - log ref(r = r(y)) + log(F(r(y))^n - F(r(y)-)^n): the best of n draws, ties at random."""
     values, group = np.unique(last, return_inverse=True)
     mass = np.bincount(group, np.exp(world.log_ref[-1]), minlength=len(values))
-    below = np.concatenate([[0.0], np.cumsum(mass)])
-    below[-1] = 1.0
-    chosen = np.diff(below**n)
-    return world.log_ref[-1] + np.log(chosen / mass)[group]
+    up_to = np.cumsum(mass)
+    with np.errstate(divide="ignore"):  # the worst reward has nothing below it: log1p(-1)
+        not_all_below = -np.expm1(n * np.log1p(-mass / up_to))  # 1 - (F(r-) / F(r))^n
+    return world.log_ref[-1] + (n * np.log(up_to / up_to[-1]) + np.log(not_all_below) - np.log(mass))[group]
+
+
+def path_sum(world: World, levels: list[np.ndarray | float]) -> np.ndarray:
+    """sum_i x_i(y_1:i) over A_T, of what is given for the lengths 1..T."""
+    total = np.zeros(1)
+    for i, level in enumerate(levels, start=1):
+        total = world.down(i, total) + level
+    return total
+
+
+def log_weight(world: World, scores: Levels, beta: float) -> np.ndarray:
+    """log w(y) = sum_i log Z(y_1:i-1) - beta sum_{1 <= i < T} s(y_1:i): what turns q into Z_T pi_T."""
+    log_z = log_normalisers(world, scores, beta)
+    steps = [world.down(i, z) for i, z in enumerate(log_z, start=1)]
+    return path_sum(world, steps) - beta * path_sum(world, [*scores[1:-1], 0.0])
 
 
 # ---- measures of a policy -------------------------------------------------------------------------------------------
@@ -127,15 +142,14 @@ def reward_lost(world: World, log_p: np.ndarray, last: np.ndarray) -> float:
     By T0 it is min over beta > 0 of KL(p || pi_beta) / beta: never negative, whatever p is.
     """
     reward, divergence = reward_and_kl(world, log_p, last)
-    top = last == last.max()
-    if divergence >= -np.logaddexp.reduce(world.log_ref[-1][top]):
-        return float(last.max() - reward)
 
     def excess(log_beta: float) -> float:
         return reward_and_kl(world, rlhf(world, world.horizon, last, np.exp(log_beta)), last)[1] - divergence
 
-    low, high = np.log(1e-6), np.log(1e4)
-    if divergence < 1e-10 or excess(low) > 0:
+    low, high = np.log(1e-9), np.log(1e4)
+    if excess(high) <= 0:
+        return float(last.max() - reward)
+    if excess(low) >= 0:
         return float(np.exp(world.log_ref[-1]) @ last - reward)
     beta = np.exp(brentq(excess, low, high))
     return (divergence + log_partition(world, world.horizon, last, beta)) / beta - reward

@@ -12,33 +12,17 @@ is constant on A_T. Falsified by a response where the second line fails, or a co
 import numpy as np
 
 from theory.ledger import verify
-from theory.policies import log_normalisers, log_partition, rlhf, soft_value, tokenwise
+from theory.policies import log_normalisers, log_partition, log_weight, path_sum, rlhf, soft_value, tokenwise
 from theory.strategies import betas, for_all, worlds
 from theory.world import World, kl
-
-
-def path_sum(world: World, levels: list) -> np.ndarray:
-    """sum_i x_i(y_1:i) over A_T, of the levels 1..T that are given (None: none at that length)."""
-    total = np.zeros(1)
-    for i in range(1, world.horizon + 1):
-        total = world.down(i, total) + (0.0 if levels[i] is None else levels[i])
-    return total
-
-
-def log_weight(world: World, scores: list, beta: float) -> np.ndarray:
-    """log w(y) = sum_i log Z(y_1:i-1) - beta sum_{1 <= i < T} r(y_1:i)."""
-    log_z = log_normalisers(world, scores, beta)
-    steps = [None] + [world.down(i, z) for i, z in enumerate(log_z, start=1)]
-    inner = [None] + [s for s in scores[1:-1]] + [None]
-    return path_sum(world, steps) - beta * path_sum(world, inner)
 
 
 @for_all(world=worlds(), beta=betas())
 def test_what_sampling_the_ratio_gives(world, beta):
     r = world.rewards
     q = world.paths(tokenwise(world, r, beta))[-1]
-    steps = [None] + [world.down(i, z) for i, z in enumerate(log_normalisers(world, r, beta), start=1)]
-    formula = world.log_ref[-1] + beta * path_sum(world, r) - path_sum(world, steps)
+    steps = [world.down(i, z) for i, z in enumerate(log_normalisers(world, r, beta), start=1)]
+    formula = world.log_ref[-1] + beta * path_sum(world, r[1:]) - path_sum(world, steps)
     verify("T3", "q(y) = ref(y) e^{beta sum r} / prod Z (logs)", np.abs(q - formula).max())
 
     log_w = log_weight(world, r, beta)

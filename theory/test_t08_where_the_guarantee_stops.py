@@ -122,7 +122,7 @@ def test_d_the_guarantee_is_then_for_guided_mu_against_mu(world, beta, seed):
 
 
 def four_responses(p_end: float, p_short: float, p_first: float, upper: list[float]) -> World:
-    """Responses 0 0 0 0 0 0, 0 0 1 0 0 0, 0 end and end; `upper` is p(row > column) above the diagonal, in this order."""
+    """Responses 0 0 0 0 0 0, 0 0 1 0 0 0, 0 end and end; `upper` is p(row > column), in this order."""
     probabilities = {(): [1 - p_end, 0, p_end], (0,): [1 - p_short, 0, p_short], (0, 0): [p_first, 1 - p_first, 0]}
     for t in (0, 1):
         probabilities |= {(0, 0, t, *([0] * j)): [1, 0, 0] for j in range(3)}

@@ -10,25 +10,15 @@ from hypothesis import strategies as st
 from theory import oracle
 from theory.bradley_terry import fit_bradley_terry, partial_reward, win_rate
 from theory.ledger import verify
-from theory.policies import best_of_n, rlhf, soft_value, tokenwise
+from theory.policies import rlhf, soft_value, tokenwise
 from theory.strategies import for_all, seeds, worlds
 from theory.world import World, bradley_terry_labels, finished, kl, largest_gap, random_labels, total_variation
-
-
-def floated(world: oracle.RationalWorld) -> World:
-    """The rational world in float64, beta = 1."""
-    return World.from_tables(
-        {a: [float(p) for p in row] for a, row in world.conditionals.items()},
-        {a: math.log(w) for a, w in world.weights.items()},
-        horizon=world.horizon,
-        eos=world.eos,
-    )
 
 
 @for_all(seed=seeds, shape=st.sampled_from([(2, 4), (3, 3), (4, 2)]))
 def test_numpy_agrees_with_the_rational_oracle(seed, shape):
     exact = oracle.random_rational_world(seed, *shape)
-    world = floated(exact)
+    world = World.from_rational(exact)
     assert [tuple(a) for a in world.prefixes[-1]] == oracle.prefixes(exact, exact.horizon)
     world = world.with_labels(bradley_terry_labels(world.rewards[-1]))
     q = world.paths(tokenwise(world, world.rewards, 1.0))[-1]
@@ -46,17 +36,7 @@ def test_numpy_agrees_with_the_rational_oracle(seed, shape):
     }
     for name, (logs, rational) in pairs.items():
         gap = np.abs(logs - [math.log(x) for x in rational]).max()
-        verify("code", f"numpy = rational oracle: {name} (logs)", gap)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_best_of_n_agrees_with_all_n_tuples(n):
-    for seed in range(5):
-        exact = oracle.random_rational_world(seed, 3, 2)
-        rational = np.array([float(x) for x in oracle.best_of_n(exact, n).values()])
-        world = floated(exact)
-        gap = np.abs(np.exp(best_of_n(world, np.round(world.rewards[-1], 12), n)) - rational).max()
-        verify("T13", "best-of-n from the CDF = all n-tuples, ties included", gap)
+        verify("world", f"numpy = rational oracle: {name} (logs)", gap)
 
 
 @for_all(world=worlds())

@@ -20,11 +20,13 @@ from functools import cached_property
 import numpy as np
 from scipy.special import expit, logsumexp
 
+from theory.oracle import RationalWorld
+
 Levels = list[np.ndarray]
 MAX_STRINGS = 50_000
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class World:
     """A reference policy with an absorbing end token, a reward on every prefix, and (if given) a preference labeler."""
 
@@ -127,6 +129,13 @@ class World:
         return cls.build(conditionals, reward, vocabulary=width, horizon=horizon, eos=eos)
 
     @classmethod
+    def from_rational(cls, world: RationalWorld) -> World:
+        """The oracle's world in float64, at beta = 1: r = log w."""
+        probabilities = {a: [float(p) for p in row] for a, row in world.conditionals.items()}
+        rewards = {a: float(np.log(float(w))) for a, w in world.weights.items()}
+        return cls.from_tables(probabilities, rewards, horizon=world.horizon, eos=world.eos)
+
+    @classmethod
     def from_model(cls, model, prompt_ids: Sequence[int], *, horizon: int, eos: int, reward_model=None) -> World:
         """The world of a transformers causal model after one prompt, read by plain forward passes, without a cache.
 
@@ -134,20 +143,13 @@ class World:
         """
         import torch
 
-        def ids(prefixes: np.ndarray) -> torch.Tensor:
-            prompt = np.broadcast_to(np.asarray(prompt_ids, dtype=np.int64), (len(prefixes), len(prompt_ids)))
-            return torch.from_numpy(np.concatenate([prompt, prefixes], axis=1))
-
         @torch.no_grad()
         def conditionals(prefixes: np.ndarray) -> np.ndarray:
-            return torch.log_softmax(model(ids(prefixes)).logits[:, -1].double(), dim=-1).numpy()
+            logits = model(_after_prompt(prompt_ids, prefixes)).logits[:, -1]
+            return torch.log_softmax(logits.double(), dim=-1).numpy()
 
-        @torch.no_grad()
         def reward(prefixes: np.ndarray) -> np.ndarray:
-            if reward_model is None:
-                return np.zeros(len(prefixes))
-            hidden = reward_model.base_model(ids(prefixes)).last_hidden_state[:, -1]
-            return reward_model.score(hidden)[:, 0].double().numpy()
+            return np.zeros(len(prefixes)) if reward_model is None else model_reward(reward_model, prompt_ids, prefixes)
 
         return cls.build(conditionals, reward, vocabulary=model.config.vocab_size, horizon=horizon, eos=eos)
 
@@ -166,6 +168,12 @@ class World:
     def with_rewards(self, rewards: Levels) -> World:
         """The same reference with other rewards."""
         return dataclasses.replace(self, rewards=rewards)
+
+    def __repr__(self) -> str:
+        return f"World(vocabulary={self.vocabulary}, horizon={self.horizon}, responses={len(self.prefixes[-1])})"
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        printer.text(repr(self))  # hypothesis would print every array
 
     @property
     def horizon(self) -> int:
@@ -232,6 +240,22 @@ class World:
 def finished(prefixes: np.ndarray, eos: int) -> np.ndarray:
     """(n,) whether a prefix (n, i) has ended."""
     return prefixes[:, -1] == eos if prefixes.shape[1] else np.zeros(len(prefixes), dtype=bool)
+
+
+def model_reward(reward_model, prompt_ids: Sequence[int], prefixes: np.ndarray) -> np.ndarray:
+    """(n,) a transformers reward model's head at the last token of prompt and prefix (n, i), each read by itself."""
+    import torch
+
+    with torch.no_grad():
+        hidden = reward_model.base_model(_after_prompt(prompt_ids, prefixes)).last_hidden_state[:, -1]
+        return reward_model.score(hidden)[:, 0].double().numpy()
+
+
+def _after_prompt(prompt_ids: Sequence[int], prefixes: np.ndarray):
+    import torch
+
+    prompt = np.broadcast_to(np.asarray(prompt_ids, dtype=np.int64), (len(prefixes), len(prompt_ids)))
+    return torch.from_numpy(np.concatenate([prompt, prefixes], axis=1))
 
 
 def bradley_terry_labels(rewards: np.ndarray) -> np.ndarray:
