@@ -1,0 +1,170 @@
+"""The same statements at real length, where enumeration would need 100^24 strings.
+
+Prefixes of one length that lead to one state of a finite automaton have the same future, so the values of T4, T6 and
+T7 obey a backward recursion over (time, state): `pargs_min.exact`. It is checked against enumeration on random automata
+small enough for both, and then used on the embedded world at its full 25 tokens, in the variant with a safe exit (never
+leaving is worth 0): there T7 holds, more beta wins less (T8c), and on-policy rounds recover what was lost (T11).
+Falsified by a state whose value differs from that of an enumerated prefix, or a win rate below 1/2.
+"""
+
+import numpy as np
+import pytest
+
+from pargs_min import exact
+from pargs_min.exact import Automaton
+from pargs_min.journey import HORIZON, PROMPTS, Journey
+from theory.bradley_terry import partial_reward, win_rates
+from theory.ledger import verify
+from theory.policies import reward_and_kl, soft_value, tokenwise
+from theory.strategies import WORLDS
+from theory.world import Levels, World, bradley_terry_labels
+
+SAFE_EXIT = Journey(stay_home_reward=0.0).automata
+END = 2
+
+
+# ---- recursion = enumeration ----------------------------------------------------------------------------------------
+
+
+def random_automaton(seed: int, live: int = 3, horizon: int = 5) -> Automaton:
+    """Two words that lead among a few live states, and an end token that leads to one of two ended ones."""
+    rng = np.random.default_rng(seed)
+    sources = np.append(np.repeat(np.arange(live), 3), [live, live + 1])
+    tokens = np.append(np.tile([0, 1, END], live), [END, END])
+    targets = rng.integers(0, live, len(sources))
+    targets[tokens == END] = rng.integers(live, live + 2, live + 2)
+    targets[-2:] = live, live + 1
+    odds = rng.dirichlet([2.0, 2.0, 1.0], live)
+    log_probs = np.append(np.log(odds).ravel(), [0.0, 0.0])
+    return Automaton(sources, tokens, targets, log_probs, 2 * rng.standard_normal(live + 2), 0, horizon)
+
+
+def states_after(automaton: Automaton, prefixes: np.ndarray) -> np.ndarray:
+    """(n,) where the automaton stands after each prefix (n, i)."""
+    table = np.full((len(automaton.rewards), END + 1), -1)
+    table[automaton.sources, automaton.tokens] = automaton.targets
+    states = np.full(len(prefixes), automaton.start)
+    for token in prefixes.T:
+        states = table[states, token]
+    return states
+
+
+def unrolled(automaton: Automaton) -> World:
+    """The world of all strings that the automaton writes."""
+    table = np.full((len(automaton.rewards), END + 1), -np.inf)
+    table[automaton.sources, automaton.tokens] = automaton.log_probs
+    world = World.build(
+        lambda prefixes: table[states_after(automaton, prefixes)],
+        lambda prefixes: automaton.rewards[states_after(automaton, prefixes)],
+        vocabulary=END + 1,
+        horizon=automaton.horizon,
+        eos=END,
+    )
+    return world.with_labels(bradley_terry_labels(world.rewards[-1]))
+
+
+def gap(automaton: Automaton, world: World, by_state: np.ndarray, by_prefix: Levels) -> float:
+    """Largest difference between a table over (time, state) and the enumerated levels."""
+    rows = zip(world.prefixes, by_state, by_prefix, strict=True)
+    return max(float(np.abs(row[states_after(automaton, a)] - level).max()) for a, row, level in rows)
+
+
+def test_recursion_equals_enumeration():
+    beta = 1.5
+    for seed in range(WORLDS):
+        automaton = random_automaton(seed)
+        world = unrolled(automaton)
+        r, s = world.rewards[-1], partial_reward(world)
+        scores = exact.partial_rewards(automaton)
+        pairs = {
+            "W": (exact.win_rates(automaton), win_rates(world)),
+            "E[r]": (exact.expected(automaton, automaton.rewards), world.mean(r)),
+            "V*": (exact.soft_values(automaton, beta), soft_value(world, r, beta)),
+        }
+        for name, (by_state, by_prefix) in pairs.items():
+            verify("length", f"recursion = enumeration: {name}", gap(automaton, world, by_state, by_prefix))
+        verify("length", "recursion = enumeration: partial reward", gap(automaton, world, scores, s), 1e-9, "fit")
+        for name, by_state, by_prefix in (("PARGS", scores, s), ("RLHF", pairs["V*"][0], pairs["V*"][1])):
+            judged = exact.evaluate(automaton, exact.guided(automaton, by_state, beta))
+            enumerated = reward_and_kl(world, world.paths(tokenwise(world, by_prefix, beta))[-1], r)
+            verify("length", f"recursion = enumeration: reward and KL of {name}",
+                   float(np.abs(np.subtract(judged, enumerated)).max()), 1e-9, "fit")  # fmt: skip
+
+
+def test_control_a_value_of_another_horizon_is_caught():
+    automaton = random_automaton(0)
+    world = unrolled(automaton)
+    shifted = np.roll(exact.win_rates(automaton), 1, axis=0)
+    assert gap(automaton, world, shifted, win_rates(world)) > 0.01
+
+
+# ---- at full length -------------------------------------------------------------------------------------------------
+
+
+def win_rate(automaton: Automaton, policy: np.ndarray) -> float:
+    """P(Y > Y'), Y from the policy (T, E) and Y' from the reference."""
+    u = exact.bradley_terry(automaton.rewards) @ exact.occupancy(automaton)[-1]
+    return float(exact.occupancy(automaton, policy)[-1] @ u)
+
+
+def expected_covariance(automaton: Automaton, scores: np.ndarray, beta: float) -> tuple[float, float]:
+    """(sum over steps of E_q[Cov_t(W(at), pi(t | a) / ref(t | a))], the least of these covariances)."""
+    win, q = exact.win_rates(automaton), exact.guided(automaton, scores, beta)
+    mass = exact.occupancy(automaton, q)
+    total, least = 0.0, np.inf
+    for i, log_pi in enumerate(q):
+        shift = np.exp(log_pi) - np.exp(automaton.log_probs)  # ref * (tilt - 1), and E_ref[tilt] = 1
+        covariance = np.add.reduceat(shift * win[i + 1, automaton.targets], automaton.first_edges)
+        total += mass[i] @ covariance
+        least = min(least, covariance[mass[i] > 0].min())
+    return float(total), float(least)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_guidance_never_loses_at_full_length(prompt):
+    automaton = SAFE_EXIT[prompt]
+    scores = exact.partial_rewards(automaton)
+    assert automaton.horizon == HORIZON == 25
+    for beta in (0.5, 2.0, 8.0):
+        gain = win_rate(automaton, exact.guided(automaton, scores, beta)) - 0.5
+        total, least = expected_covariance(automaton, scores, beta)
+        verify("length", "T7 at 25 tokens: win rate - 1/2 = sum E_q[Cov]", abs(gain - total))
+        verify("length", "T7 at 25 tokens: each Cov >= 0", -least, kind="bound")
+        verify("length", "T7 at 25 tokens: win rate >= 1/2", -gain, kind="bound")
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_more_beta_wins_less_and_rounds_recover_it(prompt):
+    """Strong guidance stays at home, not knowing how well it would travel; its own pairs tell it."""
+    automaton = SAFE_EXIT[prompt]
+    first, strong = (exact.guided(automaton, exact.partial_rewards(automaton), beta) for beta in (2.0, 16.0))
+    change = win_rate(automaton, strong) - win_rate(automaton, first)
+    verify("length", "T8(c) at 25 tokens: win rate at beta = 16 less that at 2", change, -0.05, "example")
+
+    beta = 4.0
+    before = exact.guided(automaton, exact.partial_rewards(automaton), beta)
+    after = exact.guided(automaton, exact.partial_rewards(automaton, policy=before), beta)
+    lost = exact.evaluate(automaton, before).reward - exact.evaluate(automaton, after).reward
+    verify("length", "T11(a) at 25 tokens: reward, minus that after one round", lost, -1.0, "example")
+
+
+@pytest.mark.parametrize("prompt", PROMPTS[:3])
+def test_the_exact_rounds_end_at_the_rlhf_policy(prompt):
+    automaton, beta = SAFE_EXIT[prompt], 4.0
+    best = exact.soft_values(automaton, beta)[0, automaton.start]
+    q = automaton.reference
+    for _ in range(automaton.horizon):
+        value = [automaton.rewards]
+        for log_q in q[::-1]:
+            step = np.exp(log_q) * (value[-1][automaton.targets] - (log_q - automaton.log_probs) / beta)
+            value.append(np.add.reduceat(step, automaton.first_edges))
+        q = exact.guided(automaton, np.stack(value[::-1]), beta)
+    reward, divergence = exact.evaluate(automaton, q)
+    verify("length", "T11(b) at 25 tokens: J(pi_T) - J after 25 rounds", abs(best - (reward - divergence / beta)))
+
+
+def test_control_the_reward_upside_down_loses_at_full_length():
+    automaton = SAFE_EXIT[PROMPTS[0]]
+    scores = -exact.partial_rewards(automaton)
+    assert win_rate(automaton, exact.guided(automaton, scores, 2.0)) < 0.4
+    assert expected_covariance(automaton, scores, 2.0)[1] < 0
