@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,11 +16,12 @@ def main(arguments: list[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(USAGE)
         return 0
+    warnings.formatwarning = lambda message, *_, **__: f"pargs: warning: {message}\n"
     try:
         if name not in COMMANDS:
             raise ValueError(f"no command {name!r}; there are {', '.join(COMMANDS)} (pargs --help)")
         COMMANDS[name](rest)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print("pargs: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -145,6 +147,117 @@ def train(arguments: list[str]) -> None:
         print(f"saved {args.output_dir}")
 
 
+@dataclass
+class GenerateOptions:
+    """What `pargs generate` takes."""
+
+    model: str = field(metadata={"help": "Language model: a folder or a hub id."})
+    prompts: str = field(metadata={"help": "JSONL records with a `prompt` (text or messages), or text, one a line."})
+    output: str = field(metadata={"help": "JSONL file to write, one record a text, as they come."})
+    method: Literal["plain", "pargs", "pargs-greedy", "args", "args-greedy", "best-of-n"] = field(
+        default="pargs",
+        metadata={"help": "pargs wants a reward model trained with --objective partial, args and best-of-n full."},
+    )
+    reward_model: str | None = field(default=None, metadata={"help": "Folder or hub id; not needed for plain."})
+    beta: float = field(default=1.0, metadata={"help": "Weight of the reward, in nats per unit of reward."})
+    top_k: int | None = field(
+        default=None,
+        metadata={"help": "Candidates per step, 0 for the whole vocabulary. Default: 10 when guided, otherwise 0."},
+    )
+    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of the longest response."})
+    temperature: float = field(default=1.0, metadata={"help": "Divides log pi_ref + beta * r."})
+    num_samples: int = field(default=1, metadata={"help": "Texts per prompt."})
+    n: int = field(default=10, metadata={"help": "Samples behind each text of best-of-n."})
+    batch_size: int = field(default=8, metadata={"help": "Texts decoded together; they do not change each other."})
+    seed: int = field(default=0, metadata={"help": "With prompt and sample number it fixes a text."})
+    device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
+    dtype: str = field(
+        default="auto", metadata={"help": "float32, bfloat16, float16, or auto: what each checkpoint holds."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Continue the output file of an interrupted run."})
+
+
+def generate(arguments: list[str]) -> None:
+    """Write texts for a file of prompts, guided by a reward model or not."""
+    import os
+
+    import torch
+    from tqdm.auto import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+    from pargs_min.records import read_prompts
+    from pargs_min.reward_model import load_reward_model
+    from pargs_min.texts import generate_texts, read_done, write_records
+
+    (options,) = HfArgumentParser(
+        GenerateOptions, prog="pargs generate", description=generate.__doc__
+    ).parse_args_into_dataclasses(arguments)
+    prompts = read_prompts(options.prompts)
+    settings = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_TEXT}
+    if os.path.exists(options.output) and not options.resume:
+        raise ValueError(f"output {options.output} exists: continue it with --resume, or name another file")
+    done = read_done(options.output, settings)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with loading(options.model):
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        lm = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).to(device)
+    reward_model = reward_tokenizer = None
+    if options.reward_model is not None:
+        with loading(options.reward_model):
+            reward_tokenizer = AutoTokenizer.from_pretrained(options.reward_model)
+            reward_model = load_reward_model(options.reward_model, dtype=options.dtype).to(device)
+    names = ["method", "beta", "top_k", "max_new_tokens", "temperature", "num_samples", "n", "batch_size", "seed"]
+    texts = generate_texts(
+        lm,
+        tokenizer,
+        prompts,
+        reward_model=reward_model,
+        reward_tokenizer=reward_tokenizer,
+        done=done,
+        **{name: getattr(options, name) for name in names},
+    )
+    total = len(prompts) * options.num_samples
+    for _ in tqdm(
+        write_records(options.output, texts, settings), total=total, initial=len(done), unit="text", disable=None
+    ):
+        pass
+    print(f"wrote {total - len(done)} texts to {options.output}")
+
+
+NOT_IN_THE_TEXT = ("prompts", "output", "batch_size", "device", "resume")  # options that may change when a run resumes
+
+
+@dataclass
+class DemoOptions:
+    """What `pargs demo` takes."""
+
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Models, figures and results. Default: runs/demo, or runs/demo-quick with --quick."},
+    )
+    quick: bool = field(default=False, metadata={"help": "Everything much smaller: a minute, and numbers to match."})
+    seed: int = field(
+        default=0, metadata={"help": "Of the reference, the pairs, the first reward model and the texts."}
+    )
+
+
+def demo(arguments: list[str]) -> None:
+    """Train, decode and compare on a small embedded world, start to end."""
+    from pathlib import Path
+
+    from transformers import HfArgumentParser
+
+    from pargs_min.demo import run
+
+    (options,) = HfArgumentParser(DemoOptions, prog="pargs demo", description=demo.__doc__).parse_args_into_dataclasses(
+        arguments
+    )
+    folder = Path(options.output_dir or ("runs/demo-quick" if options.quick else "runs/demo"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with loading(str(folder)):
+        run(folder, quick=options.quick, seed=options.seed)
+
+
 @contextmanager
 def loading(name: str) -> Iterator[None]:
     """Load models without transformers' report on each, and with errors that name the model."""
@@ -161,7 +274,7 @@ def loading(name: str) -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-COMMANDS = {"train": train}
+COMMANDS = {"demo": demo, "train": train, "generate": generate}
 USAGE = "usage: pargs COMMAND [options]   (pargs COMMAND --help)\n\n" + "\n".join(
     f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()
 )

@@ -8,6 +8,7 @@ and the head ourselves.
 from __future__ import annotations
 
 import inspect
+import os
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,10 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 
 def load_reward_model(
-    name_or_path: str, tokenizer: PreTrainedTokenizerBase | None = None, *, dtype: torch.dtype | str = torch.float32
+    name_or_path: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: torch.dtype | str = torch.float32,
 ) -> PreTrainedModel:
     """Load a reward model from a hub id or a folder; a plain language model gets a fresh scalar head.
 
@@ -157,7 +161,9 @@ def separate_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def save_reward_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str, **settings) -> None:
+def save_reward_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike, **settings
+) -> None:
     """Save model (safetensors) and tokenizer so that transformers' own loader and pipeline give our numbers.
 
     Args:

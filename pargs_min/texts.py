@@ -226,9 +226,9 @@ def _records(batch, prompts, tokenizer, method, generation: Generation, kl, rewa
         yield record if rewards is None else record | {"reward": rewards[i].item()}
 
 
-def write_records(path: str | os.PathLike, records: Iterable[dict], settings: dict, resume: bool) -> Iterator[dict]:
+def write_records(path: str | os.PathLike, records: Iterable[dict], settings: dict) -> Iterator[dict]:
     """Append each record, with the run's settings, to a JSONL file as it comes, and pass it on."""
-    with open(path, "a" if resume else "x", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record | {"settings": settings}, ensure_ascii=False) + "\n")
             file.flush()

@@ -143,25 +143,23 @@ def test_bad_arguments_are_named(change, message):
 
 def test_an_interrupted_run_is_resumed_to_the_same_file(tmp_path):
     settings = {"method": "pargs", "seed": 5}
-    list(write_records(tmp_path / "whole.jsonl", texts(), settings, resume=False))
+    list(write_records(tmp_path / "whole.jsonl", texts(), settings))
     half = tmp_path / "half.jsonl"
-    list(itertools.islice(write_records(half, texts(), settings, resume=False), 4))
+    list(itertools.islice(write_records(half, texts(), settings), 4))
     with half.open("a") as file:
         file.write('{"prompt": "torn')
     done = read_done(half, settings)
     assert len(done) == 4
-    list(write_records(half, texts(done=done), settings, resume=True))
+    list(write_records(half, texts(done=done), settings))
     whole, resumed = ([json.loads(line) for line in (tmp_path / f"{n}.jsonl").open()] for n in ("whole", "half"))
     exact = ["prompt", "prompt_number", "sample", "response", "response_ids", "settings"]
     assert [[r[k] for k in exact] for r in resumed] == [[r[k] for k in exact] for r in whole]
 
 
-def test_what_is_there_is_never_overwritten_or_mixed(tmp_path):
+def test_settings_are_never_mixed_in_one_file(tmp_path):
     path = tmp_path / "out.jsonl"
     assert read_done(path, {}) == set()
-    list(write_records(path, itertools.islice(texts(), 2), {"seed": 5}, resume=False))
-    with pytest.raises(FileExistsError):
-        list(write_records(path, texts(), {"seed": 5}, resume=False))
+    list(write_records(path, itertools.islice(texts(), 2), {"seed": 5}))
     with pytest.raises(ValueError, match=r"out.jsonl:1 was made with other settings \(seed 5 there, 6 now\)"):
         read_done(path, {"seed": 6})
     path.write_text('{"prompt": "a"}\n')

@@ -1,0 +1,120 @@
+"""Every figure of the project, in one style: few inks, told apart by shape as well as by colour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; a method keeps its ink in every figure.
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+INKS = {
+    "plain": (BLACK, "X"),
+    "pargs": (BLUE, "o"),
+    "pargs-greedy": (SKY, "s"),
+    "args": (RED, "^"),
+    "args-greedy": (ORANGE, "v"),
+    "best-of-n": (GREEN, "D"),
+    "partial": (BLUE, "o"),
+    "full": (RED, "^"),
+}
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def figure(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float] = (6.4, 4.4)) -> tuple[Figure, Axes]:
+    """An empty figure in the project's style; drawn without a window, so it works where there is no screen."""
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=size)
+        axes = drawing.add_subplot(xlabel=xlabel, ylabel=ylabel)
+        axes.set_title(title, loc="left", fontsize=10)
+    return drawing, axes
+
+
+def save(drawing: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, at a resolution fit for print."""
+    drawing.savefig(path, dpi=150)
+
+
+def reward_vs_kl(rows: Sequence[Mapping], frontier: Sequence[tuple[float, float]], title: str = "") -> Figure:
+    """Reward against KL to the reference: a curve a method over beta (or n), small marks for single reward models.
+
+    Args:
+        rows: {"method", "beta" (or "n"), "gold", "kl", "models": [{"gold", "kl"}, ...]}.
+        frontier: (kl, reward) of the RLHF policies of the reference, the best that any policy can do.
+    """
+    drawing, axes = figure("KL to the reference (nats a text)", "gold reward", title)
+    axes.plot(*zip(*frontier, strict=True), color=BLACK, linewidth=1.5, label="RLHF, the exact optimum")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        ink, mark = INKS[method]
+        points = [row for row in rows if row["method"] == method]
+        singles = [single for row in points for single in row["models"]]
+        axes.plot(
+            [p["kl"] for p in points], [p["gold"] for p in points], color=ink, marker=mark, markersize=6, label=method
+        )
+        axes.scatter([s["kl"] for s in singles], [s["gold"] for s in singles], color=ink, marker=mark, s=9, alpha=0.5)
+        for p in points if method != "plain" else []:
+            name = f"{p['beta']:g}" if p["beta"] is not None else f"n={p['n']}"
+            axes.annotate(name, (p["kl"], p["gold"]), (4, 4), textcoords="offset points", fontsize=7, color=ink)
+    axes.legend(fontsize=8)
+    return drawing
+
+
+def prefix_accuracy(curves: Mapping[str, Sequence[Sequence[float]]], title: str = "") -> Figure:
+    """Pair accuracy against prefix length: a thin line a reward model, a thick one for their mean.
+
+    Args:
+        curves: for each objective, one list a model: accuracy after 1, 2, ... tokens.
+    """
+    drawing, axes = figure("prefix length (tokens)", "pairs ordered as labelled", title)
+    axes.axhline(0.5, color=BLACK, linewidth=0.8, linestyle=":")
+    for objective, models in curves.items():
+        ink, _ = INKS[objective]
+        lengths = range(1, len(models[0]) + 1)
+        for accuracy in models:
+            axes.plot(lengths, accuracy, color=ink, linewidth=0.7, alpha=0.6)
+        mean = [sum(column) / len(column) for column in zip(*models, strict=True)]
+        axes.plot(
+            lengths,
+            mean,
+            color=ink,
+            linewidth=2.2,
+            label=f"trained on {'prefixes' if objective == 'partial' else 'whole texts'}",
+        )
+    axes.legend(fontsize=8)
+    return drawing
+
+
+def intervals(panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> Figure:
+    """Estimates with their intervals: a panel a measure, a line a file.
+
+    Args:
+        panels: measure -> file -> (value, low, high); the first panel's files come first, from the top.
+    """
+    files = list(dict.fromkeys(file for panel in panels.values() for file in panel))
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=(1.5 + 2.8 * len(panels), 1.0 + 0.4 * len(files)))
+        row = drawing.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (measure, panel) in zip(row, panels.items(), strict=True):
+        for file, (value, low, high) in panel.items():
+            axes.hlines(files.index(file), low, high, color=BLUE)
+            axes.plot(value, files.index(file), color=BLUE, marker="o", markersize=5)
+        if measure.startswith("share won"):
+            axes.axvline(0.5, color=BLACK, linewidth=0.8, linestyle=":")
+        axes.set_xlabel(measure)
+    row[0].set_yticks(range(len(files)), files)
+    row[0].set_ylim(len(files) - 0.5, -0.5)
+    return drawing
