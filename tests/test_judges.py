@@ -58,6 +58,16 @@ def test_a_published_model_reads_a_chat(tmp_path):
     assert load_judge(str(tmp_path)).score([text(), text(asked)]) == pytest.approx([want, want], rel=1e-9)
 
 
+def test_a_published_causal_model_without_a_chat_template_reads_text_and_its_end_token(tmp_path):
+    tokenizer, rm = tiny_tokenizer(), tiny_reward_model("llama", vocabulary=14)
+    tokenizer.chat_template = None
+    rm.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_judge(str(tmp_path)).score([text()]) == pytest.approx(
+        [_reward(rm, tokenizer, "a b c d </s>")], rel=1e-9
+    )
+
+
 def test_a_bidirectional_model_reads_two_segments(tmp_path):
     """As transformers' own tokenizer and model do it, one text at a time; padding changes nothing."""
     torch.manual_seed(0)
