@@ -234,7 +234,7 @@ def optimum(folder: Path, samples: int, seed: int) -> list[tuple[float, float]]:
     for prompt in HELD_OUT_PROMPTS:
         written = responses(lm, tokenizer, [prompt] * samples, range(samples), seed + 1)
         drawn.append(world().gold([prompt] * samples, [response or [] for response in written]))
-    points = frontier(np.array(drawn), np.linspace(0, 6, 49), least=min(500, samples))
+    points = frontier(np.array(drawn), [*np.linspace(0, 1, 41), *np.linspace(1.1, 6, 50)], least=min(500, samples))
     return [(point.kl, point.reward) for point in points]
 
 

@@ -30,7 +30,6 @@ STYLE = {
     "axes.grid": True,
     "grid.color": "#E5E5E5",
     "axes.axisbelow": True,
-    "legend.frameon": False,
     "figure.constrained_layout.use": True,
 }
 
@@ -52,24 +51,28 @@ def save(drawing: Figure, path: str | Path) -> None:
 def reward_vs_kl(rows: Sequence[Mapping], frontier: Sequence[tuple[float, float]], title: str = "") -> Figure:
     """Reward against KL to the reference: a curve a method over beta (or n), small marks for single reward models.
 
+    The KL axis is linear up to 1 nat and logarithmic from there: greedy methods go ten times as far as sampled ones.
+
     Args:
-        rows: {"method", "beta" (or "n"), "gold", "kl", "models": [{"gold", "kl"}, ...]}.
+        rows: {"method", "beta", "n", "gold", "kl", "models": [{"gold", "kl"}, ...]}.
         frontier: (kl, reward) of the RLHF policies of the reference, the best that any policy can do.
     """
-    drawing, axes = figure("KL to the reference (nats a text)", "gold reward", title)
-    axes.plot(*zip(*frontier, strict=True), color=BLACK, linewidth=1.5, label="RLHF, the exact optimum")
+    drawing, axes = figure("KL to the reference (nats a text)", "gold reward", title, (7.6, 4.8))
+    axes.set_xscale("symlog", linthresh=1, linscale=1.5)
+    axes.set_xticks(ticks := [0, 0.25, 0.5, 0.75, 1, 2, 5, 10, 20, 40], [f"{tick:g}" for tick in ticks])
+    axes.plot(*zip(*frontier, strict=True), color=BLACK, linewidth=1.5, label="RLHF (the most at each KL)")
     for method in dict.fromkeys(row["method"] for row in rows):
         ink, mark = INKS[method]
         points = [row for row in rows if row["method"] == method]
         singles = [single for row in points for single in row["models"]]
-        axes.plot(
-            [p["kl"] for p in points], [p["gold"] for p in points], color=ink, marker=mark, markersize=6, label=method
-        )
-        axes.scatter([s["kl"] for s in singles], [s["gold"] for s in singles], color=ink, marker=mark, s=9, alpha=0.5)
+        label = f"{method} (KL is a bound)" if method == "best-of-n" else method
+        line = "" if method == "best-of-n" else "-"  # nothing lies between two values of n
+        axes.plot([p["kl"] for p in points], [p["gold"] for p in points], line, color=ink, marker=mark, label=label)
+        axes.scatter([s["kl"] for s in singles], [s["gold"] for s in singles], color=ink, marker=mark, s=9, alpha=0.6)
         for p in points if method != "plain" else []:
             name = f"{p['beta']:g}" if p["beta"] is not None else f"n={p['n']}"
-            axes.annotate(name, (p["kl"], p["gold"]), (4, 4), textcoords="offset points", fontsize=7, color=ink)
-    axes.legend(fontsize=8)
+            axes.annotate(name, (p["kl"], p["gold"]), (5, -9), textcoords="offset points", fontsize=7, color=ink)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), title="number: beta, or n")
     return drawing
 
 
@@ -94,7 +97,7 @@ def prefix_accuracy(curves: Mapping[str, Sequence[Sequence[float]]], title: str 
             linewidth=2.2,
             label=f"trained on {'prefixes' if objective == 'partial' else 'whole texts'}",
         )
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, frameon=False)
     return drawing
 
 
