@@ -258,6 +258,51 @@ def demo(arguments: list[str]) -> None:
         run(folder, quick=options.quick, seed=options.seed)
 
 
+def evaluate(arguments: list[str]) -> None:
+    """Judge texts of any methods over the same prompts: one table, every number with its error."""
+    from argparse import ArgumentParser
+    from pathlib import Path
+
+    from pargs_min.compare import compare, file_labels, read_files
+    from pargs_min.judges import load_judge
+    from pargs_min.plots import intervals, save
+    from pargs_min.report import markdown, panels, write_comparison
+
+    parser = ArgumentParser(prog="pargs evaluate", description=evaluate.__doc__)
+    parser.add_argument("files", nargs="+", metavar="FILE", help="Texts of `pargs generate`, a file a method.")
+    parser.add_argument(
+        "--judge",
+        action="append",
+        default=[],
+        metavar="JUDGE",
+        help="toy (the gold reward of the embedded world), a reward model (folder or hub id), MODULE:FUNCTION of "
+        "(prompts, responses), or URL#MODEL, a language model behind an OpenAI-compatible address (the key from "
+        "OPENAI_API_KEY). May be given several times.",
+    )
+    parser.add_argument("--against", metavar="FILE", help="Count how often the others beat this file, text by text.")
+    parser.add_argument(
+        "--output-dir",
+        "--output_dir",
+        default="runs/evaluation",
+        metavar="DIR",
+        help="For table, figure, and each judge's answers. Default: %(default)s.",
+    )
+    options = parser.parse_args(arguments)
+    folder, against = Path(options.output_dir), [options.against] if options.against else []
+    labels = file_labels([*options.files, *against])
+    files = read_files(labels)
+    judges = []
+    for name in dict.fromkeys(options.judge):
+        with loading(name):
+            judges.append(load_judge(name, folder / "verdicts.jsonl"))
+    comparison = compare(files, judges, *(labels[Path(file)] for file in against))
+    write_comparison(comparison, folder)
+    if shown := panels(comparison):
+        save(intervals(shown), folder / "evaluation.png")
+    print(markdown(comparison))
+    print(f"saved {options.output_dir}")
+
+
 @contextmanager
 def loading(name: str) -> Iterator[None]:
     """Load models without transformers' report on each, and with errors that name the model."""
@@ -274,7 +319,7 @@ def loading(name: str) -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-COMMANDS = {"demo": demo, "train": train, "generate": generate}
+COMMANDS = {"demo": demo, "train": train, "generate": generate, "evaluate": evaluate}
 USAGE = "usage: pargs COMMAND [options]   (pargs COMMAND --help)\n\n" + "\n".join(
     f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()
 )

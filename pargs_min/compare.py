@@ -37,17 +37,24 @@ class Comparison(NamedTuple):
     notes: list[str]
 
 
-def read_files(paths: Sequence[str | os.PathLike]) -> dict[str, list[dict]]:
-    """The texts of each file, by the file's name without its ending; by its whole path where two names are equal.
+def file_labels(paths: Sequence[str | os.PathLike]) -> dict[Path, str]:
+    """What to call each file: its name without its ending, or its whole path where two names are equal.
+
+    >>> file_labels(["runs/plain.jsonl", "a/pargs.jsonl", "b/pargs.jsonl"])[Path("a/pargs.jsonl")]
+    'a/pargs.jsonl'
+    """
+    paths = list(dict.fromkeys(map(Path, paths)))
+    names = [path.stem for path in paths]
+    return {path: path.stem if names.count(path.stem) == 1 else str(path) for path in paths}
+
+
+def read_files(labels: Mapping[Path, str]) -> dict[str, list[dict]]:
+    """The texts of each file, by its label.
 
     Raises:
         ValueError: as `read_texts`, or if the files' prompts differ, naming them.
     """
-    paths = list(dict.fromkeys(map(Path, paths)))
-    names = [path.stem for path in paths]
-    files = {
-        name if names.count(name) == 1 else str(path): read_texts(path) for name, path in zip(names, paths, strict=True)
-    }
+    files = {label: read_texts(path) for path, label in labels.items()}
     check_same_prompts(files)
     return files
 

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from pargs_min.compare import compare, distinct, read_files, read_texts, rouge_l
+from pargs_min.cli import main
+from pargs_min.compare import compare, distinct, file_labels, read_files, read_texts, rouge_l
 from pargs_min.evaluate import bootstrap_interval, mean_and_error, win_rate
 from pargs_min.judges import Judge
 from pargs_min.report import markdown, panels, write_comparison
@@ -189,7 +190,7 @@ def test_files_are_read_in_any_order_and_named(tmp_path):
     (tmp_path / "b").mkdir()
     paths = [write(tmp_path / "a" / "x.jsonl", ONE[::-1]), write(tmp_path / "b" / "x.jsonl", ONE)]
     paths.append(write(tmp_path / "y.jsonl", TWO))
-    assert read_files([*paths, paths[0]]) == {str(paths[0]): ONE, str(paths[1]): ONE, "y": TWO}
+    assert read_files(file_labels([*paths, paths[0]])) == {str(paths[0]): ONE, str(paths[1]): ONE, "y": TWO}
 
 
 @pytest.mark.parametrize(
@@ -203,7 +204,7 @@ def test_files_are_read_in_any_order_and_named(tmp_path):
 def test_files_of_other_prompts_are_refused(tmp_path, others, message):
     paths = [write(tmp_path / "one.jsonl", ONE), write(tmp_path / "two.jsonl", others)]
     with pytest.raises(ValueError, match=message):
-        read_files(paths)
+        read_files(file_labels(paths))
 
 
 @pytest.mark.parametrize(
@@ -232,3 +233,38 @@ def test_malformed_lines_are_named(tmp_path, lines, message):
 def test_against_must_be_one_of_the_files():
     with pytest.raises(ValueError, match="against must be one of one, got 'two'"):
         compare({"one": ONE}, against="two")
+
+
+def test_the_command_prints_the_table_and_keeps_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "one.jsonl", ONE)
+    write(tmp_path / "two.jsonl", TWO)
+    (tmp_path / "lengths.py").write_text("def length(prompts, responses): return [len(r) for r in responses]")
+    assert main(["evaluate", "two.jsonl", "--judge", "lengths:length", "--against", "one.jsonl"]) == 0
+    want = compare({"two": TWO, "one": ONE}, [Judge("lengths:length", score=length)], "one")
+    printed = capsys.readouterr().out
+    assert printed.startswith(markdown(want))
+    assert {file.name for file in (tmp_path / "runs" / "evaluation").iterdir()} == {
+        "answers.jsonl",
+        "evaluation.json",
+        "evaluation.md",
+        "evaluation.png",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["two.jsonl"], "two.jsonl"),
+        (["one.jsonl", "--judge", "nobody:judges"], "judge 'nobody:judges' cannot be loaded"),
+        (["one.jsonl", "--judge", "http://127.0.0.1:9/v1#m"], "say with which (--against FILE)"),
+        (["one.jsonl", "--judge", "toy"], "prompt must be one of the world's twelve"),
+    ],
+)
+def test_bad_input_of_the_command_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "one.jsonl", ONE)
+    assert main(["evaluate", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
