@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import expit
+from scipy.special import expit, logit
 
 Array = NDArray[np.float64]
 
@@ -186,17 +186,19 @@ def bradley_terry_scores(mass: ArrayLike, wins: ArrayLike, tolerance: float = 1e
         beats = expit(scores[:, None] - scores)
         return beats @ mass - wins, beats * (1 - beats) * mass
 
-    scores = np.log(wins / (1 - wins))
+    scores = logit(wins)
     error, slopes = residual(scores)
-    while (size := np.abs(error).max()) > tolerance:
+    rate = 1.0
+    while np.abs(error).max() > tolerance and rate > 1e-6:  # below that no step helps: rounding has been reached
         jacobian = np.diag(slopes.sum(1)) - slopes + mass  # `+ mass` fixes the constant that the equations leave free
-        step = np.linalg.solve(jacobian, error)
-        rate = 1.0
-        while np.abs((trial := residual(scores - rate * step))[0]).max() >= size and rate > 1e-6:
+        step, rate = np.linalg.solve(jacobian, error), 1.0
+        while np.abs(residual(scores - rate * step)[0]).max() >= np.abs(error).max() and rate > 1e-6:
             rate /= 2
-        if rate <= 1e-6:  # no step helps: rounding has been reached
-            break
-        scores, (error, slopes) = scores - rate * step, trial
+        if rate > 1e-6:
+            scores = scores - rate * step
+            error, slopes = residual(scores)
+    if np.abs(error).max() > 1e-9:
+        raise FloatingPointError(f"no scores found for these wins: the best are off by {np.abs(error).max():.1e}")
     return scores - mass @ scores
 
 
