@@ -55,4 +55,3 @@ def labelled_worlds(draw: st.DrawFn, any_labeler: bool = True) -> World:
     if any_labeler and draw(st.booleans()):
         return world.with_labels(random_labels(draw(seeds), len(world.prefixes[-1])))
     return world.with_labels(bradley_terry_labels(world.rewards[-1]))
-

@@ -1,6 +1,6 @@
 """T1. A full-sequence reward says nothing of prefixes.
 
-Paper (2406.07780, Theorem 1). For any function f on unfinished prefixes there is a reward with the same values on whole
+Paper (2406.07780). For any function f on unfinished prefixes there is a reward with the same values on whole
 responses, hence the same Bradley-Terry loss on every set of full-sequence pairs and the same RLHF policy, whose prefix
 scores are f. It is even a sum of token rewards: rho(t | a) = f(at) - f(a), the last one making up the difference.
 

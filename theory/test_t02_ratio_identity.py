@@ -1,6 +1,6 @@
 """T2. The tokenwise policy is a ratio of two RLHF policies.
 
-Paper (2406.07780, Theorem 2; here for every reward, prefix, length and beta). The tokenwise policy
+Paper (2406.07780), checked for every reward, prefix, length and beta. The tokenwise policy
 pi(t | a) = ref(t | a) exp(beta r(at)) / Z(a) is
 
     pi_i(at) / pi_{i-1}(a), normalised over t,

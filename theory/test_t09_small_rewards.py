@@ -7,7 +7,7 @@ v(a) and k(a) its conditional variance and third central moment, m_ and v_ the m
 
 So s = m + constant + O(eps^3): to leading order controlled decoding's value function, less a price on uncertainty
 for prefixes that look better than average (and a premium below it). KL(CD || PARGS) falls as eps^6. As the soft value
-differs from m at order eps^2, KL(RLHF || PARGS) falls as eps^4 (beta fixed). Falsified by another slope on a log-log fit.
+differs from m at order eps^2, KL(RLHF || PARGS) falls as eps^4 (beta fixed). Falsified by another slope.
 """
 
 import numpy as np

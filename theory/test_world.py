@@ -53,9 +53,7 @@ def test_a_world_is_normalised_and_its_end_absorbs(world):
 
 def test_a_full_world_has_every_string_once():
     world = World.random(0, vocabulary=3, horizon=3)
-    strings = {
-        s for s in itertools.product(range(3), repeat=3) if all(s[j + 1] == 2 for j in range(2) if s[j] == 2)
-    }
+    strings = {s for s in itertools.product(range(3), repeat=3) if all(s[j + 1] == 2 for j in range(2) if s[j] == 2)}
     assert {tuple(map(int, y)) for y in world.prefixes[-1]} == strings
     assert len(world.prefixes[-1]) == len(strings)
 

@@ -1,0 +1,214 @@
+"""The pictures of `theory/README.md`, drawn from the exact quantities; `python -m theory` writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from transformers.utils import logging
+
+from pargs_min import exact
+from pargs_min.journey import PROMPTS, Journey
+from pargs_min.plots import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, STYLE, save
+from theory.bradley_terry import partial_reward
+from theory.policies import best_of_n, max_value, reward_and_kl, rlhf, soft_value, tokenwise
+from theory.smc import enumerate_particles, sample_particles
+from theory.test_t09_small_rewards import ORDERS, errors
+from theory.test_t10_exactness_by_reweighting import BETA, WORLD, target
+from theory.test_t11_on_policy_rounds import losses, pair_rounds, value_rounds
+from theory.test_t16_one_family import BETA as FAMILY_BETA
+from theory.test_t16_one_family import SECOND_ROOT, divergence
+from theory.training import exact_policy, trained_policy, training_world
+from theory.world import World, bradley_terry_labels, kl, total_variation
+
+FOLDER = Path(__file__).parent / "figures"
+
+
+def draw_all() -> list[Path]:
+    """Write every figure, the slow one (it trains) last; returns their paths."""
+    FOLDER.mkdir(exist_ok=True)
+    written = []
+    for draw in (frontier, small_rewards, rounds, particles, one_family, full_length, trained):
+        save(draw(), FOLDER / f"{draw.__name__}.png")
+        written.append(FOLDER / f"{draw.__name__}.png")
+        print(f"wrote {written[-1]}", flush=True)
+    return written
+
+
+def panels(count: int = 1) -> tuple[Figure, list[Axes]]:
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=(6.4 if count == 1 else 9.6, 4.2))
+        return drawing, list(np.atleast_1d(drawing.subplots(1, count)))
+
+
+def title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=10)
+
+
+def labelled(world: World) -> World:
+    return world.with_labels(bradley_terry_labels(world.rewards[-1]))
+
+
+def frontier() -> Figure:
+    """T15: expected reward against KL for every method in one world."""
+    world = labelled(World.random(10, 3, 4, reward_scale=2.0))
+    r, betas = world.rewards[-1], np.geomspace(0.03, 8, 40)
+    drawing, (axes,) = panels()
+
+    def curve(laws: list[np.ndarray], ink: str, label: str, mark: str = "") -> None:
+        rewards, divergences = zip(*(reward_and_kl(world, law, r) for law in laws), strict=True)
+        every, line = (1, ":") if mark == "D" else (5, "-")
+        axes.plot(divergences, rewards, marker=mark, color=ink, label=label, ls=line, ms=4, markevery=every)
+
+    def guided(scores: list) -> list[np.ndarray]:
+        return [world.paths(tokenwise(world, scores, beta))[-1] for beta in betas]
+
+    curve([rlhf(world, world.horizon, r, beta) for beta in betas], BLACK, "RLHF, the optimum")
+    curve([world.paths(pair_rounds(world, b, 4)[-1])[-1] for b in betas], SKY, "PARGS after 4 on-policy rounds", "v")
+    curve(guided(partial_reward(world)), BLUE, "PARGS", "o")
+    curve(guided(world.mean(r)), ORANGE, "controlled decoding", "s")
+    curve(guided(world.rewards), RED, "ARGS, arbitrary prefix rewards", "^")
+    curve([best_of_n(world, r, n) for n in 2 ** np.arange(0, 9)], GREEN, "best of N, N = 1, 2, 4, ..", "D")
+    axes.set(xlabel="KL(method || reference), nats a response", ylabel="expected reward")
+    title(axes, "T15  One world, |V| = 3, T = 4: nothing is above RLHF")
+    axes.legend(fontsize=8, loc="upper left")
+    return drawing
+
+
+def small_rewards() -> Figure:
+    """T9: the errors of the approximations against the size of the reward."""
+    world, epsilons = World.random(0, 3, 3), 2.0 ** -np.arange(0, 8)
+    rows = [errors(world, epsilon) for epsilon in epsilons]
+    drawing, (axes,) = panels()
+    for (name, order), ink, mark in zip(ORDERS.items(), (BLUE, GREEN, ORANGE, BLACK), "o^sD", strict=True):
+        values = np.array([row[name] for row in rows])
+        axes.loglog(epsilons, values, mark, color=ink, ms=5, label=f"{name}, slope {order}")
+        axes.loglog(epsilons, values[-1] * (epsilons / epsilons[-1]) ** order, color=ink, lw=1)
+    axes.set(xlabel="size of the reward, eps", ylabel="error (reward units; nats)")
+    title(axes, "T9  Small rewards: the partial reward s is the mean m, then the third order")
+    axes.legend(fontsize=8)
+    return drawing
+
+
+def rounds() -> Figure:
+    """T11: on-policy rounds, from pairs (a) and with exact values (b)."""
+    drawing, (left, right) = panels(2)
+    lost = np.array([losses(seed, 4.0, 6) for seed in range(50)])
+    numbers = np.arange(1, 7)
+    low, middle, high = np.quantile(lost, [0.1, 0.5, 0.9], axis=0)
+    left.fill_between(numbers, low, high, color=SKY, alpha=0.4, lw=0, label="10 % to 90 % of 50 worlds")
+    left.plot(numbers, middle, "o-", color=BLUE, label="median")
+    left.plot(numbers, lost.mean(0), "s--", color=BLACK, label="mean")
+    left.set(xlabel="round of fresh pairs", ylabel="reward lost to RLHF at equal KL", ylim=(0, None))
+    title(left, "T11(a)  Rounds of pairs, beta = 4")
+    left.legend(fontsize=8)
+
+    world, beta = World.random(0, 3, 4), 2.0
+    pi = rlhf(world, world.horizon, world.rewards[-1], beta)
+    for log_ratio, ink, mark, label in ((True, BLUE, "o", "with"), (False, RED, "^", "without")):
+        divergences = [max(kl(world.paths(q)[-1], pi), 1e-17) for q in value_rounds(world, beta, 6, log_ratio)]
+        right.semilogy(numbers, divergences, mark + "-", color=ink, label=f"{label} the log-ratio term")
+    right.set(xlabel="round of exact values", ylabel="KL(q || RLHF), nats (floor 1e-17)")
+    title(right, "T11(b)  Exact after T = 4 rounds")
+    right.legend(fontsize=8)
+    return drawing
+
+
+def particles() -> Figure:
+    """T10: total variation to the RLHF policy against the number of particles."""
+    pi, runs = target(WORLD, BETA), 20_000
+    numbers = 2 ** np.arange(0, 9)
+    rng = np.random.default_rng(0)
+    sampled = []
+    for n in numbers:
+        at, _ = sample_particles(WORLD, WORLD.rewards, BETA, int(n), runs, rng)
+        law = np.bincount(at.ravel(), minlength=len(pi)) / at.size
+        sampled.append(0.5 * np.abs(law - np.exp(pi)).sum())
+    few = [1, 2, 3]
+    enumerated = [
+        total_variation(np.log(enumerate_particles(WORLD, WORLD.rewards, BETA, n, weighted=False)[0]), pi) for n in few
+    ]
+    drawing, (axes,) = panels()
+    axes.loglog(numbers, sampled, "o-", color=BLUE, label=f"{runs:,} runs of the sampler")
+    axes.loglog(few, enumerated, "s", color=ORANGE, ms=9, mfc="none", label="every outcome enumerated")
+    axes.loglog(numbers, sampled[4] * numbers[4] / numbers, ":", color=BLACK, label="slope -1")
+    axes.set(xlabel="particles N (N = 1 is the tokenwise policy)", ylabel="TV(law of one particle, RLHF)")
+    axes.set_xticks(numbers, [str(n) for n in numbers], minor=False)
+    title(axes, "T10  Weighted by T2's normaliser, the tokenwise policy becomes RLHF")
+    axes.legend(fontsize=8)
+    return drawing
+
+
+def one_family() -> Figure:
+    """T16: KL to RLHF of guidance by V_lambda, and of PARGS."""
+    drawing, axes = panels(2)
+    typical, lambdas = World.random(0, 4, 3, reward_scale=2.0), np.geomspace(0.02, 50, 300)
+    worlds = ((typical, 1.0, "T16  A random world"), (SECOND_ROOT, FAMILY_BETA, "T16  A world with a second root"))
+    for panel, (world, beta, text) in zip(axes, worlds, strict=True):
+        world, r = labelled(world), world.rewards[-1]
+        inside = np.sort(np.append(lambdas, beta))
+        family = [max(divergence(world, soft_value(world, r, lam), beta), 1e-9) for lam in inside]
+        panel.loglog(inside, family, color=BLACK, label="V_lambda")
+        marks = (
+            (partial_reward(world), BLUE, "-.", "PARGS"),
+            (world.mean(r), ORANGE, "--", "mean (controlled decoding)"),
+            (max_value(world, r), PINK, ":", "maximum (FaRMA's target)"),
+        )
+        for scores, ink, line, label in marks:
+            panel.axhline(divergence(world, scores, beta), color=ink, ls=line, label=label)
+        panel.axvline(beta, color="#BBBBBB", lw=1, label="lambda = beta")
+        panel.set(xlabel="lambda", ylabel="KL(RLHF || guided), nats (floor 1e-9)")
+        title(panel, f"{text}, beta = {beta}")
+    axes[0].legend(fontsize=8)
+    return drawing
+
+
+def full_length() -> Figure:
+    """T8(c) and T11 in the embedded world with a safe exit, 25 tokens, by recursion."""
+    automaton = Journey(stay_home_reward=0.0).automata[PROMPTS[0]]
+    betas = np.geomspace(0.1, 32, 25)
+    scores = exact.partial_rewards(automaton)
+    u = exact.bradley_terry(automaton.rewards) @ exact.occupancy(automaton)[-1]
+    drawing, (left, right) = panels(2)
+    first = [exact.guided(automaton, scores, beta) for beta in betas]
+    second = [
+        exact.guided(automaton, exact.partial_rewards(automaton, policy=q), beta)
+        for q, beta in zip(first, betas, strict=True)
+        if beta <= 4
+    ]
+    for policies, ink, mark, label in ((first, BLUE, "o", "PARGS"), (second, SKY, "v", "PARGS, pairs of PARGS")):
+        judged = [exact.evaluate(automaton, q) for q in policies]
+        wins = [float(exact.occupancy(automaton, q)[-1] @ u) for q in policies]
+        left.semilogx(betas[: len(wins)], wins, mark + "-", color=ink, ms=4, label=label)
+        right.plot([j.kl for j in judged], [j.reward for j in judged], mark + "-", color=ink, ms=4, label=label)
+    left.axhline(0.5, color=BLACK, lw=1, label="the guarantee of T7")
+    optimum = exact.rlhf_frontier(automaton, betas)
+    right.plot([j.kl for j in optimum], [j.reward for j in optimum], color=BLACK, label="RLHF, the optimum")
+    left.set(xlabel="beta", ylabel="win rate against the reference")
+    right.set(xlabel="KL(method || reference), nats a response", ylabel="expected reward")
+    title(left, "T7, T8(c)  At 25 tokens: never below 1/2, not monotone")
+    title(right, "T11(a)  One round of fresh pairs")
+    left.legend(fontsize=8)
+    right.legend(fontsize=8)
+    return drawing
+
+
+def trained(steps: int = 300, seeds: int = 3) -> Figure:
+    """A model trained by pargs_min.train, against the exact policy, as pairs grow."""
+    logging.set_verbosity_error()
+    world, sizes = training_world(), 4 ** np.arange(2, 8)
+    best = exact_policy(world)
+    runs = [[trained_policy(world, int(n), steps=steps, seed=seed) for seed in range(seeds)] for n in sizes]
+    distances = np.array([[total_variation(q, best) for q in row] for row in runs])
+    drawing, (axes,) = panels()
+    axes.loglog(sizes, distances, "o", color=SKY, ms=5)
+    axes.loglog(sizes, distances.mean(1), "o-", color=BLUE, label=f"trained model, mean of {seeds} seeds")
+    axes.axhline(total_variation(world.log_ref[-1], best), color=BLACK, ls="--", label="the reference, unguided")
+    axes.set(xlabel="preference pairs", ylabel="TV(guided by the model, exact PARGS)")
+    axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
+    title(axes, "The trainer approaches the population minimiser of T5")
+    axes.legend(fontsize=8)
+    return drawing
