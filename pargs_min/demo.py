@@ -13,7 +13,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -66,9 +66,9 @@ class Size:
     """How much of everything; steps, pairs and texts are counts."""
 
     reference_steps: int = 1500
-    pairs: int = 8000
+    pairs: int = 4000
     held_out_pairs: int = 1000
-    steps: int = 400
+    steps: int = 250
     models: int = 3  # of each objective
     samples: int = 128  # texts a prompt
     frontier_samples: int = 5000  # texts a prompt
@@ -81,7 +81,7 @@ def run(folder: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str]
     """Do it all; write results.json, reward_vs_kl.png and prefix_accuracy.png to the folder; return the rows."""
     size = QUICK if quick else Size()
     torch.set_num_threads(1)  # the models are so small that a second thread only waits; processes do not
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), quiet_worker) as workers:
+    with two_processes() as workers:
         lm, tokenizer = reference(folder / "reference", world(), seed=seed, steps=size.reference_steps)
         gap = reference_gap(lm, world(), texts=1200)
         say(
@@ -129,8 +129,12 @@ def run(folder: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str]
     return rows
 
 
+def two_processes() -> Executor:
+    """Training and decoding share two cores; only the first process reports."""
+    return ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), quiet_worker)
+
+
 def quiet_worker() -> None:
-    """Two processes share two cores, and only the first one reports."""
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

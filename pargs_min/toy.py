@@ -109,6 +109,7 @@ def _new_model(world: Journey, seed: int) -> GPT2LMHeadModel:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",  # the same function as GPT-2's gelu_new, in one kernel
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -10,8 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pargs_min.cli import main
 from pargs_min.reward_model import prefix_rewards
-
-from .strategies import tiny_lm, tiny_tokenizer
+from tests.strategies import tiny_lm, tiny_tokenizer
 
 WORDS = "abcdefg"
 
@@ -111,6 +110,69 @@ def test_an_unknown_command_names_those_there_are(capsys):
 def test_no_command_prints_the_help(capsys):
     assert main([]) == 0
     assert "usage: pargs COMMAND" in capsys.readouterr().out
+
+
+def generate(lm, prompts, out, *more):
+    few = ["--num-samples", "2", "--max-new-tokens", "5", "--device", "cpu"]
+    return main(["generate", "--model", str(lm), "--prompts", str(prompts), "--output", str(out), *few, *more])
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a b\nc\nd e f\n")
+    return file
+
+
+def test_a_trained_model_guides_and_every_text_says_how_it_was_made(lm, pairs, prompts, tmp_path, capsys):
+    assert train(lm, pairs, tmp_path / "rm") == 0
+    out = tmp_path / "out.jsonl"
+    assert generate(lm, prompts, out, "--reward-model", str(tmp_path / "rm"), "--beta", "2", "--top-k", "4") == 0
+    records = [json.loads(line) for line in out.open()]
+    assert [(r["prompt"], r["sample"]) for r in records] == [(p, s) for p in ("a b", "c", "d e f") for s in (0, 1)]
+    assert records[0]["settings"]["beta"] == 2
+    assert {"response", "response_ids", "ref_log_prob", "kl", "reward", "finished"} <= set(records[0])
+
+
+def test_an_output_file_is_continued_or_left_alone(lm, prompts, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    assert generate(lm, prompts, out, "--method", "plain") == 0
+    whole = out.read_text()
+    assert generate(lm, prompts, out, "--method", "plain") == 2
+    assert "continue it with --resume" in capsys.readouterr().err
+    out.write_text("".join(whole.splitlines(keepends=True)[:3]) + '{"torn')
+    assert generate(lm, prompts, out, "--method", "plain", "--resume", "--batch-size", "1") == 0
+    ids = [[json.loads(line)["response_ids"] for line in text.splitlines()] for text in (whole, out.read_text())]
+    assert ids[0] == ids[1]
+    assert generate(lm, prompts, out, "--method", "plain", "--resume", "--seed", "1") == 2
+    assert "was made with other settings" in capsys.readouterr().err
+    assert len(out.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--method", "pargs"], "needs a reward model"),
+        (["--method", "plain", "--top-k", "99"], "top_k must lie between 1 and the vocabulary size"),
+        (["--method", "plain", "--max-new-tokens", "500"], "exceeds the context"),
+        (["--method", "plain", "--model", "nowhere/at-all"], "cannot load 'nowhere/at-all'"),
+        (["--method", "plain", "--prompts", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_bad_input_to_generate_is_one_line_and_status_2(lm, prompts, tmp_path, capsys, more, message):
+    assert generate(lm, prompts, tmp_path / "out.jsonl", *more) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("pargs: error: ")
+    assert message in err
+
+
+def test_a_broken_model_stops_and_writes_no_text(lm, prompts, tmp_path, capsys):
+    model = tiny_lm(vocabulary=14).float()
+    model.lm_head.weight.data[:] = float("nan")
+    model.save_pretrained(lm)
+    assert generate(lm, prompts, tmp_path / "out.jsonl", "--method", "plain") == 2
+    assert "row 0, step 0" in capsys.readouterr().err
+    assert (tmp_path / "out.jsonl").read_text() == ""
 
 
 def test_two_processes_train_what_one_does(lm, tmp_path):
