@@ -154,11 +154,16 @@ class GenerateOptions:
     model: str = field(metadata={"help": "Language model: a folder or a hub id."})
     prompts: str = field(metadata={"help": "JSONL records with a `prompt` (text or messages), or text, one a line."})
     output: str = field(metadata={"help": "JSONL file to write, one record a text, as they come."})
-    method: Literal["plain", "pargs", "pargs-greedy", "args", "args-greedy", "best-of-n"] = field(
+    method: Literal["plain", "pargs", "pargs-greedy", "args", "args-greedy", "best-of-n", "smc"] = field(
         default="pargs",
-        metadata={"help": "pargs wants a reward model trained with --objective partial, args and best-of-n full."},
+        metadata={
+            "help": "pargs and smc want a reward model trained with --objective partial, args and best-of-n full."
+        },
     )
     reward_model: str | None = field(default=None, metadata={"help": "Folder or hub id; not needed for plain."})
+    final_reward_model: str | None = field(
+        default=None, metadata={"help": "What smc weighs whole texts by. Default: --reward-model."}
+    )
     beta: float = field(default=1.0, metadata={"help": "Weight of the reward, in nats per unit of reward."})
     top_k: int | None = field(
         default=None,
@@ -168,6 +173,7 @@ class GenerateOptions:
     temperature: float = field(default=1.0, metadata={"help": "Divides log pi_ref + beta * r."})
     num_samples: int = field(default=1, metadata={"help": "Texts per prompt."})
     n: int = field(default=10, metadata={"help": "Samples behind each text of best-of-n."})
+    particles: int = field(default=8, metadata={"help": "Particles behind each text of smc."})
     batch_size: int = field(default=8, metadata={"help": "Texts decoded together; they do not change each other."})
     seed: int = field(default=0, metadata={"help": "With prompt and sample number it fixes a text."})
     device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
@@ -201,19 +207,20 @@ def generate(arguments: list[str]) -> None:
     with loading(options.model):
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         lm = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).to(device)
-    reward_model = reward_tokenizer = None
-    if options.reward_model is not None:
-        with loading(options.reward_model):
-            reward_tokenizer = AutoTokenizer.from_pretrained(options.reward_model)
-            reward_model = load_reward_model(options.reward_model, dtype=options.dtype).to(device)
-    names = ["method", "beta", "top_k", "max_new_tokens", "temperature", "num_samples", "n", "batch_size", "seed"]
+    loaded = {}
+    for role in ("reward", "final_reward"):
+        if name := getattr(options, f"{role}_model"):
+            with loading(name):
+                loaded[f"{role}_tokenizer"] = AutoTokenizer.from_pretrained(name)
+                loaded[f"{role}_model"] = load_reward_model(name, dtype=options.dtype).to(device)
+    names = ["method", "beta", "top_k", "max_new_tokens", "temperature", "num_samples", "n", "particles"]
+    names += ["batch_size", "seed"]
     texts = generate_texts(
         lm,
         tokenizer,
         prompts,
-        reward_model=reward_model,
-        reward_tokenizer=reward_tokenizer,
         done=done,
+        **loaded,
         **{name: getattr(options, name) for name in names},
     )
     total = len(prompts) * options.num_samples

@@ -22,7 +22,11 @@ CHECK_EVERY = 16  # steps between two looks at device flags, where a look makes 
 
 
 class PolicyStepper(Protocol):
-    """The reference, one step at a time: `log_probs` and `push`, once each, in that order."""
+    """The reference, one step at a time: `log_probs` and `push`, once each, in that order.
+
+    Only where rows are resampled, both steppers also need `select(rows)`, which may come before `push`: row i goes on
+    from what row rows[i] has read.
+    """
 
     def start(self, prompt_ids: Tensor, mask: Tensor) -> None: ...
     def log_probs(self) -> Tensor: ...  # (B, V)
@@ -38,6 +42,8 @@ class RewardScorer(Protocol):
 
 
 Draw = Callable[[Tensor, Tensor], Tensor]  # (B, K) log-probabilities, (B,) uniforms -> (B,) index of the candidate
+# (B, K) ref_log_probs and rewards of the candidates, (B,) alive -> (B,) the row each row goes on from; None: its own
+Resample = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 
 
 def sample(log_probs: Tensor, uniforms: Tensor) -> Tensor:
@@ -106,6 +112,11 @@ class ModelPolicy:
         self.ids, self.positions = tokens[:, None], self.positions[:, -1:] + 1
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
 
+    def select(self, rows: Tensor) -> None:
+        """Let row i go on from what row rows[i] has read; (B,) ints."""
+        self.cache.reorder_cache(rows)
+        self.ids, self.mask, self.positions = self.ids[rows], self.mask[rows], self.positions[rows]
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -146,11 +157,12 @@ def generate(
     temperature: float = 1.0,
     draw: Draw = sample,
     uniforms: Tensor | None = None,
+    resample: Resample | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Generation:
     """Generate token by token from pi(t | prefix) proportional to pi_ref(t | prefix) * exp(beta * r(prefix + t)).
 
-    Every row is a response of its own: neither the other rows nor padding changes it.
+    Every row is a response of its own: neither the other rows nor padding changes it, unless `resample` says so.
 
     Args:
         policy: the reference, see `PolicyStepper`.
@@ -165,6 +177,7 @@ def generate(
         temperature: divides the whole sum, see `guided_log_probs`.
         draw: `sample`, `greedy`, or any other choice of a candidate.
         uniforms: (B, N) numbers in [0, 1), one per row and step (`row_uniforms`); by default torch's global stream.
+        resample: called before each draw; may let rows go on from others, which must then share their prompt.
         on_step: called with a `Step` after each draw.
 
     Raises:
@@ -198,6 +211,12 @@ def generate(
         ref_log_probs, candidates = top_k_candidates(policy.log_probs(), top_k)
         rewards = torch.zeros_like(ref_log_probs) if reward is None else reward.score(candidates)
         log_probs = guided_log_probs(ref_log_probs, rewards, beta, temperature)
+        if resample is not None and (rows := resample(ref_log_probs, rewards, alive)) is not None:
+            for stepper in filter(None, (policy, reward)):
+                stepper.select(rows)
+            seen = (candidates, ref_log_probs, rewards, log_probs, alive, broken_at)
+            candidates, ref_log_probs, rewards, log_probs, alive, broken_at = (x[rows] for x in seen)
+            steps = [tuple(x[rows] for x in step) for step in steps]
         index = draw(log_probs, uniforms[:, number])
         if on_step is not None:
             on_step(Step(number, candidates, ref_log_probs, rewards, log_probs, index, alive))

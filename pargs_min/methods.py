@@ -6,6 +6,7 @@ pargs-greedy   the same, always the most likely candidate
 args           guided by a full-sequence reward model, sampled
 args-greedy    the same, always the most likely candidate (arXiv 2402.01694)
 best-of-n      n samples of the reference, the best by a reward of whole texts
+smc            particles guided like pargs and resampled towards the RLHF policy of whole texts (`smc.py`)
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from pargs_min.decode import Generation, PolicyStepper, RewardScorer, generate, greedy, sample
 
-METHODS = ("plain", "pargs", "pargs-greedy", "args", "args-greedy", "best-of-n")
-GUIDED = ("pargs", "pargs-greedy", "args", "args-greedy")
+METHODS = ("plain", "pargs", "pargs-greedy", "args", "args-greedy", "best-of-n", "smc")
+GUIDED = ("pargs", "pargs-greedy", "args", "args-greedy", "smc")
 
 RewardFn = Callable[[Tensor, Tensor], Tensor]  # whole texts (N, T) and their mask -> (N,)
 
@@ -76,6 +77,8 @@ def path_kl(method: str, generation: Generation, n: int = 1) -> Tensor:
     greedy       -sum_i log pi_ref(y_i | y_<i): the divergence of a policy that can write nothing else
     best-of-n    log n - (n - 1) / n, for every response: an upper bound (Beirami et al., arXiv 2401.01879)
     """
+    if method == "smc":
+        raise ValueError("the paths of smc do not tell its divergence: take the kl that `smc` returns")
     if method == "best-of-n":
         return torch.full_like(generation.ref_log_probs[:, 0], math.log(n) - (n - 1) / n)
     if method.endswith("-greedy"):

@@ -91,6 +91,11 @@ class SiblingScorer:
         """Append the (B,) tokens that were drawn."""
         self.last, self.position = tokens[:, None], self.position + 1
 
+    def select(self, rows: Tensor) -> None:
+        """Let row i go on from what row rows[i] has read; (B,) ints, after `score` and before `push`."""
+        self.cache.reorder_cache(rows)
+        self.mask, self.position = self.mask[rows], self.position[rows]
+
 
 def sibling_mask(prefix: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     """Additive (B, 1, 1+k, T+1+k) attention mask of [last token, k siblings] behind a prefix of T cached tokens.
@@ -187,6 +192,9 @@ class ReencodeScorer:
     def push(self, tokens: Tensor) -> None:
         self.ids = torch.cat([self.ids, tokens[:, None]], 1)
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+
+    def select(self, rows: Tensor) -> None:
+        self.ids, self.mask = self.ids[rows], self.mask[rows]
 
 
 def model_rewards(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:

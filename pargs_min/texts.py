@@ -27,6 +27,7 @@ from pargs_min.scoring import (
     model_rewards,
     text_rewards,
 )
+from pargs_min.smc import smc
 
 
 def generate_texts(
@@ -43,6 +44,9 @@ def generate_texts(
     temperature: float = 1.0,
     num_samples: int = 1,
     n: int = 10,
+    particles: int = 8,
+    final_reward_model: PreTrainedModel | None = None,
+    final_reward_tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 8,
     seed: int = 0,
     done: Iterable[tuple[int, int]] = (),
@@ -57,55 +61,63 @@ def generate_texts(
         top_k: candidates per step; by default 10 for guided methods and the whole vocabulary (0) for the others.
         num_samples: texts per prompt.
         n: samples behind each text of best-of-n.
+        particles: behind each text of smc.
+        final_reward_model: what smc weighs whole texts by, and `reward` then reports; None means `reward_model`.
         batch_size: rows decoded together.
         done: (prompt number, sample number) of records that need not be made again.
 
     Yields:
         prompt, prompt_number, sample, response (text), response_ids, finished (whether it ended by itself), method,
-        ref_log_prob (nats), kl (nats, `path_kl`), and with a reward model `reward` of the whole response.
+        ref_log_prob (nats), kl (nats, `path_kl` or `smc`), and with a reward model `reward` of the whole response.
 
     Raises:
         ValueError: for an argument out of range, or a prompt that leaves no room in a model's context: before any text
             is generated.
     """
-    _check(method, reward_model, num_samples, n, batch_size)
+    _check(method, reward_model, num_samples=num_samples, n=n, particles=particles, batch_size=batch_size)
+    if final_reward_model is not None and method != "smc":
+        raise ValueError(f"final_reward_model (--final-reward-model) is for method smc alone, not for {method}")
     if top_k is None:
         top_k = min(10, len(tokenizer)) if method in GUIDED else 0
     format_ = None if reward_model is None else _recorded(reward_model).get("prompt_format")
     encoded = [_encode(tokenizer, prompt, number, format_) for number, prompt in enumerate(prompts)]
-    longest = _longest(encoded, max_new_tokens, lm, reward_model)
+    longest = _longest(encoded, max_new_tokens, lm, reward_model, final_reward_model)
     reward_fn, scorer = _reward(method, reward_model, reward_tokenizer, tokenizer, longest)
+    if final_reward_model is not None:
+        reward_fn, _ = _reward("best-of-n", final_reward_model, final_reward_tokenizer, tokenizer, longest)
     ends = end_tokens(lm, tokenizer)
     policy = ModelPolicy(lm, vocabulary=len(tokenizer))
-    skip, group = set(done), n if method == "best-of-n" else 1
+    skip, group = set(done), {"best-of-n": n, "smc": particles}.get(method, 1)
     rows = [(p, s) for p in range(len(prompts)) for s in range(num_samples) if (p, s) not in skip]
     size = max(1, batch_size // group)
     for batch in (rows[i : i + size] for i in range(0, len(rows), size)):
         prompt_ids, mask = (x.to(lm.device) for x in left_pad([encoded[p] for p, _ in batch]))
         streams = [(p, s * group + i) for p, s in batch for i in range(group)]
+        # The first max_new_tokens numbers of a row's stream draw its tokens; smc chooses among particles by the rest.
+        uniforms = row_uniforms(seed, *zip(*streams, strict=True), 2 * max_new_tokens + 1).to(lm.device)
+        uniforms, choices = uniforms[:, :max_new_tokens], uniforms[::group, max_new_tokens:]
         settings = dict(
-            top_k=top_k,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            eos=ends,
-            uniforms=row_uniforms(seed, *zip(*streams, strict=True), max_new_tokens),
+            top_k=top_k, max_new_tokens=max_new_tokens, temperature=temperature, eos=ends, uniforms=uniforms
         )
-        if method == "plain":
+        if method == "smc":
+            settings |= dict(n=particles, beta=beta, final=final_reward_model and reward_fn, choices=choices[:, :-1])
+            generation, kl = smc(policy, scorer, prompt_ids, mask, **settings).pick(choices[:, -1])
+        elif method == "plain":
             generation = plain(policy, prompt_ids, mask, **settings)
         elif method == "best-of-n":
             generation = best_of_n(policy, reward_fn, prompt_ids, mask, n=n, **settings)
         else:
             generation = guided(method, policy, scorer, prompt_ids, mask, beta=beta, **settings)
+        if method != "smc":
+            kl = path_kl(method, generation, n)
         rewards = None if reward_fn is None else response_rewards(reward_fn, prompt_ids, mask, generation)
-        yield from _records(
-            batch, prompts, tokenizer, method, generation, path_kl(method, generation, n), rewards, ends
-        )
+        yield from _records(batch, prompts, tokenizer, method, generation, kl, rewards, ends)
 
 
-def _check(method: str, reward_model, num_samples: int, n: int, batch_size: int) -> None:
+def _check(method: str, reward_model, **counts: int) -> None:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    for name, value in (("num_samples", num_samples), ("n", n), ("batch_size", batch_size)):
+    for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if method == "plain":

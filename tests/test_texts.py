@@ -27,7 +27,7 @@ def texts(method="pargs", objective="partial", append_eos=True, prompts=PROMPTS,
     return generate_texts(lm, TOKENIZER, prompts, method=method, reward_model=rm, **{**SETTINGS, **changes})
 
 
-@pytest.mark.parametrize("method", ["plain", "pargs", "best-of-n"])
+@pytest.mark.parametrize("method", ["plain", "pargs", "best-of-n", "smc"])
 def test_a_text_depends_on_its_own_numbers_alone(method):
     """Not on the batch, nor on what was done before."""
     whole = list(texts(method, n=3, batch_size=16))
@@ -39,6 +39,22 @@ def test_a_text_depends_on_its_own_numbers_alone(method):
     for record in alone + rest:
         assert record["response_ids"] == ids[record["prompt_number"], record["sample"]]
     assert len(rest) == 6
+
+
+def test_smc_with_one_particle_is_pargs():
+    ours, pargs = (list(texts(method, **changes)) for method, changes in (("smc", dict(particles=1)), ("pargs", {})))
+    assert [r["response_ids"] for r in ours] == [r["response_ids"] for r in pargs]
+    assert [r["kl"] for r in ours] == pytest.approx([r["kl"] for r in pargs])
+    assert [r["response_ids"] for r in texts("smc", particles=16)] != [r["response_ids"] for r in pargs]
+
+
+def test_smc_reports_the_reward_it_weighed_by():
+    whole = tiny_reward_model("qwen2", seed=3)
+    for record in texts("smc", final_reward_model=whole, num_samples=1):
+        prompt = PROMPTS[record["prompt_number"]]
+        ids = prompt.get("prompt_ids") or TOKENIZER(prompt["prompt"])["input_ids"]
+        text = torch.tensor([ids + record["response_ids"]])
+        assert record["reward"] == pytest.approx(prefix_rewards(whole, text, torch.ones_like(text))[0, -1].item())
 
 
 def test_records_say_what_was_written():
@@ -124,6 +140,9 @@ def test_ids_beyond_the_tokenizers_vocabulary_are_never_drawn():
         (dict(method="pragmatic"), "method must be one of plain, pargs"),
         (dict(num_samples=0), "num_samples must be at least 1"),
         (dict(n=0), "n must be at least 1"),
+        (dict(method="smc", particles=0), "particles must be at least 1"),
+        (dict(method="smc", temperature=0.5), "temperature must be 1 for smc"),
+        (dict(final_reward_model=tiny_reward_model()), "final_reward_model .* is for method smc alone, not for pargs"),
         (dict(batch_size=0), "batch_size must be at least 1"),
         (dict(method="args", reward_model=None), "method args needs a reward model"),
         (dict(top_k=12), "top_k must lie between 1 and the vocabulary size 11"),

@@ -1,0 +1,173 @@
+"""Sequential Monte Carlo: n particles a prompt, by the same loop, come to the RLHF policy that one of them misses.
+
+The tokenwise policy follows the partial reward from token to token, and what it writes is not the RLHF policy of whole
+texts. The difference is a weight that the loop knows already: after the prefix a,
+
+    gamma(at) / (gamma(a) pi(t | a)) = Z(a) exp(-beta r(a)),   gamma(a) = pi_ref(a) exp(beta r(a)),
+
+whatever the token t. Particles whose weights have grown apart are resampled in proportion to them before they draw;
+at the end, exp(beta (R(y) - r(y))) replaces the partial reward by the reward R that is wanted of the whole text. No
+training is needed, and r need not be good: it decides how many particles are enough, not what they converge to.
+
+Source: twisted sequential Monte Carlo, Zhao et al. (2024), arXiv 2404.17546; the weight is the normaliser of the ratio
+of two RLHF policies in arXiv 2406.07780 (`theory/`, T2 and T10).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from pargs_min.decode import Generation, PolicyStepper, RewardScorer, Step, generate, sample
+from pargs_min.methods import RewardFn, response_rewards
+
+# (B, n) log-weights, (B,) uniforms -> (B, n) particles to go on from; each is chosen n times its weight on average
+Resampler = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Particles:
+    """B prompts with n weighted responses each."""
+
+    generation: Generation  # B * n rows, those of a prompt together; `log_probs` are of the tokenwise policy
+    log_weights: Tensor  # (B, n) in nats, normalised
+    log_evidence: Tensor  # (B,) in nats; its exp is an unbiased estimate of Z = E_ref[exp(beta * R)]
+    kl: Tensor  # (B, n) beta * R - log_evidence, in nats, see `smc`
+
+    def pick(self, uniforms: Tensor) -> tuple[Generation, Tensor]:
+        """One response a prompt, drawn by weight with (B,) uniforms: (B rows, their (B,) kl)."""
+        n = self.log_weights.shape[1]
+        rows = sample(self.log_weights, uniforms) + n * torch.arange(len(uniforms), device=uniforms.device)
+        picked = (getattr(self.generation, field.name)[rows] for field in fields(Generation))
+        return Generation(*picked), self.kl.flatten()[rows]
+
+
+def systematic(log_weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Resample by one uniform a prompt: particle k is chosen floor(n w_k) or ceil(n w_k) times, n w_k on average.
+
+    Args:
+        log_weights: (B, n) in nats, need not be normalised.
+        uniforms: (B,) in [0, 1).
+
+    Returns:
+        (B, n) the particle that each particle goes on from.
+
+    Source: Carpenter, Clifford and Fearnhead (1999).
+
+    >>> systematic(torch.tensor([[0.1, 0.6, 0.3]]).log(), torch.tensor([0.5]))
+    tensor([[1, 1, 2]])
+    """
+    n = log_weights.shape[1]
+    shares = log_weights.double().softmax(-1).cumsum(-1)
+    points = (torch.arange(n, device=uniforms.device) + uniforms[:, None].double()) / n
+    return torch.searchsorted(shares, points, right=True).clamp(max=n - 1)
+
+
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    """(B,) of (B, n): (sum_k w_k)^2 / sum_k w_k^2, between 1 (one particle has all the weight) and n (all alike).
+
+    Source: Kong, Liu and Wong (1994).
+
+    >>> effective_sample_size(torch.tensor([[1.0, 1.0, 0.0]]).log())
+    tensor([2.])
+    """
+    return torch.exp(2 * log_weights.logsumexp(-1) - (2 * log_weights).logsumexp(-1))
+
+
+def smc(
+    policy: PolicyStepper,
+    reward: RewardScorer,
+    prompt_ids: Tensor,
+    mask: Tensor,
+    *,
+    n: int,
+    beta: float,
+    final: RewardFn | None = None,
+    threshold: float = 0.5,
+    choices: Tensor | None = None,
+    resampler: Resampler = systematic,
+    temperature: float = 1.0,
+    **settings,
+) -> Particles:
+    """n particles a prompt, which sample pi(y) proportional to pi_ref(y) exp(beta R(y)) as n grows.
+
+    With `top_k`, pi_ref is the reference restricted to the responses all of whose tokens are among the top k; a
+    response that was cut at `max_new_tokens` counts as it stands. A particle that has ended keeps its weight.
+
+    The `kl` of a response, beta * R(y) - log_evidence, is in the mean over responses (drawn by weight) an upper bound
+    of the divergence of what is written from the untruncated reference: it is the divergence between the law of
+    everything drawn and pi_ref times the law of the rest given y, and leaving the rest out cannot add to it. The bound
+    is attained with one particle, where it is the path's log-ratio, and in the limit of many.
+
+    Args:
+        n: particles a prompt; one is PARGS.
+        beta: weight of both rewards, in nats per unit of reward.
+        final: R, reward of whole texts; None takes the partial reward of the finished response.
+        threshold: resample the particles of a prompt when their effective number falls below this fraction of n;
+            0 never, above 1 at every step.
+        choices: (B, N) uniforms for resampling, a prompt and step each; by default torch's global stream.
+        settings: others of `generate`; `uniforms`, where given, are (B * n, N), the n rows of a prompt together.
+
+    Raises:
+        ValueError: if n < 1, `threshold` is negative, or `temperature` is not 1, which has no such target.
+    """
+    if n < 1:
+        raise ValueError(f"n (particles) must be at least 1, got {n}")
+    if not threshold >= 0:
+        raise ValueError(f"threshold must be a fraction of the particles, at least 0, got {threshold}")
+    if temperature != 1:
+        raise ValueError(f"temperature must be 1 for smc, whose weights are those of temperature 1, got {temperature}")
+    if choices is None:
+        choices = torch.rand(len(prompt_ids), settings["max_new_tokens"])
+    prompt_ids, mask = prompt_ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
+    weights = _Weights(beta, n, threshold, choices.to(prompt_ids.device), resampler)
+    generation = generate(
+        policy, reward, prompt_ids, mask, beta=beta, resample=weights.resample, on_step=weights.drawn, **settings
+    )
+    rewards = weights.rewards
+    if final is not None:
+        rewards = response_rewards(final, prompt_ids, mask, generation)
+        weights.log_weights += beta * (rewards - weights.rewards).view(-1, n)
+    log_evidence = weights.log_evidence + weights.log_weights.logsumexp(-1) - math.log(n)
+    kl = beta * rewards.view(-1, n) - log_evidence[:, None]
+    return Particles(generation, weights.log_weights.log_softmax(-1), log_evidence, kl)
+
+
+class _Weights:
+    """The two hooks of `generate`: `drawn` remembers r(a) of each particle, `resample` weighs by Z(a) exp(-beta r(a)).
+
+    log_weights (B, n) are since the last resampling; log_evidence (B,) holds what was resampled away.
+    """
+
+    def __init__(self, beta: float, n: int, threshold: float, choices: Tensor, resampler: Resampler):
+        self.beta, self.threshold, self.resampler = beta, threshold, resampler
+        self.choices = iter(choices.unbind(1))
+        self.log_weights = torch.zeros(len(choices), n, dtype=torch.float64, device=choices.device)
+        self.log_evidence = torch.zeros_like(self.log_weights[:, 0])
+        self.rewards = torch.zeros_like(self.log_weights).flatten()  # (B * n,) r(a); the empty response counts 0
+
+    def resample(self, ref_log_probs: Tensor, rewards: Tensor, alive: Tensor) -> Tensor | None:
+        log_z = (ref_log_probs.double() + self.beta * rewards.double()).logsumexp(-1)
+        increments = (log_z - self.beta * self.rewards).where(alive, 0.0)
+        self.log_weights = self.log_weights + increments.view_as(self.log_weights)
+        batch, n = self.log_weights.shape
+        uniforms = next(self.choices)
+        apart = effective_sample_size(self.log_weights) < self.threshold * n
+        if not apart.any():
+            return None
+        stay = torch.arange(n, device=apart.device).expand(batch, n)
+        chosen = torch.where(apart[:, None], self.resampler(self.log_weights, uniforms), stay)
+        rows = (chosen + n * torch.arange(batch, device=apart.device)[:, None]).flatten()
+        mean = self.log_weights.logsumexp(-1) - math.log(n)
+        self.log_evidence = self.log_evidence + mean.where(apart, 0.0)
+        self.log_weights = self.log_weights.masked_fill(apart[:, None], 0.0)
+        self.rewards = self.rewards[rows]
+        return rows
+
+    def drawn(self, step: Step) -> None:
+        rewards = step.rewards.gather(1, step.index[:, None])[:, 0].double()
+        self.rewards = rewards.where(step.alive, self.rewards)
