@@ -7,6 +7,7 @@ and the head ourselves.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 
@@ -98,7 +99,12 @@ def token_positions(mask: Tensor) -> Tensor:
 
 def position_arguments(body: PreTrainedModel, positions: Tensor) -> dict[str, Tensor]:
     """`position_ids`, for the backbones that take them; the others (ALiBi) derive positions from the mask."""
-    return {"position_ids": positions} if "position_ids" in inspect.signature(body.forward).parameters else {}
+    return {"position_ids": positions} if _takes_positions(type(body)) else {}
+
+
+@functools.cache  # reading a signature costs as much as a small layer
+def _takes_positions(body: type[PreTrainedModel]) -> bool:
+    return "position_ids" in inspect.signature(body.forward).parameters
 
 
 def context_length(model: PreTrainedModel) -> int | None:
