@@ -1,0 +1,276 @@
+"""One generation, token by token: what could have followed at each step, what it was worth, what was drawn.
+
+    records      the steps that `generate(..., on_step=...)` reported -> plain records
+    to_text      records -> lines for a terminal
+    to_html      records -> one page that needs nothing else: no script, no font, no network
+
+A record of a step:
+
+    {"step": 3, "candidates": [{"id", "token", "ref_prob", "reward", "prob", "drawn"}, ...],
+     "others": {"count", "ref_prob", "prob"}}
+
+ref_prob is the reference's probability over its whole vocabulary, prob the guided one among the candidates of the step;
+`others` adds up the candidates that are not listed.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from math import log
+from string import Template
+
+from transformers import PreTrainedTokenizerBase
+
+from pargs_min.decode import Step
+
+MARKS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
+INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}  # Unicode categories that a reader would not see
+
+
+def visible(token: str) -> str:
+    r"""A token's text with everything that does not show made to show; combining marks get something to stand on.
+
+    >>> visible(" to\n"), visible("\u202e"), visible("")
+    ('␣to⏎', '<U+202E>', '<empty>')
+    """
+    shown = "".join(MARKS.get(c) or (f"<U+{ord(c):04X}>" if unicodedata.category(c) in INVISIBLE else c) for c in token)
+    return "◌" + shown if unicodedata.combining(shown[:1] or " ") else shown or "<empty>"
+
+
+def token_names(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
+    """The name of a token id as `visible` writes it; where a token is half a character, the tokenizer's own piece."""
+
+    def name(token: int) -> str:
+        piece, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])
+        if piece is None or "\ufffd" in text:
+            return visible(piece or f"<{token}>")
+        if piece.startswith("▁") and not text.startswith(" "):  # sentencepiece drops the blank of a first word
+            text = " " + text
+        return visible(text)
+
+    return name
+
+
+def records(steps: Sequence[Step], name: Callable[[int], str], *, row: int = 0, shown: int = 10) -> list[dict]:
+    """One record for each step of one row, up to the row's end.
+
+    Args:
+        steps: what `on_step` was called with, in order.
+        name: token id -> text, see `token_names`.
+        row: of the batch.
+        shown: candidates listed a step, >= 1: the likeliest under the guided policy, and the one that was drawn.
+
+    Raises:
+        ValueError: if `shown` is less than 1.
+
+    >>> import torch
+    >>> log_probs = torch.tensor([[0.5, 0.3, 0.2]]).log()
+    >>> step = Step(0, torch.tensor([[4, 5, 6]]), log_probs, torch.zeros(1, 3), log_probs, torch.tensor([1]),
+    ...             torch.tensor([True]))
+    >>> [record] = records([step], str, shown=1)
+    >>> [(c["token"], round(c["prob"], 3), c["drawn"]) for c in record["candidates"]], record["others"]["count"]
+    ([('4', 0.5, False), ('5', 0.3, True)], 1)
+    """
+    if shown < 1:
+        raise ValueError(f"shown must be at least 1 candidate a step, got {shown}")
+    return [_record(step, name, row, shown) for step in steps if step.alive[row]]
+
+
+def _record(step: Step, name: Callable[[int], str], row: int, shown: int) -> dict:
+    log_probs, drawn = step.log_probs[row], int(step.index[row])
+    order = log_probs.argsort(descending=True, stable=True).tolist()
+    listed = [i for place, i in enumerate(order) if place < shown or i == drawn]
+    ids, rewards = step.candidates[row].tolist(), step.rewards[row].tolist()
+    ref_probs, probs = step.ref_log_probs[row].double().exp(), log_probs.double().exp()
+    rest = [i for i in order if i not in set(listed)]
+    return {
+        "step": step.number,
+        "candidates": [
+            {
+                "id": ids[i],
+                "token": name(ids[i]),
+                "ref_prob": float(ref_probs[i]),
+                "reward": rewards[i],
+                "prob": float(probs[i]),
+                "drawn": i == drawn,
+            }
+            for i in listed
+        ],
+        "others": {"count": len(rest), "ref_prob": float(ref_probs[rest].sum()), "prob": float(probs[rest].sum())},
+    }
+
+
+def drawn(record: Mapping) -> dict:
+    """The candidate of a step that was drawn."""
+    return next(candidate for candidate in record["candidates"] if candidate["drawn"])
+
+
+def nats(candidate: Mapping) -> float:
+    """log prob - log ref_prob: how far guidance moved this candidate; over a text's tokens the sum is its `path_kl`."""
+    return log(candidate["prob"]) - log(candidate["ref_prob"])
+
+
+def _number(probability: float) -> str:
+    return f"{probability:.3f}" if probability >= 0.001 or probability == 0 else f"{probability:.0e}"
+
+
+# As text -------------------------------------------------------------------------------------------------------------
+
+
+def to_text(trace: Sequence[Mapping]) -> str:
+    """The records as lines: a table a step, `>` before the token that was drawn, a bar for its guided probability.
+
+    >>> print(to_text([{"step": 0, "candidates": [
+    ...     {"id": 7, "token": "rope", "ref_prob": 0.2, "reward": 1.5, "prob": 0.5, "drawn": True}],
+    ...     "others": {"count": 2, "ref_prob": 0.8, "prob": 0.5}}]))
+    step 1     token   reference    reward  guided
+            >  rope        0.200     1.500   0.500  ##########
+               2 more      0.800             0.500  ##########
+    """
+    lines = []
+    for record in trace:
+        rows = [(c["token"], c["ref_prob"], f"{c['reward']:.3f}", c["prob"], c["drawn"]) for c in record["candidates"]]
+        if count := record["others"]["count"]:
+            rows.append((f"{count} more", record["others"]["ref_prob"], "", record["others"]["prob"], False))
+        width = max(5, *(_columns(token) for token, *_ in rows))
+        title = f"step {record['step'] + 1}"
+        lines.append(f"{title:11}{'token':{width}}  reference    reward  guided")
+        for token, ref_prob, reward, prob, mark in rows:
+            padded = token + " " * (width - _columns(token))
+            numbers = f"{_number(ref_prob):>9}{reward:>10}{_number(prob):>8}"
+            lines.append(f"{'>' if mark else '':>9}  {padded}  {numbers}  {'#' * round(20 * prob)}".rstrip())
+    return "\n".join(lines)
+
+
+def _columns(text: str) -> int:
+    """The columns that a text takes in a terminal: two for a wide character, none for a combining mark."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+# As a page -----------------------------------------------------------------------------------------------------------
+
+
+def to_html(trace: Sequence[Mapping], title: str, settings: Mapping[str, object]) -> str:
+    """The records as one page: the text, each token a link to its step, then the candidates of every step.
+
+    Args:
+        title: of the page.
+        settings: what to say of the run above the text: name -> value.
+    """
+    return PAGE.substitute(
+        title=escape(title),
+        settings="".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in settings.items()),
+        text="\n".join(_link(record) for record in trace),
+        nats=f"{sum(nats(drawn(record)) for record in trace):.2f}",
+        steps="\n".join(_section(record) for record in trace),
+    )
+
+
+def _link(record: Mapping) -> str:
+    token = drawn(record)
+    moved = nats(token)
+    kind = "up" if moved > 0.1 else "down" if moved < -0.1 else "same"
+    return (
+        f'<a class="{kind}" href="#step-{record["step"] + 1}" '
+        f'title="{moved:+.2f} nats by guidance">{escape(token["token"])}</a>'
+    )
+
+
+def _section(record: Mapping) -> str:
+    number = record["step"] + 1
+    rows = [_row(c["token"], c["ref_prob"], f"{c['reward']:.3f}", c["prob"], c["drawn"]) for c in record["candidates"]]
+    if count := record["others"]["count"]:
+        rows.append(_row(f"{count} more", record["others"]["ref_prob"], "", record["others"]["prob"], False, "rest"))
+    return (
+        f'<section id="step-{number}"><table><caption>Step {number}: <b>{escape(drawn(record)["token"])}</b></caption>'
+        '<thead><tr><th scope="col">token</th><th scope="col">reference</th><th scope="col">reward</th>'
+        f'<th scope="col">guided</th></tr></thead><tbody>{"".join(rows)}</tbody></table></section>'
+    )
+
+
+def _row(token: str, ref_prob: float, reward: str, prob: float, is_drawn: bool, kind: str = "") -> str:
+    kind, mark = ("drawn", '<span class="mark">drawn</span>') if is_drawn else (kind, "")
+    return (
+        f'<tr class="{kind}"><th scope="row">{escape(token)}{mark}</th>{_bar("ref", ref_prob)}<td>{reward}</td>'
+        f"{_bar('guided', prob)}</tr>"
+    )
+
+
+def _bar(kind: str, probability: float) -> str:
+    return f'<td>{_number(probability)}<i class="{kind}" style="width:{100 * probability:.1f}%"></i></td>'
+
+
+# `Content-Security-Policy` holds the page to its word: a browser loads nothing for it.
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --line: #ccc; --soft: #555; --ref: #888;
+  --guided: #0072b2; --up: #cfe6f5; --down: #fbdcc4; --drawn: #eef5fa; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #16181c; --line: #444; --soft: #aaa;
+  --ref: #999; --guided: #56b4e9; --up: #123f5c; --down: #5a3013; --drawn: #1d2a35; } }
+@media print { :root { --ink: #000; --paper: #fff; --line: #bbb; --soft: #444; --ref: #888; --guided: #0072b2;
+  --up: #cfe6f5; --down: #fbdcc4; --drawn: #eef5fa; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 72rem;
+  margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.3rem; margin: 0 0 .5rem; }
+h2 { font-size: 1.05rem; margin: 1.2rem 0 .4rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0; }
+dt, .note, caption, thead { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
+.text { font: 14px/2 ui-monospace, monospace; border: 1px solid var(--line); border-radius: .3rem;
+  padding: .4rem .6rem; }
+.text a, .key { color: inherit; text-decoration: none; padding: .1rem .3rem; border-radius: .2rem;
+  border-bottom: 2px solid transparent; }
+.up { background: var(--up); }
+.text .up, .key.up { border-bottom-color: var(--guided); }
+.down { background: var(--down); }
+.text .down, .key.down { border-bottom: 2px dotted currentColor; }
+.text a:hover, .text a:focus { outline: 2px solid var(--guided); }
+.steps { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: .8rem; }
+section { border: 1px solid var(--line); border-radius: .3rem; padding: .4rem .6rem; break-inside: avoid; }
+section:target { outline: 2px solid var(--guided); }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+caption { text-align: left; }
+caption b { color: var(--ink); font-family: ui-monospace, monospace; }
+th { text-align: left; font-weight: normal; }
+tbody th { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
+thead th:not(:first-child), td { text-align: right; width: 4.3rem; }
+td, th { padding: .1rem .3rem; vertical-align: top; font-size: .87rem; }
+td i { display: block; height: 4px; margin-left: auto; }
+.ref { background: var(--ref); }
+.guided { background: var(--guided); }
+.drawn { background: var(--drawn); font-weight: 600; }
+.drawn th { font-weight: 600; }
+.mark { color: var(--guided); font: 600 .75rem system-ui, sans-serif; margin-left: .5rem;
+  display: inline-block; }
+.rest { color: var(--soft); }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<dl>$settings</dl>
+<h2>The text</h2>
+<p class="text">
+$text
+</p>
+<p class="note"><span class="key up">solid line</span> guidance made the token likelier,
+<span class="key down">dotted line</span> less likely, by more than 0.1 nats; $nats nats over the whole text.
+A token leads to its step. ␣ is a blank, ⏎ a new line.</p>
+<h2>The steps</h2>
+<p class="note">reference: probability under the reference model, over its whole vocabulary. reward: of the text so far
+with this token. guided: the probability it was drawn with, reference times exp(beta times reward), made to sum to one
+over the candidates.</p>
+<div class="steps">
+$steps
+</div>
+</body>
+</html>
+""")
