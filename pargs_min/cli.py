@@ -235,6 +235,82 @@ NOT_IN_THE_TEXT = ("prompts", "output", "batch_size", "device", "resume")  # opt
 
 
 @dataclass
+class TraceOptions:
+    """What `pargs trace` takes."""
+
+    model: str = field(metadata={"help": "Language model: a folder or a hub id."})
+    prompt: str = field(metadata={"help": "The text to continue."})
+    method: Literal["plain", "pargs", "pargs-greedy", "args", "args-greedy"] = field(
+        default="pargs", metadata={"help": "As in `pargs generate`."}
+    )
+    reward_model: str | None = field(default=None, metadata={"help": "Folder or hub id; not needed for plain."})
+    output: str | None = field(default=None, metadata={"help": "HTML page to write. Default: none, lines only."})
+    shown: int = field(default=10, metadata={"help": "Candidates listed a step; the one drawn always is."})
+    beta: float = field(default=1.0, metadata={"help": "Weight of the reward, in nats per unit of reward."})
+    top_k: int | None = field(
+        default=None,
+        metadata={"help": "Candidates per step, 0 for the whole vocabulary. Default: 10 when guided, otherwise 0."},
+    )
+    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of the longest response."})
+    temperature: float = field(default=1.0, metadata={"help": "Divides log pi_ref + beta * r."})
+    sample: int = field(default=0, metadata={"help": "Which of the prompt's samples, from 0."})
+    seed: int = field(default=0, metadata={"help": "With the sample number it fixes the text."})
+    device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
+    dtype: str = field(
+        default="auto", metadata={"help": "float32, bfloat16, float16, or auto: what each checkpoint holds."}
+    )
+
+
+def trace(arguments: list[str]) -> None:
+    """Show one text token by token: what could have followed, what it was worth, what was drawn."""
+    from pathlib import Path
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+    from pargs_min.reward_model import load_reward_model
+    from pargs_min.texts import generate_texts
+    from pargs_min.trace import records, to_html, to_text, token_names
+
+    (options,) = HfArgumentParser(
+        TraceOptions, prog="pargs trace", description=trace.__doc__
+    ).parse_args_into_dataclasses(arguments)
+    if options.output and Path(options.output).exists():
+        raise ValueError(f"output {options.output} exists: name another file")
+    if options.sample < 0 or options.shown < 1:
+        raise ValueError(f"sample must be at least 0 and shown at least 1, got {options.sample} and {options.shown}")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = {}
+    with loading(options.model):
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        lm = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).to(device)
+    if options.reward_model:
+        with loading(options.reward_model):
+            loaded["reward_tokenizer"] = AutoTokenizer.from_pretrained(options.reward_model)
+            loaded["reward_model"] = load_reward_model(options.reward_model, dtype=options.dtype).to(device)
+    names, steps = ["method", "beta", "top_k", "max_new_tokens", "temperature", "seed"], []
+    list(
+        generate_texts(
+            lm,
+            tokenizer,
+            [{"prompt": options.prompt}],
+            num_samples=options.sample + 1,
+            done=[(0, earlier) for earlier in range(options.sample)],
+            on_step=steps.append,
+            **loaded,
+            **{name: getattr(options, name) for name in names},
+        )
+    )
+    seen = records(steps, token_names(tokenizer), shown=options.shown)
+    print(to_text(seen))
+    if options.output:
+        said = {name: value for name, value in vars(options).items() if name not in ("output", "shown", "device")}
+        title = f"{options.method}, token by token"
+        Path(options.output).write_text(to_html(seen, title, said), encoding="utf-8")
+        print(f"wrote {options.output}")
+
+
+@dataclass
 class DemoOptions:
     """What `pargs demo` takes."""
 
@@ -326,7 +402,7 @@ def loading(name: str) -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-COMMANDS = {"demo": demo, "train": train, "generate": generate, "evaluate": evaluate}
+COMMANDS = {"demo": demo, "train": train, "generate": generate, "trace": trace, "evaluate": evaluate}
 USAGE = "usage: pargs COMMAND [options]   (pargs COMMAND --help)\n\n" + "\n".join(
     f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()
 )

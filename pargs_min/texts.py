@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pargs_min.data import encode_prompt
-from pargs_min.decode import Generation, ModelPolicy, RewardScorer, row_uniforms
+from pargs_min.decode import Generation, ModelPolicy, RewardScorer, Step, row_uniforms
 from pargs_min.methods import GUIDED, METHODS, RewardFn, best_of_n, guided, path_kl, plain, response_rewards
 from pargs_min.reward_model import context_length
 from pargs_min.scoring import (
@@ -50,6 +50,7 @@ def generate_texts(
     batch_size: int = 8,
     seed: int = 0,
     done: Iterable[tuple[int, int]] = (),
+    on_step: Callable[[Step], None] | None = None,
 ) -> Iterator[dict]:
     """Yield one record per prompt and sample, in order.
 
@@ -65,6 +66,7 @@ def generate_texts(
         final_reward_model: what smc weighs whole texts by, and `reward` then reports; None means `reward_model`.
         batch_size: rows decoded together.
         done: (prompt number, sample number) of records that need not be made again.
+        on_step: as in `generate`.
 
     Yields:
         prompt, prompt_number, sample, response (text), response_ids, finished (whether it ended by itself), method,
@@ -97,7 +99,12 @@ def generate_texts(
         uniforms = row_uniforms(seed, *zip(*streams, strict=True), 2 * max_new_tokens + 1).to(lm.device)
         uniforms, choices = uniforms[:, :max_new_tokens], uniforms[::group, max_new_tokens:]
         settings = dict(
-            top_k=top_k, max_new_tokens=max_new_tokens, temperature=temperature, eos=ends, uniforms=uniforms
+            top_k=top_k,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            eos=ends,
+            uniforms=uniforms,
+            on_step=on_step,
         )
         if method == "smc":
             settings |= dict(n=particles, beta=beta, final=final_reward_model and reward_fn, choices=choices[:, :-1])
