@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pargs_min.cli import main
 from pargs_min.decode import ModelPolicy, generate, row_uniforms
 from pargs_min.methods import path_kl
+from pargs_min.reward_model import save_reward_model
 from pargs_min.scoring import SiblingScorer
 from pargs_min.trace import drawn, nats, records, to_html, to_text, token_names, visible
 from tests.strategies import left_padded, tiny_lm, tiny_reward_model, tiny_tokenizer
@@ -250,3 +252,45 @@ def test_small_numbers_are_not_called_zero():
     assert "2e-07" in to_text([small])
     small["candidates"][0]["ref_prob"] = 0.0
     assert "0.000" in to_text([small])
+
+
+@pytest.fixture
+def models(tmp_path):
+    """Options that name a tiny language model and a reward model of its prefixes."""
+    tokenizer, guide = tiny_tokenizer(), tiny_reward_model(vocabulary=14).float()
+    tiny_lm(vocabulary=14).float().save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    save_reward_model(guide, tokenizer, tmp_path / "guide", objective="partial", append_eos=True, prompt_format="text")
+    return ["--model", str(tmp_path / "lm"), "--reward-model", str(tmp_path / "guide")]
+
+
+def test_the_command_traces_the_text_that_generate_writes(models, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a b c\n")
+    same = [*models, "--max-new-tokens", "6", "--top-k", "4", "--beta", "2", "--seed", "3"]
+    written = tmp_path / "texts.jsonl"
+    prompts = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(written), "--num-samples", "2"]
+    assert main(["generate", *same, *prompts]) == 0
+    *_, last = map(json.loads, written.read_text().splitlines())
+    capsys.readouterr()
+    page = tmp_path / "page.html"
+    assert main(["trace", *same, "--prompt", "a b c", "--sample", "1", "--shown", "2", "--output", str(page)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    tokens = tiny_tokenizer().convert_ids_to_tokens(last["response_ids"])
+    assert [line.split()[1] for line in lines if line.lstrip().startswith(">")] == tokens
+    read = Page(page.read_text("utf-8"))
+    assert read.text["a"] == tokens
+    assert f"{last['kl']:.2f} nats" in "".join(read.text["p"])
+    assert "a b c" in read.text["dd"]
+
+
+def test_the_command_refuses_what_it_cannot_do(models, tmp_path, capsys):
+    there = tmp_path / "page.html"
+    there.write_text("mine")
+    for more, message in (
+        (["--output", str(there)], "exists: name another file"),
+        (["--shown", "0"], "shown at least 1"),
+        (["--sample", "-1"], "sample must be at least 0"),
+    ):
+        assert main(["trace", *models, "--prompt", "a", *more]) == 2
+        assert message in capsys.readouterr().err
+    assert there.read_text() == "mine"
