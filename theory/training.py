@@ -1,4 +1,7 @@
-"""A partial reward model trained by `pargs_min.train` on pairs sampled from an enumerable world."""
+"""Reward models trained by `pargs_min.train` on pairs sampled from an enumerable world.
+
+The models read a world's token ids as they are, after a prompt of one token, whose id is the next free one.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,13 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTokenizerFast, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
 
 from pargs_min.data import Pair
 from pargs_min.train import train_reward_model
@@ -16,8 +25,6 @@ from theory.bradley_terry import labels_of, partial_reward_of
 from theory.policies import tokenwise
 from theory.world import Levels, World, bradley_terry_labels, model_reward
 
-WORDS = {"a": 0, "b": 1, "<end>": 2, "<prompt>": 3, "<pad>": 4}
-PROMPT = [WORDS["<prompt>"]]
 BETA = 1.0
 
 
@@ -34,28 +41,51 @@ def sampled_pairs(world: World, count: int, seed: int) -> list[Pair]:
     wins = rng.random(count) < labels_of(world)[y, other]
     responses = [row[:n].tolist() for row, n in zip(world.prefixes[-1], world.lengths, strict=True)]
     chosen, rejected = np.where(wins, y, other), np.where(wins, other, y)
-    return [Pair(PROMPT, responses[c], responses[r]) for c, r in zip(chosen, rejected, strict=True)]
+    return [Pair(prompt_of(world), responses[c], responses[r]) for c, r in zip(chosen, rejected, strict=True)]
 
 
-def trained_scores(world: World, pairs: list[Pair], *, steps: int, seed: int) -> Levels:
-    """The scores of a tiny GPT-2 after so many steps of 128 pairs, read at every prefix by itself."""
+def prompt_of(world: World) -> list[int]:
+    """The token that stands before every response."""
+    return [world.vocabulary]
+
+
+def tiny_reward_model(
+    world: World, seed: int, initializer_range: float = 0.2
+) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """An untrained GPT-2 of 2 layers and width 32 with a scalar head, and a tokenizer that names its special tokens."""
     torch.manual_seed(seed)
+    names = {str(token): token for token in range(world.vocabulary)}
+    names |= {"<prompt>": world.vocabulary, "<pad>": world.vocabulary + 1}
     config = GPT2Config(
-        vocab_size=len(WORDS), n_positions=8, n_embd=32, n_layer=2, n_head=2, num_labels=1, initializer_range=0.2,
-        bos_token_id=2, eos_token_id=2, pad_token_id=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        vocab_size=len(names), n_positions=max(8, 1 + world.horizon), n_embd=32, n_layer=2, n_head=2, num_labels=1,
+        bos_token_id=world.eos, eos_token_id=world.eos, pad_token_id=names["<pad>"], initializer_range=initializer_range,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
-    model = GPT2ForSequenceClassification(config)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(WORDS)), eos_token="<end>", pad_token="<pad>"
+        tokenizer_object=Tokenizer(WordLevel(names)), eos_token=str(world.eos), pad_token="<pad>"
     )
+    return GPT2ForSequenceClassification(config), tokenizer
+
+
+def trained_scores(
+    world: World,
+    pairs: list[Pair],
+    *,
+    steps: int,
+    seed: int,
+    objective: str = "partial",
+    initializer_range: float = 0.2,
+) -> Levels:
+    """The scores of a tiny GPT-2 after so many steps of 128 pairs, read at every prefix by itself."""
+    model, tokenizer = tiny_reward_model(world, seed, initializer_range)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=128, learning_rate=1e-2, weight_decay=0.0,
             lr_scheduler_type="cosine", seed=seed, use_cpu=True, report_to=[], save_strategy="no",
             logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
-        train_reward_model(model, tokenizer, pairs, args=args)
-    return [model_reward(model, PROMPT, prefixes) for prefixes in world.prefixes]
+        train_reward_model(model, tokenizer, pairs, args=args, objective=objective)
+    return [model_reward(model, prompt_of(world), prefixes) for prefixes in world.prefixes]
 
 
 def exact_policy(world: World) -> np.ndarray:
