@@ -43,6 +43,13 @@ def figure(xlabel: str, ylabel: str, title: str = "", size: tuple[float, float] 
     return drawing, axes
 
 
+def panels(count: int, size: tuple[float, float] = (9.6, 4.0)) -> tuple[Figure, list[Axes]]:
+    """Empty axes side by side, in the same style."""
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=size)
+        return drawing, list(drawing.subplots(1, count, squeeze=False)[0])
+
+
 def save(drawing: Figure, path: str | Path) -> None:
     """Write a figure as PNG, at a resolution fit for print."""
     drawing.savefig(path, dpi=150)
@@ -120,4 +127,62 @@ def intervals(panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) ->
         axes.set_xlabel(measure)
     row[0].set_yticks(range(len(files)), files)
     row[0].set_ylim(len(files) - 0.5, -0.5)
+    return drawing
+
+
+def bars(
+    axes: Axes, labels: Sequence[str], heights: Mapping[str, Sequence[float]], inks: Sequence[str], digits: int = 0
+) -> None:
+    """Groups of bars: a group a label, a bar in it for each name of `heights`.
+
+    Args:
+        axes: where to draw; inks: a colour for each name.
+        digits: decimals of the number written above each bar; 0 writes none.
+    """
+    width = 0.8 / len(heights)
+    for n, ((name, values), ink) in enumerate(zip(heights.items(), inks, strict=True)):
+        places = [i + (n - (len(heights) - 1) / 2) * width for i in range(len(labels))]
+        drawn = axes.bar(places, values, 0.92 * width, color=ink, edgecolor=BLACK, linewidth=0.6, label=name)
+        if digits:
+            axes.bar_label(drawn, fmt=f"%.{digits}f", fontsize=7, padding=1)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.grid(visible=False, axis="x")
+    if len(heights) > 1:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def tree(
+    parents: Sequence[Sequence[int]],
+    nodes: Sequence[Sequence[str]],
+    edges: Sequence[Sequence[str]],
+    size: tuple[float, float] = (8.0, 4.6),
+) -> Figure:
+    """A tree of prefixes, growing to the right, a column a length.
+
+    Args:
+        parents: parents[i][n] is the place in column i - 1 of the parent of node n in column i; parents[0] is not read.
+        nodes, edges: what stands at a node, and on the edge from its parent, in the same shape.
+    """
+    heights = [[float(n) for n in range(len(nodes[-1]))]]
+    for i in range(len(nodes) - 1, 0, -1):
+        families = [
+            [h for h, p in zip(heights[0], parents[i], strict=True) if p == n] for n in range(len(nodes[i - 1]))
+        ]
+        heights.insert(0, [sum(family) / len(family) for family in families])
+    drawing = Figure(figsize=size, layout="constrained")
+    axes = drawing.add_subplot()
+    for i, column in enumerate(heights):
+        for height, parent, node, edge in zip(column, parents[i], nodes[i], edges[i], strict=True):
+            if i:
+                start = heights[i - 1][parent]
+                axes.plot([i - 1, i], [start, height], color="#999999", linewidth=1, zorder=1)
+                middle = i - 0.42, start + 0.58 * (height - start)
+                axes.text(*middle, edge, fontsize=8, color=BLUE, ha="center", va="center", backgroundcolor="white")
+            box = {"boxstyle": "round", "facecolor": "white", "edgecolor": BLACK, "linewidth": 0.6}
+            axes.text(i, height, node, fontsize=8, ha="center", va="center", bbox=box, zorder=2)
+    axes.set(
+        xlim=(-0.4, len(nodes) - 0.6), ylim=(len(nodes[-1]) - 0.4, -0.6), xlabel="prefix length (tokens)", yticks=[]
+    )
+    axes.set_xticks(range(len(nodes)))
+    axes.spines[["left", "top", "right"]].set_visible(False)
     return drawing
