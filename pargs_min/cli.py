@@ -51,6 +51,13 @@ class TrainOptions:
             "the shorter one. Default: extend, or min with --no-append-eos."
         },
     )
+    head: Literal["scalar", "vocab"] = field(
+        default="scalar",
+        metadata={
+            "help": "What a language model gets: one reward per prefix, or one per next token, with which decoding "
+            "asks the reward model once a token, for any --top-k."
+        },
+    )
     reduction: Literal["prefix", "pair"] = field(
         default="prefix", metadata={"help": "Weigh every prefix alike, or every pair (partial objective)."}
     )
@@ -107,31 +114,31 @@ def train(arguments: list[str]) -> None:
     set_seed(args.seed)  # the new head
     with loading(options.model):
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = load_reward_model(options.model, tokenizer)
+        model = load_reward_model(options.model, tokenizer, head=options.head)
 
-    def encode(preferences):
-        max_length = options.max_length or context_length(model)
-        pairs, counts = encode_preferences(preferences, tokenizer, max_length, options.append_eos)
-        if args.process_index == 0:
-            print("pairs:", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
-        return pairs
-
-    pairs = encode(preferences)
-    if options.eval_dataset:
-        held_out = encode(read_preferences(options.eval_dataset))
+    settings = dict(objective=options.objective)
+    if valued:
+        encode, fit = encode_texts, train_value_model
+        with loading(options.reward_model):
+            check_vocabularies(tokenizer, AutoTokenizer.from_pretrained(options.reward_model))
+            rater = load_reward_model(options.reward_model).to(args.device).eval()
     else:
-        pairs, held_out = split_by_prompt(pairs, options.eval_fraction, args.seed)
-    metrics = train_reward_model(
-        model,
-        tokenizer,
-        pairs,
-        held_out,
-        args=args,
-        objective=options.objective,
-        tail=tail,
-        reduction=options.reduction,
-        resume=options.resume,
-    )
+        settings |= dict(tail=tail, reduction=options.reduction)
+        encode = partial(encode_preferences, append_eos=options.append_eos)
+        fit = partial(train_reward_model, **settings)
+
+    def prepare(records):
+        items, counts = encode(records, tokenizer, options.max_length or context_length(model))
+        if args.process_index == 0:
+            print("records:", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
+        return rate(items, model_rewards(rater), device=args.device) if valued else items
+
+    items = prepare(records)
+    if options.eval_dataset:
+        held_out = prepare(read(options.eval_dataset))
+    else:
+        items, held_out = split_by_prompt(items, options.eval_fraction, args.seed)
+    metrics = fit(model, tokenizer, items, held_out, args=args, resume=options.resume)
     if args.process_index == 0:
         save_reward_model(
             model,

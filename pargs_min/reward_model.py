@@ -3,6 +3,9 @@
 A causal backbone sees at token i exactly the prefix that ends there, so one forward pass over a response holds the
 rewards of all its prefixes. Only the class's own `forward` hides them: it pools the last token. We call the backbone
 and the head ourselves.
+
+The head has one of two shapes. *Scalar*: one number, r(y_1:i), read at token i. *Vocabulary*: one number for each token
+that may come next, r(y_1:i) read at token i-1, entry y_i; a single query then scores every candidate of a step.
 """
 
 from __future__ import annotations
@@ -21,15 +24,16 @@ def prefix_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """r(ids_1:t) for every t, in one forward pass.
 
     Args:
-        model: a causal sequence-classification model with one label.
+        model: a causal sequence-classification model with one label, or with one for each token.
         ids: (B, T) token ids of prompt and response, padded on either side.
         mask: (B, T) 1 at tokens, 0 at padding.
 
     Returns:
-        (B, T) rewards in float32 or wider; meaningless where `mask` is 0.
+        (B, T) rewards in float32 or wider; meaningless where `mask` is 0, and under a vocabulary head also at the
+        first token of a text, which nothing comes before.
 
     Raises:
-        ValueError: if the model is not a causal scalar reward model (see `body_and_head`).
+        ValueError: if the model is not a causal reward model (see `body_and_head`).
 
     Source: arXiv 2406.07780; the paper's code asks for each prefix in a pass of its own.
     """
@@ -37,7 +41,9 @@ def prefix_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     hidden = body(
         input_ids=ids, attention_mask=mask, use_cache=False, **position_arguments(body, token_positions(mask))
     ).last_hidden_state
-    return token_rewards(head, hidden)
+    if head.out_features == 1:
+        return token_rewards(head, hidden)
+    return F.pad(next_token_rewards(head, hidden[:, :-1], ids[:, 1:]), (1, 0))
 
 
 def token_rewards(head: nn.Linear, hidden: Tensor) -> Tensor:
@@ -51,13 +57,22 @@ def token_rewards(head: nn.Linear, hidden: Tensor) -> Tensor:
         return F.linear(hidden.to(dtype), head.weight.to(dtype), bias)[..., 0]
 
 
+def next_token_rewards(head: nn.Linear, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """(B, T) rewards under a vocabulary head: of each of the (B, T) tokens, read at the hidden state before it.
+
+    Only the rows of the tokens that came are multiplied: training costs no more than with a scalar head.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return (hidden.to(dtype) * F.embedding(tokens, head.weight).to(dtype)).sum(-1)
+
+
 def body_and_head(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Linear]:
-    """The causal backbone and the scalar head of a reward model, so that head(body(ids)) is one reward per prefix.
+    """The causal backbone and the head of a reward model: of one output, or of one for each token.
 
     Raises:
-        ValueError: if the model has no such head: it is bidirectional, or has several labels.
+        ValueError: if the model has no such head: it is bidirectional, or has some other number of labels.
     """
-    if not is_causal(model) or model.score.out_features != 1:
+    if not is_causal(model) or (model.score.out_features != 1 and not has_vocabulary_head(model)):
         raise ValueError(
             f"{type(model).__name__} is not a causal reward model with one label: it has no reward at every token; "
             "score whole texts with it through pargs_min.ReencodeScorer"
@@ -92,6 +107,11 @@ def is_causal(model: PreTrainedModel) -> bool:
     return isinstance(getattr(model, "score", None), nn.Linear)
 
 
+def has_vocabulary_head(model: PreTrainedModel) -> bool:
+    """Whether the head has a number for each token that may come next; its size says so."""
+    return is_causal(model) and 1 < model.score.out_features == model.get_input_embeddings().num_embeddings
+
+
 def token_positions(mask: Tensor) -> Tensor:
     """(B, T) position of each token within its text, not counting padding."""
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -117,32 +137,51 @@ def load_reward_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     dtype: torch.dtype | str = torch.float32,
+    head: str = "scalar",
 ) -> PreTrainedModel:
-    """Load a reward model from a hub id or a folder; a plain language model gets a fresh scalar head.
+    """Load a reward model from a hub id or a folder; a plain language model gets a fresh head.
 
     Args:
-        name_or_path: what `from_pretrained` takes. A language model's backbone is kept, and a new head is drawn from
-            torch's global random stream (call `torch.manual_seed` first to fix it).
+        name_or_path: what `from_pretrained` takes. A language model's backbone is kept, and a new scalar head is drawn
+            from torch's global random stream (call `torch.manual_seed` first to fix it).
         tokenizer: given when the model is to be trained and saved: it gets a padding token that is not its end token
             (see `separate_pad_token`), and the model a row for it where one is needed.
         dtype: float32 to train, whatever the checkpoint holds; "auto" or bfloat16 to decode.
+        head: what a plain language model gets, "scalar" or "vocab". The latter begins at zero, so that a token which
+            training never meets keeps the reward 0. A reward model keeps the head that it has.
 
     Raises:
-        ValueError: if the checkpoint is a classifier with several labels.
+        ValueError: if the checkpoint is a classifier with several labels, if `head` is unknown, or if it is "vocab" and
+            the checkpoint has a scalar head.
         OSError: transformers' own, if there is no such model.
     """
+    if head not in ("scalar", "vocab"):
+        raise ValueError(f'head must be "scalar" or "vocab", got {head!r}')
     config = AutoConfig.from_pretrained(name_or_path)
-    if _is_classifier(config):
-        if config.num_labels != 1:
+    trained = _is_classifier(config)
+    if trained:
+        if config.num_labels not in (1, config.get_text_config().vocab_size):
             raise ValueError(
-                f"{name_or_path} is a classifier with {config.num_labels} labels; a reward model has one (num_labels=1)"
+                f"{name_or_path} is a classifier with {config.num_labels} labels; a reward model has one "
+                "(num_labels=1), or one for each token"
             )
+        if head == "vocab" and config.num_labels == 1:
+            raise ValueError(f"{name_or_path} has a scalar head; start a vocabulary head from a language model")
         model = AutoModelForSequenceClassification.from_pretrained(name_or_path, dtype=dtype)
     else:
         model = AutoModelForSequenceClassification.from_pretrained(name_or_path, num_labels=1, dtype=dtype)
     if tokenizer is not None:
         separate_pad_token(model, tokenizer)
+    if head == "vocab" and not trained:
+        _give_vocabulary_head(model)
     return model
+
+
+def _give_vocabulary_head(model: PreTrainedModel) -> None:
+    rows, old = model.get_input_embeddings().num_embeddings, model.score.weight
+    model.config.num_labels = model.num_labels = rows
+    model.score = nn.Linear(old.shape[1], rows, bias=False, dtype=old.dtype, device=old.device)
+    nn.init.zeros_(model.score.weight)
 
 
 def _is_classifier(config) -> bool:

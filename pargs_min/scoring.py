@@ -3,8 +3,9 @@
 A *reward scorer* is what the decoding loop needs of a reward model: `start(prompt_ids, mask)`, then at every step
 `score(candidates) -> rewards` and `push(tokens)`, once each, in that order.
 
-    SiblingScorer    one pass over one cache for all k candidates; causal reward models
-    ReencodeScorer   any function of whole texts; k passes over everything, and the oracle the other is tested against
+    SiblingScorer      one pass over one cache for all k candidates; causal reward models with a scalar head
+    VocabularyScorer   one query over one cache for the whole vocabulary; those with a vocabulary head
+    ReencodeScorer     any function of whole texts; k passes over everything, and the oracle of the other two
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +21,7 @@ from pargs_min.reward_model import (
     body_and_head,
     context_length,
     final_rewards,
+    has_vocabulary_head,
     position_arguments,
     token_positions,
     token_rewards,
@@ -45,6 +48,8 @@ class SiblingScorer:
     def __init__(self, model: PreTrainedModel):
         self.model = model
         self.body, self.head = body_and_head(model)
+        if self.head.out_features != 1:
+            raise ValueError("this reward model has a vocabulary head; use VocabularyScorer")
         self.max_length = context_length(model)
         self.window = attention_window(model.config.get_text_config())
         if "flash" in (model.config._attn_implementation or ""):
@@ -167,6 +172,53 @@ def _second_step(scorer, prompt_ids: Tensor, mask: Tensor, candidates: Tensor, d
     scorer.score(candidates)
     scorer.push(drawn)
     return scorer.score(candidates)
+
+
+class VocabularyScorer:
+    """r(prefix + candidate) for any number of candidates, up to the whole vocabulary, by one query a step.
+
+    Args:
+        model: a causal reward model with a vocabulary head (`load_reward_model(..., head="vocab")`), of any family.
+
+    Raises:
+        ValueError: if the head has another shape.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        if not has_vocabulary_head(model):
+            raise ValueError(f"{type(model).__name__} has no head with a number for each token; use SiblingScorer")
+        self.model, self.max_length = model, context_length(model)
+        self.body, head = body_and_head(model)
+        self.weight = head.weight.to(torch.promote_types(head.weight.dtype, torch.float32))
+
+    def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
+        """Take the prompts: (B, P) ids, padded on the left, and their mask."""
+        if self.model.training:
+            raise ValueError("the reward model is in training mode (dropout would change its rewards): call .eval()")
+        self.cache, self.ids, self.mask, self.positions = None, prompt_ids, mask, token_positions(mask)
+
+    def score(self, candidates: Tensor) -> Tensor:
+        """(B, K) rewards of the prefixes that end in each of the (B, K) candidates."""
+        output = self.body(
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            **position_arguments(self.body, self.positions),
+        )
+        self.cache = output.past_key_values
+        rewards = F.linear(output.last_hidden_state[:, -1].to(self.weight.dtype), self.weight)
+        return rewards.gather(1, candidates)
+
+    def push(self, tokens: Tensor) -> None:
+        """Append the (B,) tokens that were drawn."""
+        self.ids, self.positions = tokens[:, None], self.positions[:, -1:] + 1
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+
+    def select(self, rows: Tensor) -> None:
+        """Let row i go on from what row rows[i] has read; (B,) ints, after `score` and before `push`."""
+        self.cache.reorder_cache(rows)
+        self.ids, self.mask, self.positions = self.ids[rows], self.mask[rows], self.positions[rows]
 
 
 class ReencodeScorer:

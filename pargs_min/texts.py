@@ -19,10 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pargs_min.data import encode_prompt
 from pargs_min.decode import Generation, ModelPolicy, RewardScorer, Step, row_uniforms
 from pargs_min.methods import GUIDED, METHODS, RewardFn, best_of_n, guided, path_kl, plain, response_rewards
-from pargs_min.reward_model import context_length
+from pargs_min.reward_model import context_length, has_vocabulary_head
 from pargs_min.scoring import (
     ReencodeScorer,
     SiblingScorer,
+    VocabularyScorer,
     check_vocabularies,
     model_rewards,
     text_rewards,
@@ -196,7 +197,13 @@ def _reward(
 
 
 def choose_scorer(model: PreTrainedModel, longest: int) -> RewardScorer:
-    """`SiblingScorer` where it is right for texts of up to `longest` tokens, else `ReencodeScorer`, with a warning."""
+    """The fastest scorer that is right for this model and texts of up to `longest` tokens.
+
+    `VocabularyScorer` for a vocabulary head, `SiblingScorer` for others where it is right, else `ReencodeScorer`, with
+    a warning.
+    """
+    if has_vocabulary_head(model):
+        return VocabularyScorer(model)
     try:
         scorer = SiblingScorer(model)
         if scorer.window is None or longest <= scorer.window:
