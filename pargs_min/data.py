@@ -6,6 +6,7 @@ text can merge tokens across the boundary, into ids that decoding never meets.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from pargs_min.records import ASSISTANT, Messages, Preference, is_messages
+from pargs_min.records import ASSISTANT, Messages, Preference, Response, is_messages
 
 
 class Pair(NamedTuple):
@@ -24,6 +25,14 @@ class Pair(NamedTuple):
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+
+
+class Text(NamedTuple):
+    """A prompt and one response as token ids, and the reward of the whole (nan until somebody gave one)."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    reward: float = math.nan
 
 
 def prompt_format(prompts: Iterable[str | Messages | list[int]]) -> str:
@@ -176,17 +185,53 @@ def encode_preferences(
     return pairs, counts
 
 
+def encode_texts(
+    responses: Sequence[Response], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> tuple[list[Text], dict[str, int]]:
+    """Tokenise texts as `encode_preferences` does; a finished response ends with the end token, a cut one does not.
+
+    Returns:
+        The texts, and counts: "read", "kept", "too_long", "empty", "prompts_cut".
+
+    Raises:
+        ValueError: naming the record, if it cannot be encoded; if none is left, or the tokenizer has no end token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token; set its eos_token")
+    counts = dict.fromkeys(("read", "kept", "too_long", "empty", "prompts_cut"), 0)
+    texts, end = [], [tokenizer.eos_token_id]
+    for response, ids in zip(responses, encode_responses(tokenizer, [r.response for r in responses]), strict=True):
+        ids = ids + end if response.finished and ids[-1:] != end else ids
+        prompt_ids = _encode_checked(response, tokenizer, [ids])
+        room = len(prompt_ids) if max_length is None else max_length - len(ids)
+        counts["read"] += 1
+        if not ids:
+            counts["empty"] += 1
+        elif room < 1:
+            counts["too_long"] += 1
+        else:
+            counts["kept"] += 1
+            counts["prompts_cut"] += len(prompt_ids) > room
+            texts.append(Text(_cut_left(prompt_ids, room, tokenizer.bos_token_id), ids))
+    if not texts:
+        raise ValueError(
+            f"{responses[0].source if responses else 'no texts given'} and all that follow: no text left of "
+            f"{counts['read']}: {counts['too_long']} longer than max_length={max_length}, {counts['empty']} empty"
+        )
+    return texts, counts
+
+
 def _encode_checked(
-    preference: Preference, tokenizer: PreTrainedTokenizerBase, responses: list[list[int]]
+    record: Preference | Response, tokenizer: PreTrainedTokenizerBase, responses: list[list[int]]
 ) -> list[int]:
     try:
-        prompt_ids = encode_prompt(tokenizer, preference.prompt)
+        prompt_ids = encode_prompt(tokenizer, record.prompt)
     except ValueError as error:
-        raise ValueError(f"{preference.source}: {error}") from None
+        raise ValueError(f"{record.source}: {error}") from None
     largest = max(max(ids, default=0) for ids in (prompt_ids, *responses))
     if largest >= len(tokenizer):
         raise ValueError(
-            f"{preference.source}: token id {largest} is outside the tokenizer's vocabulary of {len(tokenizer)}; "
+            f"{record.source}: token id {largest} is outside the tokenizer's vocabulary of {len(tokenizer)}; "
             "the ids were made with another tokenizer"
         )
     return prompt_ids
@@ -249,15 +294,37 @@ def collate(pairs: Sequence[Pair], pad_id: int, extend_with: int | None = None) 
         for pair in pairs
         for response, extension in [(pair[side], _extension(pair, pair[side], extend_with))]
     ]
-    lengths = torch.tensor([len(row) for row in rows])
-    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
     prompts, chosen, rejected = torch.tensor([[len(ids) for ids in pair] for pair in pairs]).unbind(1)
-    return {
-        "input_ids": input_ids,
-        "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+    return _right_padded(rows, pad_id) | {
         "prompt_lengths": prompts,
         "chosen_lengths": chosen,
         "rejected_lengths": rejected,
+    }
+
+
+def collate_texts(texts: Sequence[Text], pad_id: int) -> dict[str, Tensor]:
+    """A batch of B texts, padded on the right.
+
+    Returns:
+        `input_ids`, `attention_mask`: (B, T); `prompt_lengths`, `response_lengths`: (B,) in tokens; `rewards`: (B,).
+
+    >>> collate_texts([Text([1], [5, 2], 0.5), Text([1], [2], 1.0)], pad_id=0)["input_ids"]
+    tensor([[1, 5, 2],
+            [1, 2, 0]])
+    """
+    return _right_padded([torch.tensor(text.prompt_ids + text.response_ids) for text in texts], pad_id) | {
+        "prompt_lengths": torch.tensor([len(text.prompt_ids) for text in texts]),
+        "response_lengths": torch.tensor([len(text.response_ids) for text in texts]),
+        "rewards": torch.tensor([text.reward for text in texts]),
+    }
+
+
+def _right_padded(rows: list[Tensor], pad_id: int) -> dict[str, Tensor]:
+    lengths = torch.tensor([len(row) for row in rows])
+    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
     }
 
 
@@ -277,5 +344,15 @@ def at_response_tokens(values: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor
     (tensor([[5, 6, 2]]), tensor([[7, 2, 0]]))
     """
     width = int(torch.maximum(batch["chosen_lengths"], batch["rejected_lengths"]).max())
-    columns = batch["prompt_lengths"].repeat(2)[:, None] + torch.arange(width, device=values.device)
-    return values.gather(1, columns.clamp(max=values.shape[1] - 1)).chunk(2)
+    return from_columns(values, batch["prompt_lengths"].repeat(2), width).chunk(2)
+
+
+def from_columns(values: Tensor, first: Tensor, width: int) -> Tensor:
+    """(B, width) of each row's values from column first[b] on; beyond the last column the last value again.
+
+    >>> from_columns(torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([0, 1]), width=2)
+    tensor([[0, 1],
+            [4, 5]])
+    """
+    columns = first[:, None] + torch.arange(width, device=values.device)
+    return values.gather(1, columns.clamp(max=values.shape[1] - 1))

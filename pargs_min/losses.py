@@ -1,4 +1,4 @@
-"""Bradley-Terry losses on whole responses (ARGS) and on every prefix of them (PARGS).
+"""Bradley-Terry losses on whole responses (ARGS) and on every prefix of them (PARGS); the loss of controlled decoding.
 
 The paper writes the partial loss in one line; a program must also decide the following, and the paper's own code
 decides it silently. What is chosen here, and why:
@@ -91,6 +91,43 @@ def partial_bradley_terry_loss(
     if reduction == "pair":
         return (losses.sum(-1) / compared.sum(-1)).mean()
     raise ValueError(f'reduction must be "prefix" or "pair", got {reduction!r}')
+
+
+def prefix_value_loss(values: Tensor, rewards: Tensor, lengths: Tensor) -> Tensor:
+    """Squared error of each prefix's value as a prediction of the reward that its whole text received.
+
+        L = mean_i (V(y_1:i) - r(y))^2
+
+    Over samples of the reference it is least at V(a) = E_ref[r(Y) | Y begins with a].
+
+    Args:
+        values: (B, T) value at each response token, right padded.
+        rewards: (B,) reward of each whole text.
+        lengths: (B,) number of tokens of each response, its own end token included.
+
+    Returns:
+        Scalar, in squared units of reward per prefix.
+
+    Raises:
+        ValueError: if the shapes do not fit, or for lengths outside 1..T.
+
+    Source: Mudgal et al. (2024), arXiv 2310.17022, CD-FUDGE; after Yang and Klein (2021), arXiv 2104.05218.
+
+    >>> prefix_value_loss(torch.tensor([[1.0, 3.0], [0.0, 9.0]]), torch.tensor([3.0, 1.0]), torch.tensor([2, 1]))
+    tensor(1.6667)
+    """
+    if not (values.ndim == 2 and rewards.shape == lengths.shape == values.shape[:1]):
+        raise ValueError(
+            f"values must be (B, T), rewards and lengths (B,), got {tuple(values.shape)}, {tuple(rewards.shape)} and "
+            f"{tuple(lengths.shape)}"
+        )
+    if lengths.min() < 1 or lengths.max() > values.shape[1]:
+        raise ValueError(
+            f"lengths must lie in 1..{values.shape[1]} (the width of values), "
+            f"got {int(lengths.min())}..{int(lengths.max())}"
+        )
+    written = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
+    return (values - rewards[:, None]).masked_fill(~written, 0.0).square().sum() / written.sum()
 
 
 def compared_prefixes(chosen_lengths: Tensor, rejected_lengths: Tensor, width: int, tail: str = "extend") -> Tensor:

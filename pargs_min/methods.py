@@ -5,6 +5,7 @@ pargs          guided by a reward model of prefixes, sampled (arXiv 2406.07780)
 pargs-greedy   the same, always the most likely candidate
 args           guided by a full-sequence reward model, sampled
 args-greedy    the same, always the most likely candidate (arXiv 2402.01694)
+cd             guided by a value model: controlled decoding (arXiv 2310.17022)
 best-of-n      n samples of the reference, the best by a reward of whole texts
 smc            particles guided like pargs and resampled towards the RLHF policy of whole texts (`smc.py`)
 """
@@ -20,8 +21,8 @@ from torch import Tensor
 
 from pargs_min.decode import Generation, PolicyStepper, RewardScorer, generate, greedy, sample
 
-METHODS = ("plain", "pargs", "pargs-greedy", "args", "args-greedy", "best-of-n", "smc")
-GUIDED = ("pargs", "pargs-greedy", "args", "args-greedy", "smc")
+METHODS = ("plain", "pargs", "pargs-greedy", "args", "args-greedy", "cd", "best-of-n", "smc")
+GUIDED = ("pargs", "pargs-greedy", "args", "args-greedy", "cd", "smc")
 
 RewardFn = Callable[[Tensor, Tensor], Tensor]  # whole texts (N, T) and their mask -> (N,)
 
@@ -34,7 +35,7 @@ def plain(policy: PolicyStepper, prompt_ids: Tensor, mask: Tensor, **settings) -
 def guided(
     method: str, policy: PolicyStepper, reward: RewardScorer, prompt_ids: Tensor, mask: Tensor, **settings
 ) -> Generation:
-    """PARGS or ARGS: which of the two depends on what the reward model was trained on, not on the loop."""
+    """PARGS, ARGS or controlled decoding: what the reward model was trained on tells which, not the loop."""
     draw = greedy if method.endswith("-greedy") else sample
     return generate(policy, reward, prompt_ids, mask, draw=draw, **settings)
 

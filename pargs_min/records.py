@@ -46,6 +46,33 @@ def read_preferences(name: str | os.PathLike) -> list[Preference]:
     return preferences
 
 
+class Response(NamedTuple):
+    """A checked record of one text: the prompt is text, messages or token ids; the response is text or token ids."""
+
+    prompt: str | Messages | list[int]
+    response: str | list[int]
+    finished: bool  # whether it ended by itself
+    source: str  # file:line, for errors
+
+
+def read_responses(path: str | os.PathLike) -> list[Response]:
+    """Read texts, such as `pargs generate` writes: JSONL records with `prompt`, `response` and, if known, `finished`.
+
+    Raises:
+        ValueError: naming file and line, if a field is missing or of the wrong type, or if there are none at all.
+        OSError: if there is no such file.
+    """
+    responses = [
+        Response(
+            _field(record, "prompt", source), _field(record, "response", source), record.get("finished", True), source
+        )
+        for record, source in _read_jsonl(path)
+    ]
+    if not responses:
+        raise ValueError(f"{path} holds no records; expected one text per line")
+    return responses
+
+
 def read_prompts(path: str | os.PathLike) -> list[dict]:
     """Read prompts to decode from: JSONL records with a `prompt` (text or messages), or plain text, one a line.
 

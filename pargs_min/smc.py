@@ -91,6 +91,7 @@ def smc(
     choices: Tensor | None = None,
     resampler: Resampler = systematic,
     temperature: float = 1.0,
+    on_step: Callable[[Step], None] | None = None,
     **settings,
 ) -> Particles:
     """n particles a prompt, which sample pi(y) proportional to pi_ref(y) exp(beta R(y)) as n grows.
@@ -110,6 +111,7 @@ def smc(
         threshold: resample the particles of a prompt when their effective number falls below this fraction of n;
             0 never, above 1 at every step.
         choices: (B, N) uniforms for resampling, a prompt and step each; by default torch's global stream.
+        on_step: as in `generate`; a row goes on from another one where it is resampled.
         settings: others of `generate`; `uniforms`, where given, are (B * n, N), the n rows of a prompt together.
 
     Raises:
@@ -125,9 +127,14 @@ def smc(
         choices = torch.rand(len(prompt_ids), settings["max_new_tokens"])
     prompt_ids, mask = prompt_ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
     weights = _Weights(beta, n, threshold, choices.to(prompt_ids.device), resampler)
-    generation = generate(
-        policy, reward, prompt_ids, mask, beta=beta, resample=weights.resample, on_step=weights.drawn, **settings
-    )
+
+    def drawn(step: Step) -> None:
+        weights.drawn(step)
+        if on_step is not None:
+            on_step(step)
+
+    settings |= dict(beta=beta, resample=weights.resample, on_step=drawn)
+    generation = generate(policy, reward, prompt_ids, mask, **settings)
     rewards = weights.rewards
     if final is not None:
         rewards = response_rewards(final, prompt_ids, mask, generation)

@@ -1,4 +1,5 @@
-"""Train a reward model on preference pairs: on every prefix of the responses, or on whole responses only.
+"""Train a reward model on preference pairs, on every prefix of the responses or on whole responses only; or a value
+model on samples.
 
 A batch of B pairs is one forward pass of 2B rows, which holds the rewards of all prefixes. The loop, its checkpoints,
 precision and processes are those of transformers' `Trainer`; what is ours is the loss and what evaluation reports.
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import MethodType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -24,9 +26,10 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.utils.logging import tqdm
 
-from pargs_min.data import Pair, at_response_tokens, collate
-from pargs_min.losses import bradley_terry_loss, compared_prefixes, partial_bradley_terry_loss
+from pargs_min.data import Pair, Text, at_response_tokens, collate, collate_texts, from_columns
+from pargs_min.losses import bradley_terry_loss, compared_prefixes, partial_bradley_terry_loss, prefix_value_loss
 from pargs_min.reward_model import is_causal, prefix_rewards
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the longer response of a pair; 1 is the usual accuracy of a reward model
@@ -65,13 +68,6 @@ def train_reward_model(
         ValueError: if the model is not causal, if `objective`, `tail` or `reduction` is unknown, if one process sees
             several GPUs, or for FSDP.
     """
-    if not is_causal(model):
-        raise ValueError(f"{type(model).__name__} has no reward at every token; train a causal model")
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"one process sees {args.n_gpu} GPUs: start one process each with `torchrun --nproc-per-node={args.n_gpu} "
-            "-m pargs_min train ...`, or show it a single one through CUDA_VISIBLE_DEVICES"
-        )
     loss, items = objective_functions(objective, tail, reduction)
     extend_with = tokenizer.eos_token_id if (objective, tail) == ("partial", "extend") else None
     pad_id = tokenizer.pad_token_id or 0
@@ -80,16 +76,70 @@ def train_reward_model(
         tensors = collate(batch, pad_id, extend_with)
         return tensors | {"labels": items(tensors)}
 
-    with _forward_is_prefix_rewards(model):
-        trainer = PairTrainer(
-            model,
-            args,
-            data_collator=collate_with_items,
-            train_dataset=pairs,
-            eval_dataset=eval_pairs or None,
-            compute_metrics=prefix_metrics,
-            loss=loss,
+    parts = dict(data_collator=collate_with_items, compute_metrics=prefix_metrics, loss=loss)
+    return _fit(PairTrainer, model, pairs, eval_pairs, args, resume, **parts)
+
+
+def train_value_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    eval_texts: Sequence[Text] = (),
+    *,
+    args: TrainingArguments,
+    resume: bool = False,
+) -> dict[str, float]:
+    """Train a value model in place: every prefix of a text predicts the reward of the whole (controlled decoding).
+
+    Args:
+        texts, eval_texts: samples of the reference, rated (`rate`).
+        others: as in `train_reward_model`.
+
+    Returns:
+        Metrics: `train_loss` and `eval_loss` in squared units of reward per prefix, `value_metrics`, seconds.
+
+    Raises:
+        ValueError: as `train_reward_model`, or if a text has no finite reward.
+    """
+    unrated = sum(not math.isfinite(text.reward) for text in (*texts, *eval_texts))
+    if unrated:
+        raise ValueError(f"texts must have finite rewards, got {unrated} without: call rate() first")
+    pad_id = tokenizer.pad_token_id or 0
+
+    def collate_with_items(batch: Sequence[Text]) -> dict[str, Tensor]:
+        tensors = collate_texts(batch, pad_id)
+        lengths = tensors["response_lengths"]
+        return tensors | {"labels": torch.where(torch.arange(int(lengths.max())) < lengths[:, None], 0, -100)}
+
+    parts = dict(data_collator=collate_with_items, compute_metrics=value_metrics, loss=prefix_value_loss)
+    return _fit(ValueTrainer, model, texts, eval_texts, args, resume, **parts)
+
+
+RewardFn = Callable[[Tensor, Tensor], Tensor]  # whole texts (N, T) and their mask -> (N,)
+
+
+@torch.no_grad()
+def rate(texts: Sequence[Text], reward_fn: RewardFn, *, batch_size: int = 32, device: str = "cpu") -> list[Text]:
+    """The texts with their rewards as wholes."""
+    rated = []
+    for start in tqdm(range(0, len(texts), batch_size), desc="rewards"):
+        some = texts[start : start + batch_size]
+        batch = collate_texts(some, pad_id=0)
+        rewards = reward_fn(batch["input_ids"].to(device), batch["attention_mask"].to(device)).tolist()
+        rated += [text._replace(reward=reward) for text, reward in zip(some, rewards, strict=True)]
+    return rated
+
+
+def _fit(trainer_class, model: PreTrainedModel, data, eval_data, args, resume: bool, **parts) -> dict[str, float]:
+    if not is_causal(model):
+        raise ValueError(f"{type(model).__name__} has no reward at every token; train a causal model")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs: start one process each with `torchrun --nproc-per-node={args.n_gpu} "
+            "-m pargs_min train ...`, or show it a single one through CUDA_VISIBLE_DEVICES"
         )
+    with _forward_is_prefix_rewards(model):
+        trainer = trainer_class(model, args, train_dataset=data, eval_dataset=eval_data or None, **parts)
         if trainer.is_fsdp_enabled:
             raise ValueError(
                 "args.fsdp shards the model, and shards cannot be saved as one yet; use DDP (plain torchrun)"
@@ -97,13 +147,13 @@ def train_reward_model(
         if args.logging_strategy == "no":
             trainer.remove_callback(PrinterCallback)
         result = trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if resume else None)
-        metrics = result.metrics | (trainer.evaluate() if eval_pairs else {})
+        metrics = result.metrics | (trainer.evaluate() if eval_data else {})
     model.eval()
     return metrics
 
 
-class PairTrainer(Trainer):
-    """transformers' Trainer, for batches of pairs.
+class PrefixTrainer(Trainer):
+    """transformers' Trainer, for losses of the rewards at all response tokens; a subclass says where those are.
 
     `labels` mark what the loss is a mean of, -100 elsewhere: Trainer counts them over all parts of a global batch
     (accumulation steps, processes), so that a prefix weighs the same wherever it falls.
@@ -115,8 +165,7 @@ class PairTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # makes Trainer count the labels
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        rewards = at_response_tokens(model(inputs["input_ids"], inputs["attention_mask"]), inputs)
-        loss = self.loss(*rewards, inputs["chosen_lengths"], inputs["rejected_lengths"])
+        loss, rewards = self.loss_and_rewards(model(inputs["input_ids"], inputs["attention_mask"]), inputs)
         if num_items_in_batch is not None:
             # Gradients are summed over accumulation steps and averaged over processes: the mean of all items.
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
@@ -127,13 +176,38 @@ class PairTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, rewards = self.compute_loss(model, inputs, return_outputs=True)
+        return loss, *self.predictions_and_labels(rewards, inputs)
+
+
+class PairTrainer(PrefixTrainer):
+    """For batches of pairs (`collate`)."""
+
+    def loss_and_rewards(self, rewards, inputs):
+        chosen, rejected = at_response_tokens(rewards, inputs)
+        return self.loss(chosen, rejected, inputs["chosen_lengths"], inputs["rejected_lengths"]), (chosen, rejected)
+
+    def predictions_and_labels(self, rewards, inputs):
         longest = torch.maximum(inputs["chosen_lengths"], inputs["rejected_lengths"])[:, None]
         lengths = torch.cat(
             [torch.ceil(longest * longest.new_tensor(FRACTIONS, dtype=torch.float64)).long(),
              longest.new_tensor(LENGTHS).expand(len(longest), -1)], dim=1
         )  # fmt: skip
         margins, differ = prefix_margins(*rewards, inputs, lengths)
-        return loss, (margins, differ.long()), longest
+        return (margins, differ.long()), longest
+
+
+class ValueTrainer(PrefixTrainer):
+    """For batches of rated texts (`collate_texts`)."""
+
+    def loss_and_rewards(self, rewards, inputs):
+        lengths = inputs["response_lengths"]
+        values = from_columns(rewards, inputs["prompt_lengths"], int(lengths.max()))
+        return self.loss(values, inputs["rewards"], lengths), values
+
+    def predictions_and_labels(self, values, inputs):
+        lengths = inputs["response_lengths"][:, None]
+        last = torch.ceil(lengths * lengths.new_tensor(FRACTIONS, dtype=torch.float64)).long() - 1
+        return values.gather(1, last), inputs["rewards"]
 
 
 def objective_functions(objective: str, tail: str, reduction: str) -> tuple[Callable[..., Tensor], Callable]:
@@ -269,6 +343,16 @@ def prefix_metrics(evaluation: EvalPrediction) -> dict[str, float]:
     wins, differ = _wins(torch.from_numpy(margins)), torch.from_numpy(differ).bool()
     accuracies = {name: float(wins[differ[:, k], k].mean()) for k, name in enumerate(names)}
     return {"pairs": len(wins)} | {name: value for name, value in accuracies.items() if not math.isnan(value)}
+
+
+def value_metrics(evaluation: EvalPrediction) -> dict[str, float]:
+    """For Trainer: correlation of value and reward over texts, after 25, 50, 75 and 100 % of each (`correlation`)."""
+    values, rewards = evaluation.predictions, evaluation.label_ids
+    names = [f"correlation_{100 * fraction:.0f}_percent" for fraction in FRACTIONS[:-1]] + ["correlation"]
+    columns = zip(names, values.T, strict=True)
+    varied = {name: column for name, column in columns if rewards.std() > 0 and column.std() > 0}
+    correlations = {name: float(np.corrcoef(column, rewards)[0, 1]) for name, column in varied.items()}
+    return {"texts": len(rewards)} | correlations
 
 
 def _wins(margins: Tensor) -> Tensor:

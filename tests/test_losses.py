@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pargs_min.losses import bradley_terry_loss, partial_bradley_terry_loss
+from pargs_min.losses import bradley_terry_loss, partial_bradley_terry_loss, prefix_value_loss
 from tests.strategies import rows, scored_pairs
 
 EXACT = dict(rtol=1e-12, atol=1e-12)
@@ -127,3 +127,33 @@ def test_bad_arguments_are_named(change, message):
 def test_the_whole_loss_names_shapes_that_differ():
     with pytest.raises(ValueError, match="must have one shape"):
         bradley_terry_loss(torch.zeros(2), torch.zeros(3))
+
+
+@given(scored_pairs())
+def test_the_value_loss_is_its_definition_and_least_at_the_mean(pairs):
+    values, _, lengths, _ = pairs
+    rewards = values[:, 0] + 1.5
+    errors = [
+        (value - reward) ** 2
+        for row, reward, n in zip(values.tolist(), rewards.tolist(), lengths.tolist(), strict=True)
+        for value in row[:n]
+    ]
+    assert_close(prefix_value_loss(values, rewards, lengths).item(), sum(errors) / len(errors), **EXACT)
+    shared = rewards.mean().requires_grad_()  # one prefix that all three texts begin with
+    prefix_value_loss(shared.expand(3, 1), rewards, torch.ones_like(lengths)).backward()
+    assert shared.grad.abs() < 1e-12
+
+
+def test_the_value_loss_does_not_see_padding():
+    values = torch.tensor([[1.0, float("nan")], [2.0, 3.0]], requires_grad=True)
+    prefix_value_loss(values, torch.tensor([0.0, 0.0]), torch.tensor([1, 2])).backward()
+    assert_close(values.grad, torch.tensor([[2 / 3, 0.0], [4 / 3, 2.0]]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "lengths", "message"),
+    [((2, 3), [1, 4], r"lengths must lie in 1..3 .*got 1..4"), ((3, 3), [1, 2], r"values must be \(B, T\)")],
+)
+def test_bad_arguments_of_the_value_loss_are_named(shape, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        prefix_value_loss(torch.zeros(shape), torch.zeros(2), torch.tensor(lengths))

@@ -9,10 +9,18 @@ from hypothesis import strategies as st
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from pargs_min import train
-from pargs_min.data import Pair, at_response_tokens, collate
-from pargs_min.losses import bradley_terry_loss
+from pargs_min.data import Pair, Text, at_response_tokens, collate
+from pargs_min.losses import bradley_terry_loss, prefix_value_loss
 from pargs_min.reward_model import prefix_rewards
-from pargs_min.train import last_checkpoint, objective_functions, prefix_accuracy, train_reward_model
+from pargs_min.scoring import model_rewards
+from pargs_min.train import (
+    last_checkpoint,
+    objective_functions,
+    prefix_accuracy,
+    rate,
+    train_reward_model,
+    train_value_model,
+)
 
 from .strategies import tiny_config, tiny_reward_model, tiny_tokenizer, token_pairs
 
@@ -192,6 +200,66 @@ def test_the_partial_loss_is_that_of_every_prefix_on_its_own(tmp_path, tail, las
             margins.append(whole_reward(model, prompt + one) - whole_reward(model, prompt + other))
     expected = torch.nn.functional.softplus(-torch.tensor(margins, dtype=torch.float64)).mean()
     assert metrics["eval_loss"] == pytest.approx(float(expected), rel=1e-9)
+
+
+# ---- value models ----
+
+
+def random_texts(count, seed=0):
+    """Texts of which the first token decides half of the reward and the last but one the rest."""
+    pairs = random_pairs(count, seed)
+    texts = [Text(p.prompt_ids, ids) for p in pairs for ids in (p.chosen_ids, p.rejected_ids)]
+    return [text._replace(reward=float(text.response_ids[0] == 7) + text.response_ids[-2] / 10) for text in texts]
+
+
+def test_every_prefix_learns_the_expected_reward(tmp_path):
+    """After the first token the value is the mean reward of the texts that go on from it."""
+    model, texts = reward_model(), random_texts(128)
+    args = arguments(tmp_path, max_steps=150, per_device_train_batch_size=32, lr_scheduler_type="cosine")
+    metrics = train_value_model(model, tiny_tokenizer(), texts, random_texts(64, seed=1), args=args)
+    assert metrics["eval_correlation"] > metrics["eval_correlation_25_percent"] > 0.5
+    for first in (7, 8):
+        starting = [text for text in texts if text.response_ids[0] == first]
+        mean = sum(text.reward for text in starting) / len(starting)
+        values = []
+        for text in starting:
+            ids = torch.tensor([[*text.prompt_ids, first]])
+            values.append(prefix_rewards(model, ids, torch.ones_like(ids))[0, -1].item())
+        assert sum(values) / len(values) == pytest.approx(mean, abs=0.1)
+
+
+def test_accumulated_texts_weigh_as_one_batch(tmp_path):
+    trained = []
+    for size, parts in ((8, 1), (2, 4)):
+        model = reward_model()
+        args = arguments(
+            tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=parts, max_steps=2, optim="sgd"
+        )
+        train_value_model(model, tiny_tokenizer(), random_texts(8), args=args)
+        trained.append(weights(model))
+    torch.testing.assert_close(*trained, rtol=1e-9, atol=1e-12)
+
+
+def test_the_trainers_value_loss_is_that_of_single_texts(tmp_path):
+    model, texts = reward_model(), random_texts(9)
+    args = arguments(tmp_path, max_steps=1, learning_rate=0.0, per_device_eval_batch_size=len(texts))
+    metrics = train_value_model(model, tiny_tokenizer(), texts, texts, args=args)
+    squares = []
+    for prompt, response, reward in texts:
+        ids = torch.tensor([prompt + response])
+        values = prefix_rewards(model, ids, torch.ones_like(ids))[:, len(prompt) :]
+        loss = prefix_value_loss(values, torch.tensor([reward]), torch.tensor([len(response)]))
+        squares += [loss.item()] * len(response)
+    assert metrics["eval_loss"] == pytest.approx(sum(squares) / len(squares), rel=1e-5)
+
+
+def test_texts_are_rated_as_wholes():
+    model, texts = reward_model(), random_texts(5)
+    for text in rate(texts, model_rewards(model), batch_size=3):
+        ids = torch.tensor([text.prompt_ids + text.response_ids])
+        assert text.reward == pytest.approx(prefix_rewards(model, ids, torch.ones_like(ids))[0, -1].item())
+    with pytest.raises(ValueError, match="texts must have finite rewards, got 1 without"):
+        train_value_model(model, tiny_tokenizer(), [texts[0], Text([2], [7])], args=None)
 
 
 # ---- evaluation ----
