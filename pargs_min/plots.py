@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; a method keeps its ink in every figure.
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PINK = (
@@ -185,4 +186,26 @@ def tree(
     )
     axes.set_xticks(range(len(nodes)))
     axes.spines[["left", "top", "right"]].set_visible(False)
+    return drawing
+
+
+def attention(sees: Sequence[Sequence[bool]], queries: Sequence[str], keys: Sequence[str], new: int) -> Figure:
+    """Who sees whom in one forward pass: a row a query token, a column a key token, filled where the row sees it.
+
+    Args:
+        sees: (queries, keys).
+        new: how many of the last keys are fed in this pass; those before them are in the cache.
+    """
+    drawing, axes = figure(
+        "key: token seen", "query: token fed", size=(1.6 + 0.5 * len(keys), 1.5 + 0.4 * len(queries))
+    )
+    for i, row in enumerate(sees):
+        for j, seen in enumerate(row):
+            ink = "#EEEEEE" if not seen else SKY if j < len(keys) - new else BLUE
+            axes.add_patch(Rectangle((j - 0.45, i - 0.45), 0.9, 0.9, color=ink))
+    axes.axvline(len(keys) - new - 0.5, color=BLACK, linewidth=1, linestyle=":")
+    axes.set(xlim=(-0.6, len(keys) - 0.4), ylim=(len(queries) - 0.4, -0.6))
+    axes.set_xticks(range(len(keys)), keys, rotation=45, ha="right")
+    axes.set_yticks(range(len(queries)), queries)
+    axes.grid(visible=False)
     return drawing
