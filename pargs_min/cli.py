@@ -38,11 +38,19 @@ class TrainOptions:
     dataset: str = field(
         metadata={
             "help": "Preference pairs: a .jsonl or .jsonl.gz file, or a hub data set as owner/name or owner/name:split "
-            "(needs the extra `hub`)."
+            "(needs the extra `hub`). For the objective value: texts that `pargs generate --method plain` wrote."
         }
     )
-    objective: Literal["partial", "full"] = field(
-        default="partial", metadata={"help": "Compare every prefix (PARGS) or whole responses only (ARGS)."}
+    objective: Literal["partial", "full", "value"] = field(
+        default="partial",
+        metadata={
+            "help": "Compare every prefix (PARGS) or whole responses only (ARGS); or let every prefix predict the "
+            "reward of its whole text (controlled decoding)."
+        },
+    )
+    reward_model: str | None = field(
+        default=None,
+        metadata={"help": "For the objective value: the full-sequence reward model that rates the texts."},
     )
     tail: Literal["extend", "min"] | None = field(
         default=None,
@@ -70,10 +78,10 @@ class TrainOptions:
         metadata={"help": "Tokens of prompt and response at most; prompts are cut. Default: the model's context."},
     )
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Pairs to evaluate on, as --dataset, instead of held-out ones."}
+        default=None, metadata={"help": "Records to evaluate on, as --dataset, instead of held-out ones."}
     )
     eval_fraction: float = field(
-        default=0.1, metadata={"help": "Share of the prompts to hold out, with all their pairs; 0 for none."}
+        default=0.1, metadata={"help": "Share of the prompts to hold out, with all their records; 0 for none."}
     )
     resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in --output-dir, if any."})
 
@@ -92,13 +100,16 @@ TRAIN_DEFAULTS = dict(
 
 def train(arguments: list[str]) -> None:
     """Train a reward model on every prefix of the responses of preference pairs."""
+    from functools import partial
+
     import torch
     from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 
-    from pargs_min.data import encode_preferences, prompt_format, split_by_prompt
-    from pargs_min.records import read_preferences
+    from pargs_min.data import encode_preferences, encode_texts, prompt_format, split_by_prompt
+    from pargs_min.records import read_preferences, read_responses
     from pargs_min.reward_model import context_length, load_reward_model, save_reward_model
-    from pargs_min.train import last_checkpoint, train_reward_model
+    from pargs_min.scoring import check_vocabularies, model_rewards
+    from pargs_min.train import last_checkpoint, rate, train_reward_model, train_value_model
 
     parser = HfArgumentParser((TrainOptions, TrainingArguments), prog="pargs train", description=train.__doc__)
     parser.set_defaults(**TRAIN_DEFAULTS, dataloader_pin_memory=torch.accelerator.is_available())
@@ -110,7 +121,11 @@ def train(arguments: list[str]) -> None:
         raise ValueError(
             f"{args.output_dir} holds checkpoints of an earlier run: add --resume, or choose another --output-dir"
         )
-    preferences = read_preferences(options.dataset)
+    valued = options.objective == "value"
+    if valued != (options.reward_model is not None):
+        raise ValueError("--objective value and --reward-model go together: its rewards are what prefixes predict")
+    read = read_responses if valued else read_preferences
+    records = read(options.dataset)
     set_seed(args.seed)  # the new head
     with loading(options.model):
         tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -144,11 +159,9 @@ def train(arguments: list[str]) -> None:
             model,
             tokenizer,
             args.output_dir,
-            objective=options.objective,
-            tail=tail,
-            reduction=options.reduction,
             append_eos=options.append_eos,
-            prompt_format=prompt_format(p.prompt for p in preferences),
+            prompt_format=prompt_format(record.prompt for record in records),
+            **settings,
         )
         print("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items()))
         print(f"saved {args.output_dir}")
@@ -161,10 +174,11 @@ class GenerateOptions:
     model: str = field(metadata={"help": "Language model: a folder or a hub id."})
     prompts: str = field(metadata={"help": "JSONL records with a `prompt` (text or messages), or text, one a line."})
     output: str = field(metadata={"help": "JSONL file to write, one record a text, as they come."})
-    method: Literal["plain", "pargs", "pargs-greedy", "args", "args-greedy", "best-of-n", "smc"] = field(
+    method: Literal["plain", "pargs", "pargs-greedy", "args", "args-greedy", "cd", "best-of-n", "smc"] = field(
         default="pargs",
         metadata={
-            "help": "pargs and smc want a reward model trained with --objective partial, args and best-of-n full."
+            "help": "pargs and smc want a reward model trained with --objective partial, args and best-of-n full, "
+            "cd value."
         },
     )
     reward_model: str | None = field(default=None, metadata={"help": "Folder or hub id; not needed for plain."})

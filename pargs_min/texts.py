@@ -70,7 +70,8 @@ def generate_texts(
         on_step: as in `generate`.
 
     Yields:
-        prompt, prompt_number, sample, response (text), response_ids, finished (whether it ended by itself), method,
+        prompt and prompt_ids as given, prompt_number, sample, response (text), response_ids, finished (whether it
+        ended by itself), method,
         ref_log_prob (nats), kl (nats, `path_kl` or `smc`), and with a reward model `reward` of the whole response.
 
     Raises:
@@ -122,6 +123,14 @@ def generate_texts(
         yield from _records(batch, prompts, tokenizer, method, generation, kl, rewards, ends)
 
 
+# What a reward model makes of the tokenwise policy, by the objective it was trained with.
+GUIDES = {
+    "partial": ("pargs", "a reward model of prefixes"),
+    "full": ("args", "a reward model of whole responses, whose scores of prefixes mean nothing,"),
+    "value": ("cd", "a value model"),
+}
+
+
 def _check(method: str, reward_model, **counts: int) -> None:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -133,16 +142,10 @@ def _check(method: str, reward_model, **counts: int) -> None:
     if reward_model is None:
         raise ValueError(f"method {method} needs a reward model (--reward-model)")
     objective = _recorded(reward_model).get("objective", "full")
-    if method.startswith("pargs") and objective != "partial":
-        warnings.warn(
-            f"{method} with a reward model of whole responses: its scores of prefixes mean nothing, so this is ARGS; "
-            "train one with --objective partial",
-            stacklevel=3,
-        )
-    if method.startswith("args") and objective == "partial":
-        warnings.warn(
-            f"{method} with a reward model of prefixes is PARGS; train ARGS's with --objective full", stacklevel=3
-        )
+    wanted = next((name for name, (its, _) in GUIDES.items() if its == method.removesuffix("-greedy")), objective)
+    if objective != wanted:
+        its, what = GUIDES[objective]
+        warnings.warn(f"{method} with {what} is {its}; train one with --objective {wanted}", stacklevel=3)
     if not _recorded(reward_model).get("append_eos", True):
         warnings.warn(
             "this reward model was trained on responses without an end token: its reward of ending is extrapolation",
@@ -239,7 +242,7 @@ def _records(batch, prompts, tokenizer, method, generation: Generation, kl, rewa
     for i, (number, sample) in enumerate(batch):
         ids = generation.tokens[i, : generation.lengths[i]].tolist()
         record = {
-            "prompt": prompts[number].get("prompt"),
+            **{name: prompts[number][name] for name in ("prompt", "prompt_ids") if name in prompts[number]},
             "prompt_number": number,
             "sample": sample,
             "response": tokenizer.decode(ids, skip_special_tokens=True),

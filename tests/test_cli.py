@@ -134,6 +134,23 @@ def test_a_trained_model_guides_and_every_text_says_how_it_was_made(lm, pairs, p
     assert {"response", "response_ids", "ref_log_prob", "kl", "reward", "finished"} <= set(records[0])
 
 
+def test_controlled_decoding_from_samples_to_texts(lm, pairs, prompts, tmp_path, capsys):
+    """A full-sequence reward model rates samples, a value model learns their prefixes, and guides."""
+    assert train(lm, pairs, tmp_path / "rm", "--objective", "full") == 0
+    samples = tmp_path / "samples.jsonl"
+    assert generate(lm, prompts, samples, "--method", "plain", "--num-samples", "4") == 0
+    value = ["--objective", "value", "--reward-model", str(tmp_path / "rm"), "--eval-fraction", "0.4"]
+    assert train(lm, samples, tmp_path / "value", *value) == 0
+    assert "eval_correlation" in capsys.readouterr().out
+    out, guide = tmp_path / "out.jsonl", ["--reward-model", str(tmp_path / "value")]
+    assert generate(lm, prompts, out, "--method", "cd", *guide, "--top-k", "4") == 0
+    assert "warning" not in capsys.readouterr().err
+    smc = ["--method", "smc", "--particles", "3", "--final-reward-model", str(tmp_path / "rm"), "--top-k", "4"]
+    assert generate(lm, prompts, tmp_path / "smc.jsonl", *guide, *smc) == 0
+    assert train(lm, samples, tmp_path / "bad", "--objective", "value") == 2
+    assert "--objective value and --reward-model go together" in capsys.readouterr().err
+
+
 def test_an_output_file_is_continued_or_left_alone(lm, prompts, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     assert generate(lm, prompts, out, "--method", "plain") == 0

@@ -81,8 +81,10 @@ def test_the_reward_of_a_record_is_that_of_its_last_prefix():
 @pytest.mark.parametrize(
     ("method", "objective", "append_eos", "warning"),
     [
-        ("pargs", "full", True, "its scores of prefixes mean nothing, so this is ARGS"),
-        ("args", "partial", True, "with a reward model of prefixes is PARGS"),
+        ("pargs", "full", True, "whose scores of prefixes mean nothing, is args; train one with --objective partial"),
+        ("args", "partial", True, "with a reward model of prefixes is pargs; train one with --objective full"),
+        ("cd", "partial", True, "cd with a reward model of prefixes is pargs; train one with --objective value"),
+        ("pargs-greedy", "value", True, "with a value model is cd; train one with --objective partial"),
         ("pargs", "partial", False, "its reward of ending is extrapolation"),
     ],
 )
@@ -92,7 +94,8 @@ def test_a_reward_model_used_for_what_it_was_not_trained_for_is_reported(method,
 
 
 @pytest.mark.parametrize(
-    ("method", "objective"), [("pargs", "partial"), ("args-greedy", "full"), ("best-of-n", "full")]
+    ("method", "objective"),
+    [("pargs", "partial"), ("args-greedy", "full"), ("best-of-n", "full"), ("cd", "value"), ("smc", "full")],
 )
 def test_the_right_reward_model_draws_no_warning(method, objective):
     with warnings.catch_warnings():
