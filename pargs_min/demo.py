@@ -66,11 +66,11 @@ class Size:
     """How much of everything; steps, pairs and texts are counts."""
 
     reference_steps: int = 1500
-    pairs: int = 4000
+    pairs: int = 8000
     held_out_pairs: int = 1000
-    steps: int = 250
+    steps: int = 400
     models: int = 3  # of each objective
-    samples: int = 128  # texts a prompt
+    samples: int = 64  # texts a prompt
     frontier_samples: int = 5000  # texts a prompt
 
 
