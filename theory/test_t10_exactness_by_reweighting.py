@@ -53,7 +53,7 @@ def test_the_incremental_weight_is_the_normaliser_of_the_ratio(world, beta):
     ratio = zip(levels, log_ratio(world, beta), strict=True)
     from_ratio = [world.log_up(i, x) + log_zi[i] - log_zi[i - 1] for i, x in ratio]
     gap = largest_gap(definition, [world.down(i, weight[i - 1]) for i in levels])
-    verify("T10", "incremental weight = Z(a) e^{-beta r(a)}, whatever the token (logs)", gap)
+    verify("T10", "incremental weight = Z(a) e^{-beta r(a)} for every token (logs)", gap)
     verify("T10", "incremental weight = normaliser of T2's ratio * Z_i / Z_{i-1}", largest_gap(weight, from_ratio))
 
 
