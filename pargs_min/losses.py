@@ -11,7 +11,8 @@ decides it silently. What is chosen here, and why:
    `tail="min"`: stop at the shorter response; for responses that were cut at a length limit and never ended.
 3. *First prefix.* Length 1. The paper's code starts at one or at two tokens, depending on the task.
 4. *Weights.* `reduction="prefix"` (default): every prefix counts once, so a long pair weighs more, as in the paper's
-   code. `reduction="pair"`: every pair counts once.
+   code. `reduction="pair"`: every pair counts once; opponents are then weighed by their length, and the order of
+   siblings by win rate is lost (T8).
 5. *Identical prefixes.* Up to their first difference both responses have the same reward: loss log 2, no gradient.
    They are kept, so a reported loss includes them.
 6. *Which token.* r(y_1:i) is read at token i itself. The paper's code re-tokenises the text of each prefix, and for
