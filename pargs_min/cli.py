@@ -67,7 +67,7 @@ class TrainOptions:
         },
     )
     reduction: Literal["prefix", "pair"] = field(
-        default="prefix", metadata={"help": "Weigh every prefix alike, or every pair, which has no guarantee (partial)."}
+        default="prefix", metadata={"help": "Weigh every prefix alike, or every pair (partial; see losses.py)."}
     )
     append_eos: bool = field(
         default=True,
