@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -71,8 +74,9 @@ def generate_texts(
 
     Yields:
         prompt and prompt_ids as given, prompt_number, sample, response (text), response_ids, finished (whether it
-        ended by itself), method,
-        ref_log_prob (nats), kl (nats, `path_kl` or `smc`), and with a reward model `reward` of the whole response.
+        ended by itself), method, ref_log_prob (nats), kl (nats, `path_kl` or `smc`), cost (this text's share of its
+        batch: seconds, and model_calls, forward passes of one row by any model), and with a reward model `reward` of
+        the whole response.
 
     Raises:
         ValueError: for an argument out of range, or a prompt that leaves no room in a model's context: before any text
@@ -108,19 +112,25 @@ def generate_texts(
             uniforms=uniforms,
             on_step=on_step,
         )
-        if method == "smc":
-            settings |= dict(n=particles, beta=beta, final=final_reward_model and reward_fn, choices=choices[:, :-1])
-            generation, kl = smc(policy, scorer, prompt_ids, mask, **settings).pick(choices[:, -1])
-        elif method == "plain":
-            generation = plain(policy, prompt_ids, mask, **settings)
-        elif method == "best-of-n":
-            generation = best_of_n(policy, reward_fn, prompt_ids, mask, n=n, **settings)
-        else:
-            generation = guided(method, policy, scorer, prompt_ids, mask, beta=beta, **settings)
-        if method != "smc":
-            kl = path_kl(method, generation, n)
-        rewards = None if reward_fn is None else response_rewards(reward_fn, prompt_ids, mask, generation)
-        yield from _records(batch, prompts, tokenizer, method, generation, kl, rewards, ends)
+        with counted_passes(lm, reward_model, final_reward_model) as passes:
+            began = time.perf_counter()
+            if method == "smc":
+                settings |= dict(
+                    n=particles, beta=beta, final=final_reward_model and reward_fn, choices=choices[:, :-1]
+                )
+                generation, kl = smc(policy, scorer, prompt_ids, mask, **settings).pick(choices[:, -1])
+            elif method == "plain":
+                generation = plain(policy, prompt_ids, mask, **settings)
+            elif method == "best-of-n":
+                generation = best_of_n(policy, reward_fn, prompt_ids, mask, n=n, **settings)
+            else:
+                generation = guided(method, policy, scorer, prompt_ids, mask, beta=beta, **settings)
+            if method != "smc":
+                kl = path_kl(method, generation, n)
+            rewards = None if reward_fn is None else response_rewards(reward_fn, prompt_ids, mask, generation)
+            cost = {"seconds": time.perf_counter() - began, "model_calls": passes.total()}
+        cost = {name: total / len(batch) for name, total in cost.items()}
+        yield from _records(batch, prompts, tokenizer, method, generation, kl, rewards, ends, cost)
 
 
 # What a reward model makes of the tokenwise policy, by the objective it was trained with.
@@ -225,6 +235,22 @@ def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
     return list(dict.fromkeys(end for end in ends if end is not None))
 
 
+@contextmanager
+def counted_passes(*models: PreTrainedModel | None) -> Iterator[Counter]:
+    """Count the forward passes of the models' backbones, a row each, while this is open."""
+    passes: Counter = Counter()
+    hooks = [
+        model.base_model.register_forward_hook(lambda body, args, output: passes.update(rows=len(output[0])))
+        for model in models
+        if model is not None
+    ]
+    try:
+        yield passes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def left_pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """(ids, mask), both (B, P), of token lists padded on the left (with id 0, which the mask hides).
 
@@ -237,7 +263,7 @@ def left_pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     return ids, (torch.arange(width) >= torch.tensor([[width - len(row)] for row in rows])).long()
 
 
-def _records(batch, prompts, tokenizer, method, generation: Generation, kl, rewards, ends) -> Iterator[dict]:
+def _records(batch, prompts, tokenizer, method, generation: Generation, kl, rewards, ends, cost) -> Iterator[dict]:
     ref_log_probs = generation.ref_log_probs.sum(-1).tolist()
     for i, (number, sample) in enumerate(batch):
         ids = generation.tokens[i, : generation.lengths[i]].tolist()
@@ -251,6 +277,7 @@ def _records(batch, prompts, tokenizer, method, generation: Generation, kl, rewa
             "method": method,
             "ref_log_prob": ref_log_probs[i],
             "kl": kl[i].item(),
+            "cost": cost,
         }
         yield record if rewards is None else record | {"reward": rewards[i].item()}
 

@@ -110,6 +110,20 @@ def test_another_vocabulary_is_bridged_through_text_and_reported():
     assert record["response_ids"]
 
 
+def test_model_calls_are_counted_by_the_row():
+    """Plain: a pass a token. Guided: two, one more for the prompt, and one for the reward of the whole text."""
+    settings = dict(prompts=[{"prompt": "a b c"}], num_samples=2, max_new_tokens=6)
+    calls = {}
+    for method in ("plain", "pargs", "best-of-n"):
+        records = list(texts(method, n=3, **settings))
+        steps = max(len(r["response_ids"]) for r in records) if method != "best-of-n" else None
+        calls[method] = records[0]["cost"]["model_calls"], steps
+        assert records[0]["cost"]["seconds"] > 0
+    assert calls["plain"] == (calls["plain"][1] + 1, calls["plain"][1])  # its reward is read once
+    assert calls["pargs"] == (2 * calls["pargs"][1] + 2, calls["pargs"][1])  # the reward model reads the prompt first
+    assert 3 * 2 + 1 <= calls["best-of-n"][0] <= 3 * (6 + 1) + 1
+
+
 def test_the_scorer_is_chosen_by_what_is_right():
     assert isinstance(choose_scorer(tiny_reward_model("llama"), 60), SiblingScorer)
     windowed = tiny_reward_model("mistral", **WINDOWED)
