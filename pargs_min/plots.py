@@ -180,9 +180,10 @@ def tree(
                 middle = i - 0.42, start + 0.58 * (height - start)
                 axes.text(*middle, edge, fontsize=8, color=BLUE, ha="center", va="center", backgroundcolor="white")
             box = {"boxstyle": "round", "facecolor": "white", "edgecolor": BLACK, "linewidth": 0.6}
-            axes.text(i, height, node, fontsize=8, ha="center", va="center", bbox=box, zorder=2)
+            inside = "center" if i < len(nodes) - 1 else "left"
+            axes.text(i, height, node, fontsize=8, ha=inside, va="center", bbox=box, zorder=2)
     axes.set(
-        xlim=(-0.4, len(nodes) - 0.6), ylim=(len(nodes[-1]) - 0.4, -0.6), xlabel="prefix length (tokens)", yticks=[]
+        xlim=(-0.4, len(nodes) - 0.2), ylim=(len(nodes[-1]) - 0.4, -0.6), xlabel="prefix length (tokens)", yticks=[]
     )
     axes.set_xticks(range(len(nodes)))
     axes.spines[["left", "top", "right"]].set_visible(False)

@@ -23,7 +23,7 @@ from pargs_min.data import Pair
 from pargs_min.train import train_reward_model
 from theory.bradley_terry import labels_of, partial_reward_of
 from theory.policies import tokenwise
-from theory.world import Levels, World, bradley_terry_labels, model_reward
+from theory.world import Levels, World, bradley_terry_labels, finished, model_reward
 
 BETA = 1.0
 
@@ -87,6 +87,24 @@ def trained_scores(
         )  # fmt: skip
         train_reward_model(model, tokenizer, pairs, args=args, objective=objective)
     return [model_reward(model, prompt_of(world), prefixes) for prefixes in world.prefixes]
+
+
+def pair_accuracy(world: World, scores: Levels) -> list[float]:
+    """P(the preferred response is ahead after i tokens | the prefixes differ), i = 1..T, over pairs from ref x ref.
+
+    What `pargs_min.train.prefix_accuracy` estimates: ties count 1/2, a response that has ended keeps its last score.
+    The most that any score reaches is that of `win_rates`.
+    """
+    ref = np.exp(world.log_ref[-1])
+    wins, held, accuracies = np.outer(ref, ref) * labels_of(world), scores[0], []
+    for i in range(1, world.horizon + 1):
+        ended = world.down(i, finished(world.prefixes[i - 1], world.eos))
+        held = np.where(ended, world.down(i, held), scores[i])
+        place = world.ancestors(i)
+        counted = wins * (place[:, None] != place)
+        margins = held[place][:, None] - held[place]
+        accuracies.append(float((counted * (np.sign(margins) + 1) / 2).sum() / counted.sum()))
+    return accuracies
 
 
 def exact_policy(world: World) -> np.ndarray:
