@@ -93,6 +93,7 @@ class ModelPolicy:
         self.cache = None
         self.ids, self.mask, self.positions = prompt_ids, mask, token_positions(mask)
 
+    @torch.inference_mode()
     def log_probs(self) -> Tensor:
         """(B, V) log pi_ref of the next token in nats, in float32 or wider."""
         output = self.model(

@@ -56,6 +56,7 @@ class SiblingScorer:
             raise ValueError('flash attention ignores the sibling mask; load with attn_implementation="sdpa"')
         _check_siblings(self)
 
+    @torch.inference_mode()
     def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
         """Read the prompts: (B, P) ids, padded on the left, and their mask."""
         if self.model.training:
@@ -72,6 +73,7 @@ class SiblingScorer:
                 **position_arguments(self.body, token_positions(self.mask)),
             )
 
+    @torch.inference_mode()
     def score(self, candidates: Tensor) -> Tensor:
         """(B, K) rewards of the prefixes that end in each of the (B, K) candidates."""
         if self.last is None:
@@ -197,6 +199,7 @@ class VocabularyScorer:
             raise ValueError("the reward model is in training mode (dropout would change its rewards): call .eval()")
         self.cache, self.ids, self.mask, self.positions = None, prompt_ids, mask, token_positions(mask)
 
+    @torch.inference_mode()
     def score(self, candidates: Tensor) -> Tensor:
         """(B, K) rewards of the prefixes that end in each of the (B, K) candidates."""
         output = self.body(
