@@ -332,6 +332,144 @@ def trace(arguments: list[str]) -> None:
 
 
 @dataclass
+class DPOOptions:
+    """What `pargs dpo` takes besides transformers' TrainingArguments."""
+
+    model: str = field(metadata={"help": "Language model, the reference to start from: a folder or a hub id."})
+    dataset: str = field(metadata={"help": "Preference pairs, as for `pargs train`."})
+    beta: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the reward, in nats per unit of reward; the inverse of what DPO calls beta."},
+    )
+    append_eos: bool = field(
+        default=True,
+        metadata={"help": "End each response with the end token; --no-append-eos if they were cut at a length limit."},
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of prompt and response at most; prompts are cut. Default: the model's context."},
+    )
+    eval_dataset: str | None = field(default=None, metadata={"help": "Pairs to evaluate on, instead of held-out ones."})
+    eval_fraction: float = field(
+        default=0.1, metadata={"help": "Share of the prompts to hold out, with all their pairs; 0 for none."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Go on from the last checkpoint in --output-dir, if any."})
+
+
+def dpo(arguments: list[str]) -> None:
+    """Fine-tune the language model itself on preference pairs (DPO, by TRL), to compare with."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainingArguments
+
+    from pargs_min.data import encode_preferences, split_by_prompt
+    from pargs_min.records import read_preferences
+    from pargs_min.reward_model import context_length
+    from pargs_min.train import last_checkpoint
+
+    try:
+        from pargs_min.dpo import train_dpo
+    except ImportError as error:
+        raise ValueError(f"DPO is TRL's ({error}): pip install 'pargs-min[baselines]'") from None
+
+    parser = HfArgumentParser((DPOOptions, TrainingArguments), prog="pargs dpo", description=dpo.__doc__)
+    parser.set_defaults(**TRAIN_DEFAULTS | dict(output_dir="runs/dpo", learning_rate=1e-6))
+    parser.set_defaults(dataloader_pin_memory=torch.accelerator.is_available())
+    options, args = parser.parse_args_into_dataclasses(arguments)
+    if last_checkpoint(args.output_dir) and not options.resume:
+        raise ValueError(
+            f"{args.output_dir} holds checkpoints of an earlier run: add --resume, or choose another --output-dir"
+        )
+    with loading(options.model):
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+
+    def prepare(name: str):
+        length = options.max_length or context_length(model)
+        pairs, counts = encode_preferences(read_preferences(name), tokenizer, length, options.append_eos)
+        if args.process_index == 0:
+            print("records:", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
+        return pairs
+
+    pairs = prepare(options.dataset)
+    if options.eval_dataset:
+        held_out = prepare(options.eval_dataset)
+    else:
+        pairs, held_out = split_by_prompt(pairs, options.eval_fraction, args.seed)
+    metrics = train_dpo(model, tokenizer, pairs, held_out, beta=options.beta, args=args, resume=options.resume)
+    if args.process_index == 0:
+        for part in (model, tokenizer):
+            part.save_pretrained(args.output_dir)
+        print("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items()))
+        print(f"saved {args.output_dir}")
+
+
+@dataclass
+class PPOOptions:
+    """What `pargs ppo` takes besides `PPOSettings`."""
+
+    model: str = field(metadata={"help": "Language model, the reference to start from: a folder or a hub id."})
+    prompts: str = field(metadata={"help": "As for `pargs generate`; a file of preference pairs will do."})
+    reward_model: str = field(metadata={"help": "Rates whole texts: a folder or hub id of the same vocabulary."})
+    value_model: str | None = field(
+        default=None, metadata={"help": "What the value function starts from. Default: the reward model."}
+    )
+    output_dir: str = field(default="runs/ppo", metadata={"help": "For the model, log.jsonl and the checkpoint."})
+    save_every: int = field(default=20, metadata={"help": "Updates between two checkpoints."})
+    device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
+    resume: bool = field(default=False, metadata={"help": "Go on from the checkpoint in --output-dir, if any."})
+
+
+def ppo(arguments: list[str]) -> None:
+    """Fine-tune the language model itself on a reward model's scores (PPO), to compare with."""
+    import json
+    from pathlib import Path
+
+    import torch
+    from tqdm.auto import tqdm
+    from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+
+    from pargs_min.data import encode_prompt
+    from pargs_min.ppo import PPOSettings, train_ppo
+    from pargs_min.records import read_prompts
+    from pargs_min.reward_model import load_reward_model
+    from pargs_min.scoring import check_vocabularies, model_rewards
+    from pargs_min.texts import end_tokens
+
+    parser = HfArgumentParser((PPOOptions, PPOSettings), prog="pargs ppo", description=ppo.__doc__)
+    options, settings = parser.parse_args_into_dataclasses(arguments)
+    folder = Path(options.output_dir)
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists() and not options.resume:
+        raise ValueError(f"{folder} holds the checkpoint of an earlier run: add --resume, or choose another folder")
+    prompts = read_prompts(options.prompts)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with loading(options.model):
+        tokenizer = AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(device)
+    with loading(options.reward_model):
+        check_vocabularies(tokenizer, AutoTokenizer.from_pretrained(options.reward_model))
+        reward_model = load_reward_model(options.reward_model).to(device).eval()
+    set_seed(settings.seed)  # the value function's head, where it starts from a language model
+    with loading(options.value_model or options.reward_model):
+        value_model = load_reward_model(options.value_model or options.reward_model).to(device)
+    form = (getattr(reward_model.config, "pargs", None) or {}).get("prompt_format")
+    encoded = [encode_prompt(tokenizer, prompt.get("prompt_ids", prompt.get("prompt")), form) for prompt in prompts]
+    folder.mkdir(parents=True, exist_ok=True)
+    ends = end_tokens(model, tokenizer)
+    updates = train_ppo(
+        model, value_model, model_rewards(reward_model), encoded, ends, settings, checkpoint, options.save_every
+    )
+    with (folder / "log.jsonl").open("a") as log, tqdm(updates, total=settings.updates, disable=None) as progress:
+        for numbers in progress:
+            progress.set_postfix({name: f"{numbers[name]:.3g}" for name in ("reward", "kl", "length")})
+            log.write(json.dumps(numbers) + "\n")
+            log.flush()
+    for part in (model, tokenizer):
+        part.save_pretrained(folder)
+    print(f"saved {folder}")
+
+
+@dataclass
 class DemoOptions:
     """What `pargs demo` takes."""
 
@@ -423,7 +561,15 @@ def loading(name: str) -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-COMMANDS = {"demo": demo, "train": train, "generate": generate, "trace": trace, "evaluate": evaluate}
+COMMANDS = {
+    "demo": demo,
+    "train": train,
+    "generate": generate,
+    "trace": trace,
+    "evaluate": evaluate,
+    "dpo": dpo,
+    "ppo": ppo,
+}
 USAGE = "usage: pargs COMMAND [options]   (pargs COMMAND --help)\n\n" + "\n".join(
     f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()
 )

@@ -151,6 +151,27 @@ def test_controlled_decoding_from_samples_to_texts(lm, pairs, prompts, tmp_path,
     assert "--objective value and --reward-model go together" in capsys.readouterr().err
 
 
+def test_fine_tuned_rivals_write_folders_that_generate_takes(lm, pairs, prompts, tmp_path, capsys):
+    few = ["--max-steps", "2", "--save-steps", "1", "--disable-tqdm", "True", "--use-cpu", "True", "--beta", "2"]
+    made = ["dpo", "--model", str(lm), "--dataset", str(pairs), "--output-dir", str(tmp_path / "dpo"), *few]
+    assert main(made) == 0
+    assert "eval_rewards/accuracies" in capsys.readouterr().out
+    assert main(made) == 2
+    assert "add --resume" in capsys.readouterr().err
+    assert train(lm, pairs, tmp_path / "rm", "--objective", "full") == 0
+    few = ["--updates", "2", "--batch-size", "4", "--minibatch-size", "2", "--max-new-tokens", "5", "--device", "cpu"]
+    made = ["ppo", "--model", str(lm), "--prompts", str(pairs), "--reward-model", str(tmp_path / "rm")]
+    made += ["--output-dir", str(tmp_path / "ppo"), *few]
+    assert main(made) == 0
+    assert [json.loads(line)["update"] for line in (tmp_path / "ppo" / "log.jsonl").open()] == [1, 2]
+    assert main(made) == 2
+    assert main([*made, "--resume", "--updates", "3"]) == 0
+    assert len((tmp_path / "ppo" / "log.jsonl").read_text().splitlines()) == 3
+    for rival in ("dpo", "ppo"):
+        assert generate(tmp_path / rival, prompts, tmp_path / f"{rival}.jsonl", "--method", "plain") == 0
+        assert (tmp_path / rival / "model.safetensors").exists()
+
+
 def test_an_output_file_is_continued_or_left_alone(lm, prompts, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     assert generate(lm, prompts, out, "--method", "plain") == 0

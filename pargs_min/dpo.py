@@ -1,0 +1,82 @@
+"""Direct preference optimisation, by TRL: the language model itself is trained on the pairs that a reward model would
+be trained on. With enough pairs of the reference it comes to the RLHF policy (`theory/`, T12).
+
+Needs the extra `baselines`. Pairs are tokenised by `encode_preferences`, as for reward models: TRL would tokenise
+prompt and response together, into ids that decoding may never meet, and knows no records of token ids.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from trl import DPOConfig, DPOTrainer
+
+from pargs_min.data import Pair
+from pargs_min.train import last_checkpoint
+
+
+def train_dpo(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    eval_pairs: Sequence[Pair] = (),
+    *,
+    beta: float,
+    args: TrainingArguments,
+    resume: bool = False,
+) -> dict[str, float]:
+    """Train a language model in place on preference pairs.
+
+        L = -mean log sigmoid((log pi(chosen) / pi_ref(chosen) - log pi(rejected) / pi_ref(rejected)) / beta)
+
+    Args:
+        model: a causal language model, the reference before it is trained.
+        pairs, eval_pairs: from `encode_preferences`.
+        beta: weight of the reward, in nats per unit of reward, as in `generate`; DPO's own beta is its inverse.
+        args: of transformers; batch sizes count pairs.
+        resume: go on from the last whole checkpoint in `args.output_dir`, if there is one.
+
+    Returns:
+        TRL's metrics: `train_loss` and `eval_loss` in nats per pair, `eval_rewards/accuracies`, seconds.
+
+    Raises:
+        ValueError: if `beta` is not a positive number.
+
+    Source: Rafailov et al. (2023), arXiv 2305.18290, equation 7.
+    """
+    if not (math.isfinite(beta) and beta > 0):
+        raise ValueError(f"beta must be a positive number, got {beta}")
+    theirs = {field.name: getattr(args, field.name) for field in fields(TrainingArguments) if field.init}
+    config = DPOConfig(**theirs, beta=1 / beta, max_length=None)
+    trainer = _PairsAsTheyAre(
+        model,
+        copy.deepcopy(model),
+        config,
+        train_dataset=_dataset(pairs),
+        eval_dataset=_dataset(eval_pairs) if eval_pairs else None,
+        processing_class=tokenizer,
+    )
+    if args.logging_strategy == "no":
+        trainer.remove_callback(PrinterCallback)
+    result = trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if resume else None)
+    metrics = result.metrics | (trainer.evaluate() if eval_pairs else {})
+    vars(model).pop("forward", None)  # TRL's, with its own head
+    model.eval()
+    return metrics
+
+
+class _PairsAsTheyAre(DPOTrainer):
+    """TRL's trainer on token ids."""
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset
+
+
+def _dataset(pairs: Sequence[Pair]) -> Dataset:
+    """The columns that TRL's own collator reads are the fields of `Pair`."""
+    return Dataset.from_list([pair._asdict() for pair in pairs])

@@ -1,0 +1,232 @@
+"""The fine-tuned rivals on a world small enough to enumerate: both come to the exact RLHF policy."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch.testing import assert_close
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    TrainingArguments,
+)
+
+from pargs_min.data import Pair
+from pargs_min.dpo import train_dpo
+from pargs_min.ppo import PPOSettings, clipped_policy_loss, clipped_value_loss, gae, rollout, train_ppo
+from pargs_min.reward_model import prefix_rewards
+from tests.strategies import rows
+
+END, STEPS, BETA, PROMPT = 1, 3, 1.5, [2]
+TOKENIZER = PreTrainedTokenizerFast(
+    tokenizer_object=Tokenizer(WordLevel({"<pad>": 0, "<end>": 1, "a": 2, "b": 3})),
+    pad_token="<pad>",
+    eos_token="<end>",
+)
+YS = sorted({y[: y.index(END) + 1] if END in y else y for y in itertools.product(range(4), repeat=STEPS)})
+REWARDS = torch.from_numpy(np.random.default_rng(3).normal(size=len(YS)))  # a response that is cut counts as it stands
+
+
+def tiny(kind, seed):
+    """A random GPT-2 of four tokens."""
+    torch.manual_seed(seed)
+    return kind(
+        GPT2Config(
+            vocab_size=4, n_positions=8, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2, bos_token_id=END,
+            eos_token_id=END, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, num_labels=1,
+        )
+    ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def log_probs(model):
+    """(40,) log pi(y) of every response."""
+    found = []
+    for y in YS:
+        logits = model(input_ids=torch.tensor([[*PROMPT, *y]])).logits[0, : len(y)].double()
+        found.append(logits.log_softmax(-1).gather(1, torch.tensor(y)[:, None]).sum())
+    return torch.stack(found)
+
+
+def reward_fn(ids, mask):
+    """The table, for texts behind the one prompt."""
+    texts = [tuple(row[keep.bool()].tolist()[len(PROMPT) :]) for row, keep in zip(ids, mask, strict=True)]
+    return torch.tensor([REWARDS[YS.index(y)] for y in texts], dtype=torch.float32)
+
+
+def kl_to_rlhf(model, ref_log_probs):
+    """KL(pi || pi_T) in nats, exactly."""
+    ours, best = log_probs(model), (ref_log_probs + BETA * REWARDS).log_softmax(-1)
+    return (ours.exp() * (ours - best)).sum().item()
+
+
+def sampled_pairs(count, ref_log_probs, seed=0):
+    """Two responses of the reference each, labelled by Bradley-Terry noise on the reward."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.choice(len(YS), size=(count, 2), p=ref_log_probs.softmax(-1).numpy())
+    wins = rng.random(count) < torch.sigmoid(REWARDS[drawn[:, 0]] - REWARDS[drawn[:, 1]]).numpy()
+    ordered = np.where(wins[:, None], drawn, drawn[:, ::-1])
+    return [Pair(PROMPT, list(YS[a]), list(YS[b])) for a, b in ordered if a != b]
+
+
+def arguments(folder, **changes):
+    quiet = dict(save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True, report_to=[], seed=0)
+    return TrainingArguments(str(folder), **quiet | changes)
+
+
+# ---- DPO ----
+
+
+def test_dpo_comes_to_the_rlhf_policy(tmp_path):
+    """Seeded; what is left of the divergence is the sampling error of so many pairs."""
+    model = tiny(GPT2LMHeadModel, 0)
+    ref = log_probs(model)
+    before = kl_to_rlhf(model, ref)
+    args = arguments(tmp_path, max_steps=150, per_device_train_batch_size=128, learning_rate=1e-3)
+    pairs, held_out = sampled_pairs(8000, ref), sampled_pairs(200, ref, seed=1)
+    metrics = train_dpo(model, TOKENIZER, pairs, held_out, beta=BETA, args=args)
+    assert before > 1.5
+    assert kl_to_rlhf(model, ref) < before / 4
+    assert metrics["eval_rewards/accuracies"] > 0.6
+    assert not model.training
+    assert "forward" not in vars(model)
+
+
+def test_dpo_reads_the_ids_of_our_pairs_and_its_loss_is_the_definition(tmp_path):
+    """Before any step the loss is log 2; after some, that of log-ratios by plain forward passes."""
+    model, args = tiny(GPT2LMHeadModel, 0), arguments(tmp_path, max_steps=3, learning_rate=1e-3)
+    ref = dict(zip(YS, log_probs(model), strict=True))
+    pairs = [Pair(PROMPT, [3, END], [2, 2, 0]), Pair(PROMPT, [END], [3, 3, END]), Pair(PROMPT, [2, 2, 2], [0, END])]
+    metrics = train_dpo(model, TOKENIZER, pairs, pairs, beta=BETA, args=args)
+    now = dict(zip(YS, log_probs(model), strict=True))
+    ratios = {y: now[y] - ref[y] for y in YS}
+    margins = torch.stack([ratios[tuple(p.chosen_ids)] - ratios[tuple(p.rejected_ids)] for p in pairs]) / BETA
+    assert margins.abs().max() > 0.01
+    assert metrics["eval_loss"] == pytest.approx(-torch.nn.functional.logsigmoid(margins).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.0, -1.0, float("nan")])
+def test_dpo_needs_a_positive_beta(tmp_path, beta):
+    with pytest.raises(ValueError, match="beta must be a positive number"):
+        train_dpo(tiny(GPT2LMHeadModel, 0), TOKENIZER, [], beta=beta, args=arguments(tmp_path))
+
+
+# ---- PPO ----
+
+SETTINGS = dict(beta=BETA, max_new_tokens=STEPS, batch_size=128, minibatch_size=64, learning_rate=2e-3)
+
+
+def run(model, reward=reward_fn, prompts=(PROMPT,), checkpoint=None, save_every=20, **changes):
+    settings = PPOSettings(**SETTINGS | changes)
+    value_model = tiny(GPT2ForSequenceClassification, 1)
+    return train_ppo(model, value_model, reward, prompts, [END], settings, checkpoint, save_every)
+
+
+def test_ppo_comes_to_the_rlhf_policy():
+    """Seeded."""
+    model = tiny(GPT2LMHeadModel, 0)
+    ref = log_probs(model)
+    before = kl_to_rlhf(model, ref)
+    history = list(run(model, updates=60))
+    assert before > 1.5
+    assert kl_to_rlhf(model, ref) < before / 15
+    assert history[0]["kl"] == pytest.approx(0, abs=1e-6)
+    exact = log_probs(model)
+    assert history[-1]["reward"] == pytest.approx((exact.exp() * REWARDS).sum().item(), abs=0.3)
+    assert history[-1]["kl"] == pytest.approx((exact.exp() * (exact - ref)).sum().item(), abs=0.3)
+
+
+def test_an_interrupted_ppo_run_goes_on_to_the_same_weights(tmp_path):
+    whole, parts, file = tiny(GPT2LMHeadModel, 0), tiny(GPT2LMHeadModel, 0), tmp_path / "checkpoint.pt"
+    list(run(whole, updates=5))
+    list(itertools.islice(run(parts, updates=5, checkpoint=file, save_every=2), 3))
+    again = tiny(GPT2LMHeadModel, 5)
+    assert [numbers["update"] for numbers in run(again, updates=5, checkpoint=file)] == [3, 4, 5]
+    assert torch.equal(log_probs(again), log_probs(whole))
+    with pytest.raises(ValueError, match="was made with other settings"):
+        next(run(again, updates=5, checkpoint=file, clip=0.1))
+
+
+@torch.no_grad()
+def test_a_rollout_knows_of_each_text_what_the_text_alone_says():
+    """Prompts of unequal lengths, padded; log-probabilities, values and rewards by a forward pass for each text."""
+    model, value_model, ref = tiny(GPT2LMHeadModel, 0), tiny(GPT2ForSequenceClassification, 1), tiny(GPT2LMHeadModel, 2)
+    settings = PPOSettings(**SETTINGS | dict(batch_size=12, beta=0.5))
+    batch = rollout(
+        model, value_model, ref, lambda ids, mask: ids[:, -1].float(), [[2], [3, 2, 0, 3]], [END], settings, 0
+    )
+    assert batch["mask"][:, 0].sum() == 6  # half of the texts are of each prompt
+    for row in range(12):
+        n = int(batch["written"][row].sum())
+        ids = batch["ids"][row][batch["mask"][row].bool()][None]
+        start = ids.shape[1] - n
+        ours, theirs = (
+            m(input_ids=ids).logits[0, start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None])[:, 0]
+            for m in (model, ref)
+        )
+        values = prefix_rewards(value_model, ids, torch.ones_like(ids))[0, start - 1 : -1]
+        assert_close(batch["old_log_probs"][row, :n], ours)
+        assert_close(batch["old_values"][row, :n], values)
+        assert_close(batch["kl"][row], (ours - theirs).sum())
+        rewards = (theirs - ours) / 0.5
+        rewards[-1] += batch["scores"][row]
+        advantages = gae(rewards[None], values[None], torch.ones(1, n, dtype=torch.bool))[0]
+        assert_close(batch["returns"][row, :n], advantages + values)
+
+
+def test_the_first_ratio_is_one():
+    """With one pass over one minibatch nothing is clipped: the rollout's log-probabilities are those of the update."""
+    numbers = next(run(tiny(GPT2LMHeadModel, 0), passes=1, minibatch_size=128))
+    assert numbers["clipped"] == 0
+    assert numbers["policy_loss"] == pytest.approx(0, abs=1e-5), "whitened advantages have mean zero"
+
+
+@given(rows(st.integers(1, 6), -5.0, 5.0), rows(st.just(6), -5.0, 5.0), st.floats(0, 1), st.floats(0, 1))
+def test_gae_is_its_definition(rewards, values, lam, gamma):
+    width = rewards.shape[1]
+    values, lengths = values[:, :width], torch.tensor([width, 1, (width + 1) // 2])
+    written = torch.arange(width) < lengths[:, None]
+    found = gae(rewards, values, written, lam, gamma)
+    for row, n in enumerate(lengths.tolist()):
+        r, v = rewards[row, :n].tolist(), [*values[row, :n].tolist(), 0.0]
+        deltas = [r[t] + gamma * v[t + 1] - v[t] for t in range(n)]
+        wanted = [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
+        assert_close(found[row], torch.tensor(wanted + [0.0] * (width - n), dtype=torch.float64))
+
+
+def test_the_policy_gradient_stops_where_the_ratio_is_clipped():
+    log_probs = torch.tensor([0.5, 0.5, -0.5, -0.5, 0.0], requires_grad=True)
+    clipped_policy_loss(log_probs, torch.zeros(5), torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0]), 0.2).sum().backward()
+    assert_close(log_probs.grad, torch.tensor([0.0, 0.5, -0.5, 0.0, 0.0]).exp() * torch.tensor([0, 1, -1, 0, -2]))
+
+
+def test_the_value_loss_takes_the_worse_of_value_and_clipped_value():
+    losses = clipped_value_loss(torch.tensor([1.0, 0.1, -3.0]), torch.zeros(3), torch.ones(3), 0.2)
+    assert_close(losses, torch.tensor([0.32, 0.405, 8.0]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(beta=0.0), "beta must be a positive number"),
+        (dict(updates=0), "updates must be at least 1"),
+        (dict(prompts=()), "prompts is empty"),
+    ],
+)
+def test_bad_arguments_of_ppo_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        next(run(tiny(GPT2LMHeadModel, 0), **change))
+
+
+def test_a_reward_that_is_not_finite_stops_ppo():
+    with pytest.raises(FloatingPointError, match="update 1: a reward is not finite"):
+        next(run(tiny(GPT2LMHeadModel, 0), reward=lambda ids, mask: torch.full(ids.shape[:1], float("nan"))))
