@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -59,27 +60,29 @@ def save(drawing: Figure, path: str | Path) -> None:
 def reward_vs_kl(rows: Sequence[Mapping], frontier: Sequence[tuple[float, float]], title: str = "") -> Figure:
     """Reward against KL to the reference: a curve a method over beta (or n), small marks for single reward models.
 
-    The KL axis is linear up to 1 nat and logarithmic from there: greedy methods go ten times as far as sampled ones.
+    The axis is of the root of KL: it makes room at the left, and the optimum starts out as a straight line.
 
     Args:
         rows: {"method", "beta", "n", "gold", "kl", "models": [{"gold", "kl"}, ...]}.
         frontier: (kl, reward) of the RLHF policies of the reference, the best that any policy can do.
     """
     drawing, axes = figure("KL to the reference (nats a text)", "gold reward", title, (7.6, 4.8))
-    axes.set_xscale("symlog", linthresh=1, linscale=1.5)
-    axes.set_xticks(ticks := [0, 0.25, 0.5, 0.75, 1, 2, 5, 10, 20, 40], [f"{tick:g}" for tick in ticks])
+    axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+    axes.set_xticks(ticks := [0, 0.1, 0.5, 1, 2, 3, 5, 10, 20, 30], [f"{tick:g}" for tick in ticks])
     axes.plot(*zip(*frontier, strict=True), color=BLACK, linewidth=1.5, label="RLHF (the most at each KL)")
     for method in dict.fromkeys(row["method"] for row in rows):
         ink, mark = INKS[method]
         points = [row for row in rows if row["method"] == method]
         singles = [single for row in points for single in row["models"]]
         label = f"{method} (KL is a bound)" if method == "best-of-n" else method
-        line = "" if method == "best-of-n" else "-"  # nothing lies between two values of n
-        axes.plot([p["kl"] for p in points], [p["gold"] for p in points], line, color=ink, marker=mark, label=label)
+        line = "none" if method == "best-of-n" else "-"  # nothing lies between two values of n
+        kl, gold = [p["kl"] for p in points], [p["gold"] for p in points]
+        axes.plot(kl, gold, linestyle=line, color=ink, marker=mark, label=label, clip_on=False, zorder=3)
         axes.scatter([s["kl"] for s in singles], [s["gold"] for s in singles], color=ink, marker=mark, s=9, alpha=0.6)
         for p in points if method != "plain" else []:
             name = f"{p['beta']:g}" if p["beta"] is not None else f"n={p['n']}"
             axes.annotate(name, (p["kl"], p["gold"]), (5, -9), textcoords="offset points", fontsize=7, color=ink)
+    axes.set_xlim(0, 1.15 * max(single["kl"] for row in rows for single in row["models"]))
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), title="number: beta, or n")
     return drawing
 
