@@ -89,16 +89,16 @@ def trained_scores(
     return [model_reward(model, prompt_of(world), prefixes) for prefixes in world.prefixes]
 
 
-def pair_accuracy(world: World, scores: Levels) -> list[float]:
+def pair_accuracy(world: World, scores: Levels, *, hold: bool = False) -> list[float]:
     """P(the preferred response is ahead after i tokens | the prefixes differ), i = 1..T, over pairs from ref x ref.
 
-    What `pargs_min.train.prefix_accuracy` estimates: ties count 1/2, a response that has ended keeps its last score.
-    The most that any score reaches is that of `win_rates`.
+    Ties count 1/2; the most that any score reaches is that of `win_rates`. A response that has ended is read at its
+    i-th token, an end token, as training on prefixes compares it; with `hold` it keeps the score of its own end.
     """
     ref = np.exp(world.log_ref[-1])
     wins, held, accuracies = np.outer(ref, ref) * labels_of(world), scores[0], []
     for i in range(1, world.horizon + 1):
-        ended = world.down(i, finished(world.prefixes[i - 1], world.eos))
+        ended = hold & world.down(i, finished(world.prefixes[i - 1], world.eos))
         held = np.where(ended, world.down(i, held), scores[i])
         place = world.ancestors(i)
         counted = wins * (place[:, None] != place)
