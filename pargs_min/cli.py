@@ -20,14 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise ValueError(f"no command {name!r}; there are {', '.join(COMMANDS)} (pargs --help)")
-        COMMANDS[name](rest)
+        return COMMANDS[name](rest) or 0
     except (ValueError, OSError, FloatingPointError) as error:
         print("pargs: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pargs: interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 @dataclass
@@ -545,6 +544,77 @@ def evaluate(arguments: list[str]) -> None:
     print(f"saved {options.output_dir}")
 
 
+@dataclass
+class BenchmarkOptions:
+    """What `pargs benchmark` takes."""
+
+    config: Literal["tiny", "gpt2", "gpt2-large", "llama-7b"] = field(
+        default="tiny", metadata={"help": "Shape of models with random weights; tiny has 4 layers of width 256."}
+    )
+    model: str | None = field(default=None, metadata={"help": "Or a language model: a folder or a hub id."})
+    reward_model: str | None = field(
+        default=None, metadata={"help": "And a reward model with a scalar head. Default: a new head on --model."}
+    )
+    top_k: int = field(default=10, metadata={"help": "Candidates per step."})
+    batch_size: int = field(default=1, metadata={"help": "Texts decoded together."})
+    prompt_length: int = field(default=128, metadata={"help": "Tokens of each prompt."})
+    tokens: int = field(default=8, metadata={"help": "Tokens written by each way in each round."})
+    rounds: int = field(default=7, metadata={"help": "Of interleaved runs, of which medians are taken."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
+    device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
+    threads: int = field(
+        default=1, metadata={"help": "Of the CPU. One is timed in processor time, so that other programs do not count."}
+    )
+    quick: bool = field(default=False, metadata={"help": "Only the table of ways: no growth, no training."})
+    check: bool = field(
+        default=False, metadata={"help": "Instead, measure what the project promises on the CPU; status 1 if missed."}
+    )
+    output_dir: str = field(default="runs/benchmark", metadata={"help": "Report as JSON, tables and figure."})
+
+
+def benchmark(arguments: list[str]) -> int:
+    """Measure what a guided token costs, beside plain generation and the published loops."""
+    import json
+    from pathlib import Path
+
+    import torch
+    from transformers import AutoModelForCausalLM, HfArgumentParser
+
+    from pargs_min.benchmark import draw, markdown, run
+    from pargs_min.cost import Models, models_of_shape, with_vocabulary_head
+    from pargs_min.plots import save
+    from pargs_min.reward_model import load_reward_model
+    from pargs_min.targets import check
+
+    (options,) = HfArgumentParser(
+        BenchmarkOptions, prog="pargs benchmark", description=benchmark.__doc__
+    ).parse_args_into_dataclasses(arguments)
+    torch.set_num_threads(options.threads)
+    if options.check:
+        return 0 if check(options.rounds) else 1
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, options.dtype)
+    if options.model is None:
+        models = models_of_shape(options.config, dtype, device)
+    else:
+        with loading(options.model):
+            lm = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(device).eval()
+        name = options.reward_model or options.model
+        with loading(name):
+            scalar = load_reward_model(name, dtype=dtype).to(device).eval()
+        models = Models(lm, scalar, with_vocabulary_head(scalar))
+    names = ["top_k", "batch_size", "prompt_length", "tokens", "rounds", "quick"]
+    report = run(models, **{name: getattr(options, name) for name in names})
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "benchmark.json").write_text(json.dumps(report | {"options": vars(options)}, indent=2))
+    (folder / "benchmark.md").write_text(markdown(report) + "\n")
+    save(draw(report), folder / "benchmark.png")
+    print(markdown(report))
+    print(f"saved {folder}")
+    return 0
+
+
 @contextmanager
 def loading(name: str) -> Iterator[None]:
     """Load models without transformers' report on each, and with errors that name the model."""
@@ -567,6 +637,7 @@ COMMANDS = {
     "generate": generate,
     "trace": trace,
     "evaluate": evaluate,
+    "benchmark": benchmark,
     "dpo": dpo,
     "ppo": ppo,
 }
