@@ -16,8 +16,8 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def real(request: pytest.FixtureRequest) -> Path:
-    """The folder given as --real: a small pretrained model and real preference pairs."""
+    """The folder given as --real=DIR: a small pretrained model and real preference pairs."""
     folder = request.config.getoption("--real")
     if folder is None:
-        pytest.skip("needs --real DIR")
+        pytest.skip("needs --real=DIR")
     return Path(folder)

@@ -1,4 +1,4 @@
-"""Checks on a real pretrained model and real preferences; they need `--real DIR` and skip without it."""
+"""Checks on a real pretrained model and real preferences; they need `--real=DIR` and skip without it."""
 
 import json
 
