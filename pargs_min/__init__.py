@@ -10,9 +10,13 @@ Read it in this order:
     scoring.py        r of k candidates in one pass over one cache
     decode.py         the loop, and the same inside transformers' generate
     methods.py        the named methods, each a call of the loop
-    records.py, data.py, train.py      preference pairs, and training on them
-    journey.py, exact.py, toy.py       the embedded world, and its exact values
-    texts.py, evaluate.py, demo.py     files of texts, what they are worth, the main job end to end
+    smc.py            the same loop with many particles, towards the RLHF policy
+    records.py, data.py, train.py                 preference pairs, and training on them
+    journey.py, exact.py, toy.py, demo.py         the embedded world, its exact values, the main job on it
+    texts.py, trace.py                            files of texts; one text token by token
+    evaluate.py, judges.py, compare.py, report.py what texts are worth
+    dpo.py, ppo.py                                fine-tuned rivals
+    naive.py, cost.py, benchmark.py, targets.py   what a token costs, beside the published loops
 
 The names below are the public ones; they are imported when they are first used, so that `import pargs_min` is instant.
 """
