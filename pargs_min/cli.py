@@ -260,7 +260,7 @@ class TraceOptions:
 
     model: str = field(metadata={"help": "Language model: a folder or a hub id."})
     prompt: str = field(metadata={"help": "The text to continue."})
-    method: Literal["plain", "pargs", "pargs-greedy", "args", "args-greedy"] = field(
+    method: Literal["plain", "pargs", "pargs-greedy", "args", "args-greedy", "cd"] = field(
         default="pargs", metadata={"help": "As in `pargs generate`."}
     )
     reward_model: str | None = field(default=None, metadata={"help": "Folder or hub id; not needed for plain."})
