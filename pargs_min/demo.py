@@ -74,7 +74,7 @@ class Size:
     frontier_samples: int = 5000  # texts a prompt
 
 
-QUICK = Size(reference_steps=250, pairs=600, held_out_pairs=300, steps=40, samples=32, frontier_samples=500)
+QUICK = Size(reference_steps=250, pairs=600, held_out_pairs=300, steps=40, samples=16, frontier_samples=300)
 
 
 def run(folder: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str], None] = print) -> list[dict]:
@@ -82,6 +82,8 @@ def run(folder: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str]
     size = QUICK if quick else Size()
     torch.set_num_threads(1)  # the models are so small that a second thread only waits; processes do not
     with two_processes() as workers:
+        for _ in range(2):
+            workers.submit(world)  # they start up while the reference is trained
         lm, tokenizer = reference(folder / "reference", world(), seed=seed, steps=size.reference_steps)
         gap = reference_gap(lm, world(), texts=1200)
         say(
