@@ -200,6 +200,10 @@ class GenerateOptions:
     dtype: str = field(
         default="auto", metadata={"help": "float32, bfloat16, float16, or auto: what each checkpoint holds."}
     )
+    compile: bool = field(
+        default=False,
+        metadata={"help": "Compile the steps of both models, for a GPU; it takes a minute, and for each batch size."},
+    )
     resume: bool = field(default=False, metadata={"help": "Continue the output file of an interrupted run."})
 
 
@@ -239,6 +243,7 @@ def generate(arguments: list[str]) -> None:
         lm,
         tokenizer,
         prompts,
+        compiled=options.compile,
         done=done,
         **loaded,
         **{name: getattr(options, name) for name in names},
@@ -251,7 +256,7 @@ def generate(arguments: list[str]) -> None:
     print(f"wrote {total - len(done)} texts to {options.output}")
 
 
-NOT_IN_THE_TEXT = ("prompts", "output", "batch_size", "device", "resume")  # options that may change when a run resumes
+NOT_IN_THE_TEXT = ("prompts", "output", "batch_size", "device", "compile", "resume")  # may change when a run resumes
 
 
 @dataclass

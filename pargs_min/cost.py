@@ -36,6 +36,7 @@ from pargs_min.losses import bradley_terry_loss, partial_bradley_terry_loss
 from pargs_min.naive import CopiedScorer, SeparateScorer, UncachedPolicy
 from pargs_min.reward_model import body_and_head, final_rewards, prefix_rewards
 from pargs_min.scoring import SiblingScorer, VocabularyScorer
+from pargs_min.static import StaticPolicy, StaticScorer
 
 SHAPES = {  # what a configuration differs by from the default one of its family
     "tiny": ("gpt2", dict(vocab_size=8000, n_embd=256, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0)),
@@ -151,7 +152,10 @@ def ways(models: Models, ids: Tensor, k: int, tokens: int) -> dict[str, Way]:
 
     found = {"plain generation": lambda tick: plain(lm, ids, tokens, tick)}
     if ids.is_cuda:
+        slots = ids.shape[1] + tokens
+        static = StaticPolicy(lm, slots), StaticScorer(rm, slots + k)
         found["plain, compiled"] = lambda tick: plain(lm, ids, tokens, tick, cache_implementation="static")
+        found["our loop, compiled"] = lambda tick: ours(*static, ids, k, tokens, tick)
     return found | {
         "floor": lambda tick: floor(lm, rm, ids, k + 1, tokens, tick),
         "our loop": lambda tick: ours(policy, siblings, ids, k, tokens, tick),

@@ -48,6 +48,7 @@ class StaticPolicy:
     def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
         """Read the prompts: (B, P) ids, padded on the left, and their mask."""
         self.next = self._log_probs(self.text.start(prompt_ids, mask, logits_to_keep=1).logits)
+        self.passes = len(prompt_ids)  # of one row each, since the start
 
     @torch.no_grad()
     def log_probs(self) -> Tensor:
@@ -55,6 +56,7 @@ class StaticPolicy:
         if self.next is None:
             self.next = self.step(self.last, self.text.position, self.text.filled)
             self.text.position = self.text.position + 1
+            self.passes += len(self.last)
         return self.next
 
     def push(self, tokens: Tensor) -> None:
@@ -88,7 +90,7 @@ class StaticScorer:
     """
 
     def __init__(self, model: PreTrainedModel, slots: int, **compile_options):
-        self.max_length = SiblingScorer(model).max_length  # and whatever speaks against siblings
+        self.model, self.max_length = model, SiblingScorer(model).max_length  # and whatever speaks against siblings
         self.body, self.head = body_and_head(model)
         self.text = _StaticText(model, self.body, slots)
         self.step = _Compiled(self._step, model, compile_options)
@@ -97,6 +99,7 @@ class StaticScorer:
     def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
         """Read the prompts: (B, P) ids, padded on the left, and their mask."""
         self.text.start(prompt_ids, mask)
+        self.passes = len(prompt_ids)  # of one row each, since the start
         self.text.forget(1)  # the last token is read again, with the candidates
         self.last, self.text.position = prompt_ids[:, -1:], self.text.position - 1
 
@@ -105,6 +108,7 @@ class StaticScorer:
         """(B, K) rewards of the prefixes that end in each of the (B, K) candidates."""
         rewards = self.step(torch.cat([self.last, candidates], 1), self.text.position, self.text.filled)
         self.text.position = self.text.position + 1
+        self.passes += len(candidates)
         return rewards
 
     def push(self, tokens: Tensor) -> None:

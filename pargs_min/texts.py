@@ -32,6 +32,7 @@ from pargs_min.scoring import (
     text_rewards,
 )
 from pargs_min.smc import smc
+from pargs_min.static import StaticPolicy, StaticScorer
 
 
 def generate_texts(
@@ -53,6 +54,7 @@ def generate_texts(
     final_reward_tokenizer: PreTrainedTokenizerBase | None = None,
     batch_size: int = 8,
     seed: int = 0,
+    compiled: bool = False,
     done: Iterable[tuple[int, int]] = (),
     on_step: Callable[[Step], None] | None = None,
 ) -> Iterator[dict]:
@@ -69,6 +71,7 @@ def generate_texts(
         particles: behind each text of smc.
         final_reward_model: what smc weighs whole texts by, and `reward` then reports; None means `reward_model`.
         batch_size: rows decoded together.
+        compiled: decode with the steppers of `pargs_min.static`, where there is one for the reward model's scorer.
         done: (prompt number, sample number) of records that need not be made again.
         on_step: as in `generate`.
 
@@ -95,6 +98,12 @@ def generate_texts(
         reward_fn, _ = _reward("best-of-n", final_reward_model, final_reward_tokenizer, tokenizer, longest)
     ends = end_tokens(lm, tokenizer)
     policy = ModelPolicy(lm, vocabulary=len(tokenizer))
+    if compiled:
+        policy = StaticPolicy(lm, longest, vocabulary=len(tokenizer))
+        if isinstance(scorer, SiblingScorer):
+            scorer = StaticScorer(reward_model, longest + (top_k or len(tokenizer)))
+    static = [stepper for stepper in (policy, scorer) if isinstance(stepper, (StaticPolicy, StaticScorer))]
+    hooked = [m for m in (lm, reward_model, final_reward_model) if all(m is not stepper.model for stepper in static)]
     skip, group = set(done), {"best-of-n": n, "smc": particles}.get(method, 1)
     rows = [(p, s) for p in range(len(prompts)) for s in range(num_samples) if (p, s) not in skip]
     size = max(1, batch_size // group)
@@ -112,7 +121,7 @@ def generate_texts(
             uniforms=uniforms,
             on_step=on_step,
         )
-        with counted_passes(lm, reward_model, final_reward_model) as passes:
+        with counted_passes(*hooked) as passes:
             began = time.perf_counter()
             if method == "smc":
                 settings |= dict(
@@ -127,8 +136,10 @@ def generate_texts(
                 generation = guided(method, policy, scorer, prompt_ids, mask, beta=beta, **settings)
             if method != "smc":
                 kl = path_kl(method, generation, n)
+        with counted_passes(reward_model, final_reward_model) as rated:
             rewards = None if reward_fn is None else response_rewards(reward_fn, prompt_ids, mask, generation)
-            cost = {"seconds": time.perf_counter() - began, "model_calls": passes.total()}
+        calls = passes.total() + rated.total() + sum(stepper.passes for stepper in static)
+        cost = {"seconds": time.perf_counter() - began, "model_calls": calls}
         cost = {name: total / len(batch) for name, total in cost.items()}
         yield from _records(batch, prompts, tokenizer, method, generation, kl, rewards, ends, cost)
 
@@ -237,7 +248,10 @@ def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 @contextmanager
 def counted_passes(*models: PreTrainedModel | None) -> Iterator[Counter]:
-    """Count the forward passes of the models' backbones, a row each, while this is open."""
+    """Count the forward passes of the models' backbones, a row each, while this is open.
+
+    Not for models whose steps are compiled: a hook would be compiled in, and make every step compile anew.
+    """
     passes: Counter = Counter()
     hooks = [
         model.base_model.register_forward_hook(lambda body, args, output: passes.update(rows=len(output[0])))

@@ -1,13 +1,17 @@
 """Compiled steps over caches of fixed size: the tokens and rewards of the plain ones."""
 
+import json
+from functools import partial
+
 import pytest
 import torch
 from torch.testing import assert_close
 
+from pargs_min.cli import main
 from pargs_min.decode import ModelPolicy, generate, greedy, row_uniforms, sample
 from pargs_min.scoring import SiblingScorer
 from pargs_min.static import StaticPolicy, StaticScorer
-from tests.strategies import left_padded, tiny_lm, tiny_reward_model
+from tests.strategies import left_padded, tiny_lm, tiny_reward_model, tiny_tokenizer
 
 EXACT = dict(rtol=0, atol=1e-12)
 SETTINGS = dict(beta=2.0, top_k=4, max_new_tokens=10, eos=1, pad=0)
@@ -113,3 +117,21 @@ def test_what_fixed_caches_cannot_hold_is_refused():
         StaticPolicy(tiny_lm("bloom", hidden_size=16, n_layer=1, n_head=2), 9)
     with pytest.raises(ValueError, match="training mode"):
         StaticPolicy(lm.train(), 9, backend="eager").start(*left_padded(3))
+
+
+def test_generate_writes_the_same_texts_compiled(tmp_path, monkeypatch):
+    tiny_lm(vocabulary=14).float().save_pretrained(tmp_path / "lm")
+    tiny_reward_model(vocabulary=14).float().save_pretrained(tmp_path / "rm")
+    for folder in ("lm", "rm"):
+        tiny_tokenizer().save_pretrained(tmp_path / folder)
+    (tmp_path / "prompts.txt").write_text("a b c\nd\n")
+    passes, texts = [], []
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend=lambda graph, _: passes.append(1) or graph))
+    for file, more in (("plain", []), ("compiled", ["--compile"])):
+        models = ["--model", str(tmp_path / "lm"), "--reward-model", str(tmp_path / "rm"), "--max-new-tokens", "8"]
+        files = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / file), "--batch-size", "1"]
+        assert main(["generate", *models, *files, *more]) == 0
+        records = [json.loads(line) for line in (tmp_path / file).open()]
+        texts.append([(record["response_ids"], record["cost"]["model_calls"]) for record in records])
+        assert len(passes) == (2 if more else 0)
+    assert texts[0] == texts[1]
