@@ -11,6 +11,7 @@ Read it in this order:
     decode.py         the loop, and the same inside transformers' generate
     methods.py        the named methods, each a call of the loop
     smc.py            the same loop with many particles, towards the RLHF policy
+    static.py         compiled steppers for the same loop
     records.py, data.py, train.py                 preference pairs, and training on them
     journey.py, exact.py, toy.py, demo.py         the embedded world, its exact values, the main job on it
     texts.py, trace.py                            files of texts; one text token by token
