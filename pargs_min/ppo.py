@@ -195,8 +195,8 @@ def rollout(model, value_model, ref, reward_fn, prompts, ends, settings, update:
         "written": written,
         "scores": scores,
     }
-    old_log_probs, old_values = _token_log_probs(model, batch), _values(value_model, batch)
-    log_ratios = (old_log_probs - _token_log_probs(ref, batch)) * written
+    old_log_probs, old_values = token_log_probs(model, batch), _values(value_model, batch)
+    log_ratios = (old_log_probs - token_log_probs(ref, batch)) * written
     last = torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1
     advantages = gae(scores[:, None] * last - log_ratios / settings.beta, old_values, written, settings.lam)
     whitened = (advantages - advantages[written].mean()) / (advantages[written].std() + 1e-8)
@@ -216,7 +216,7 @@ def _prompt_number(number: int, prompts: int, seed: int) -> int:
 
 
 def _loss(model, value_model, batch: dict[str, Tensor], settings: PPOSettings) -> tuple[Tensor, list[float]]:
-    written, log_probs = batch["written"], _token_log_probs(model, batch)
+    written, log_probs = batch["written"], token_log_probs(model, batch)
     policy = clipped_policy_loss(log_probs, batch["old_log_probs"], batch["advantages"], settings.clip)
     value = clipped_value_loss(_values(value_model, batch), batch["old_values"], batch["returns"], settings.clip)
     left = ((log_probs - batch["old_log_probs"]).exp() - 1).abs() > settings.clip
@@ -224,7 +224,7 @@ def _loss(model, value_model, batch: dict[str, Tensor], settings: PPOSettings) -
     return policy + settings.value_weight * value, [policy.item(), value.item(), left.item()]
 
 
-def _token_log_probs(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+def token_log_probs(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """(B, T) log pi of each response token."""
     n, ids, mask = batch["written"].shape[1], batch["ids"], batch["mask"]
     positions = position_arguments(model, token_positions(mask))
