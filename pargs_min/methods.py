@@ -65,10 +65,17 @@ def best_of_n(
 
 @torch.no_grad()
 def response_rewards(reward_fn: RewardFn, prompt_ids: Tensor, mask: Tensor, generation: Generation) -> Tensor:
-    """(B,) rewards of the whole responses, end token included, each behind its prompt."""
+    """(B,) rewards of the whole responses, end token included, each behind its prompt.
+
+    Raises:
+        FloatingPointError: if a reward is not finite, with its row: nan would be the greatest of all.
+    """
     tokens, lengths = generation.tokens, generation.lengths
     written = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    return reward_fn(torch.cat([prompt_ids, tokens], 1), torch.cat([mask, written.to(mask.dtype)], 1))
+    rewards = reward_fn(torch.cat([prompt_ids, tokens], 1), torch.cat([mask, written.to(mask.dtype)], 1))
+    if not rewards.isfinite().all():
+        raise FloatingPointError(f"row {int((~rewards.isfinite()).nonzero()[0])}: the reward of a text is not finite")
+    return rewards
 
 
 def path_kl(method: str, generation: Generation, n: int = 1) -> Tensor:

@@ -185,8 +185,6 @@ def rollout(model, value_model, ref, reward_fn, prompts, ends, settings, update:
     limits = dict(top_k=0, max_new_tokens=settings.max_new_tokens, eos=ends, uniforms=uniforms)
     texts = plain(ModelPolicy(model), prompt_ids, mask, **limits)
     scores = response_rewards(reward_fn, prompt_ids, mask, texts)
-    if not scores.isfinite().all():
-        raise FloatingPointError(f"update {update + 1}: a reward is not finite")
     tokens, lengths = texts.tokens, texts.lengths
     written = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     batch = {

@@ -71,6 +71,13 @@ def test_n_must_be_at_least_one():
         best_of_n(ModelPolicy(tiny_lm()), model_rewards(tiny_reward_model()), *left_padded(3), n=0, **SETTINGS)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_text_whose_reward_is_not_finite_is_never_the_best(value):
+    broken = torch.tensor([0.0, 1.0, 0.0, value])
+    with pytest.raises(FloatingPointError, match="row 3: the reward of a text is not finite"):
+        best_of_n(ModelPolicy(tiny_lm()), lambda ids, mask: broken, *left_padded(3, 2), n=2, **SETTINGS)
+
+
 def test_response_rewards_see_the_end_token_and_no_padding():
     rm = tiny_reward_model("llama")
     ids, mask = left_padded(4, 2)
