@@ -83,12 +83,13 @@ def path_kl(method: str, generation: Generation, n: int = 1) -> Tensor:
 
     sampled      sum_i log pi(y_i | y_<i) - log pi_ref(y_i | y_<i)
     greedy       -sum_i log pi_ref(y_i | y_<i): the divergence of a policy that can write nothing else
-    best-of-n    log n - (n - 1) / n, for every response: an upper bound (Beirami et al., arXiv 2401.01879)
+    best-of-n    log n - (n - 1) / n more than that of a sample: an upper bound (Beirami et al., arXiv 2401.01879)
+
+    Samples of the reference itself have none; those of its top k, or at a temperature, do.
     """
     if method == "smc":
         raise ValueError("the paths of smc do not tell its divergence: take the kl that `smc` returns")
-    if method == "best-of-n":
-        return torch.full_like(generation.ref_log_probs[:, 0], math.log(n) - (n - 1) / n)
     if method.endswith("-greedy"):
         return -generation.ref_log_probs.sum(-1)
-    return (generation.log_probs - generation.ref_log_probs).sum(-1)
+    selection = math.log(n) - (n - 1) / n if method == "best-of-n" else 0.0
+    return (generation.log_probs - generation.ref_log_probs).sum(-1) + selection

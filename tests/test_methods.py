@@ -108,4 +108,24 @@ def test_the_mean_path_kl_is_the_divergence():
     mean = sum(policy[k].exp() * path_kl("pargs", path)[0] for k, path in enumerate(each))
     assert_close(mean, (policy.exp() * (policy - ref)).sum(), rtol=0, atol=1e-12)
     assert_close(path_kl("pargs-greedy", each[0]), -ref[:1], rtol=0, atol=1e-12)
-    assert path_kl("best-of-n", each[0], n=4).tolist() == [pytest.approx(math.log(4) - 3 / 4)]
+
+
+@pytest.mark.parametrize("limits", [dict(top_k=0), dict(top_k=2), dict(top_k=0, temperature=0.3)])
+def test_the_mean_path_kl_of_best_of_n_is_never_below_its_divergence(limits):
+    """Exactly, over all pairs of one-token samples; also where these are not of the whole reference."""
+    lm, rm = tiny_lm(vocabulary=5), tiny_reward_model(vocabulary=5)
+    ids, mask = left_padded(3, vocabulary=5)
+    steps = []
+    plain(ModelPolicy(lm), ids, mask, max_new_tokens=1, on_step=steps.append, **limits)
+    policy, ref, k = steps[0].log_probs[0].exp(), steps[0].ref_log_probs[0], steps[0].candidates.shape[1]
+    law, mean = dict.fromkeys(range(k), 0.0), 0.0
+    for pair in itertools.product(range(k), repeat=2):
+        draws = dict(draw=lambda *_, pair=pair: torch.tensor(pair), max_new_tokens=1)
+        best = best_of_n(ModelPolicy(lm), model_rewards(rm), ids, mask, n=2, **draws, **limits)
+        chance = policy[list(pair)].prod().item()
+        law[steps[0].candidates[0].tolist().index(best.tokens[0, 0])] += chance
+        mean += chance * path_kl("best-of-n", best, 2).item()
+    divergence = sum(p * (math.log(p) - ref[i].item()) for i, p in law.items() if p)
+    assert divergence < mean < divergence + math.log(2) - 1 / 2
+    if not limits["top_k"] and "temperature" not in limits:
+        assert mean == pytest.approx(math.log(2) - 1 / 2)
