@@ -9,7 +9,8 @@ decides it silently. What is chosen here, and why:
    sees, up to the length of the longer one; every length is compared. The paper's code pads this way, and it is the
    only treatment for which the partial reward orders prefixes by the win rate of their completions (`theory/`, T5-T8).
    `tail="min"`: stop at the shorter response; for responses that were cut at a length limit and never ended.
-3. *First prefix.* Length 1. The paper's code starts at one or at two tokens, depending on the task.
+3. *First prefix.* Length 1, unless `lengths` says otherwise. The paper's code starts at one or at two tokens, depending
+   on the task.
 4. *Weights.* `reduction="prefix"` (default): every prefix counts once, so a long pair weighs more, as in the paper's
    code. `reduction="pair"`: every pair counts once; opponents are then weighed by their length, and the order of
    siblings by win rate is lost (T8).
@@ -57,6 +58,7 @@ def partial_bradley_terry_loss(
     rejected_lengths: Tensor,
     tail: str = "extend",
     reduction: str = "prefix",
+    lengths: tuple[int, int | None] = (1, None),
 ) -> Tensor:
     """Negative log-likelihood that the chosen response wins, read at every prefix length.
 
@@ -68,9 +70,10 @@ def partial_bradley_terry_loss(
         chosen_lengths, rejected_lengths: (B,) number of tokens of each response, its own end token included.
         tail: "extend" compares up to the longer response, "min" up to the shorter one.
         reduction: "prefix" averages over all prefixes of the batch, "pair" over each pair first.
+        lengths: first and last prefix length that is compared, in tokens; None for no last one.
 
     Returns:
-        Scalar, in nats per prefix (or per pair).
+        Scalar, in nats per prefix (or per pair); 0 where nothing is compared.
 
     Raises:
         ValueError: for an unknown `tail` or `reduction`, shapes that differ, or lengths outside 1..T.
@@ -84,13 +87,13 @@ def partial_bradley_terry_loss(
     tensor(0.6931)
     """
     _check_same_shape(chosen_rewards, rejected_rewards)
-    compared = compared_prefixes(chosen_lengths, rejected_lengths, chosen_rewards.shape[1], tail)
+    compared = compared_prefixes(chosen_lengths, rejected_lengths, chosen_rewards.shape[1], tail, lengths)
     # Masked before the softplus: whatever stands at padding, NaN included, touches neither the loss nor its gradient.
     losses = F.softplus((rejected_rewards - chosen_rewards).masked_fill(~compared, 0.0)) * compared
     if reduction == "prefix":
-        return losses.sum() / compared.sum()
+        return losses.sum() / compared.sum().clamp(min=1)
     if reduction == "pair":
-        return (losses.sum(-1) / compared.sum(-1)).mean()
+        return (losses.sum(-1) / compared.sum(-1).clamp(min=1)).mean()
     raise ValueError(f'reduction must be "prefix" or "pair", got {reduction!r}')
 
 
@@ -131,25 +134,37 @@ def prefix_value_loss(values: Tensor, rewards: Tensor, lengths: Tensor) -> Tenso
     return (values - rewards[:, None]).masked_fill(~written, 0.0).square().sum() / written.sum()
 
 
-def compared_prefixes(chosen_lengths: Tensor, rejected_lengths: Tensor, width: int, tail: str = "extend") -> Tensor:
-    """(B, width) mask of the prefix lengths at which a pair is compared (choice 2 above).
+def compared_prefixes(
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    width: int,
+    tail: str = "extend",
+    lengths: tuple[int, int | None] = (1, None),
+) -> Tensor:
+    """(B, width) mask of the prefix lengths at which a pair is compared (choices 2 and 3 above).
 
     Raises:
         ValueError: for an unknown `tail`, or lengths outside 1..width.
 
     >>> compared_prefixes(torch.tensor([3]), torch.tensor([1]), width=4)
     tensor([[ True,  True,  True, False]])
+    >>> compared_prefixes(torch.tensor([3]), torch.tensor([1]), width=4, lengths=(2, None))
+    tensor([[False,  True,  True, False]])
     """
+    first, final = lengths
+    if first < 1 or (final is not None and final < first):
+        raise ValueError(f"lengths must be (first, last) with 1 <= first <= last, got {lengths}")
     if tail not in ("extend", "min"):
         raise ValueError(f'tail must be "extend" or "min", got {tail!r}')
-    lengths = torch.stack([chosen_lengths, rejected_lengths])
-    if lengths.min() < 1 or lengths.max() > width:
+    both = torch.stack([chosen_lengths, rejected_lengths])
+    if both.min() < 1 or both.max() > width:
         raise ValueError(
             f"chosen_lengths and rejected_lengths must lie in 1..{width} (the width of the rewards), "
-            f"got {int(lengths.min())}..{int(lengths.max())}"
+            f"got {int(both.min())}..{int(both.max())}"
         )
-    last = lengths.amax(0) if tail == "extend" else lengths.amin(0)
-    return torch.arange(width, device=last.device) < last[:, None]
+    last = (both.amax(0) if tail == "extend" else both.amin(0)).clamp(max=width if final is None else final)
+    place = torch.arange(1, width + 1, device=last.device)
+    return (place >= first) & (place <= last[:, None])
 
 
 def _check_same_shape(chosen_rewards: Tensor, rejected_rewards: Tensor) -> None:

@@ -46,6 +46,7 @@ def train_reward_model(
     objective: str = "partial",
     tail: str = "extend",
     reduction: str = "prefix",
+    lengths: tuple[int, int | None] = (1, None),
     resume: bool = False,
 ) -> dict[str, float]:
     """Train a reward model in place.
@@ -57,7 +58,7 @@ def train_reward_model(
             `args` says so.
         args: of transformers; batch sizes count pairs.
         objective: "partial" (PARGS) compares every prefix, "full" (ARGS) whole responses only.
-        tail, reduction: of the partial objective, see `partial_bradley_terry_loss`.
+        tail, reduction, lengths: of the partial objective, see `partial_bradley_terry_loss`.
         resume: go on from the last whole checkpoint in `args.output_dir`, if there is one: same data, seed and
             arguments give the weights of a run that was never interrupted.
 
@@ -68,7 +69,7 @@ def train_reward_model(
         ValueError: if the model is not causal, if `objective`, `tail` or `reduction` is unknown, if one process sees
             several GPUs, or for FSDP.
     """
-    loss, items = objective_functions(objective, tail, reduction)
+    loss, items = objective_functions(objective, tail, reduction, lengths)
     extend_with = tokenizer.eos_token_id if (objective, tail) == ("partial", "extend") else None
     pad_id = tokenizer.pad_token_id or 0
 
@@ -210,7 +211,9 @@ class ValueTrainer(PrefixTrainer):
         return values.gather(1, last), inputs["rewards"]
 
 
-def objective_functions(objective: str, tail: str, reduction: str) -> tuple[Callable[..., Tensor], Callable]:
+def objective_functions(
+    objective: str, tail: str, reduction: str, lengths: tuple[int, int | None] = (1, None)
+) -> tuple[Callable[..., Tensor], Callable]:
     """The loss of (chosen_rewards, rejected_rewards, chosen_lengths, rejected_lengths), and what it is a mean of.
 
     The second function takes a collated batch and gives a tensor with -100 where there is nothing to count.
@@ -229,11 +232,13 @@ def objective_functions(objective: str, tail: str, reduction: str) -> tuple[Call
         chosen, rejected = batch["chosen_lengths"], batch["rejected_lengths"]
         if objective == "full" or reduction == "pair":
             return torch.zeros_like(chosen)
-        compared = compared_prefixes(chosen, rejected, int(torch.maximum(chosen, rejected).max()), tail)
+        width = int(torch.maximum(chosen, rejected).max())
+        compared = compared_prefixes(chosen, rejected, width, tail, lengths)
         return torch.where(compared, 0, -100)
 
-    loss = partial(partial_bradley_terry_loss, tail=tail, reduction=reduction) if objective == "partial" else full_loss
-    return loss, items
+    if objective == "full":
+        return full_loss, items
+    return partial(partial_bradley_terry_loss, tail=tail, reduction=reduction, lengths=lengths), items
 
 
 def full_loss(

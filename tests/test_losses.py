@@ -157,3 +157,18 @@ def test_the_value_loss_does_not_see_padding():
 def test_bad_arguments_of_the_value_loss_are_named(shape, lengths, message):
     with pytest.raises(ValueError, match=message):
         prefix_value_loss(torch.zeros(shape), torch.zeros(2), torch.tensor(lengths))
+
+
+def test_lengths_restrict_the_loss_to_some_prefixes():
+    """Exactly the mean over the prefixes that are left; with none left it is zero, and so is its gradient."""
+    chosen = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rejected, ends = torch.zeros_like(chosen), (torch.tensor([4, 2]), torch.tensor([3, 1]))
+    some = partial_bradley_terry_loss(chosen, rejected, *ends, lengths=(2, 3))
+    kept = [chosen[0, 1], chosen[0, 2], chosen[1, 1]]
+    assert_close(some, sum(torch.nn.functional.softplus(-r) for r in kept) / 3, rtol=0, atol=1e-14)
+    none = partial_bradley_terry_loss(chosen[1:], rejected[1:], torch.tensor([2]), torch.tensor([1]), lengths=(3, None))
+    none.backward()
+    assert none == 0
+    assert (chosen.grad == 0).all()
+    with pytest.raises(ValueError, match="lengths must be"):
+        partial_bradley_terry_loss(chosen, rejected, *ends, lengths=(3, 2))
