@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from pargs_min.evaluate import bootstrap_interval, count_outcomes, distinct_n, mean_and_error, outcome
+from pargs_min.evaluate import bootstrap_interval, count_outcomes, distinct_n, mean_and_error, outcome, wilson
 from pargs_min.journey import OFF_GRAMMAR
 from pargs_min.judges import Judge, is_number
 
@@ -228,7 +228,16 @@ def _summary(judge: Judge, texts: list[dict], answers: list, outcomes: list) -> 
 
 
 def _win_rate(outcomes: list[float], groups: list[int]) -> dict:
-    return count_outcomes(outcomes)._asdict() | {"error_over_prompts": _known(mean_and_error(outcomes, groups)[1])}
+    """Wilson's interval is for one pair a prompt; several of one prompt resemble each other, so prompts are drawn."""
+    rate, prompts = count_outcomes(outcomes)._asdict(), len(set(groups))
+    mean, error = mean_and_error(outcomes, groups)
+    if 1 < prompts < len(groups):
+        low, high = bootstrap_interval(outcomes, groups)
+        low, high = (low, high) if low < high else wilson(mean * prompts, prompts)  # no two prompts differ
+        rate |= {"rate": mean, "low": low, "high": high}
+    elif prompts < len(groups):
+        rate |= {"low": None, "high": None}
+    return rate | {"error_over_prompts": _known(error)}
 
 
 def _mean(texts: list[dict], measure: Callable[[dict], float | None]) -> dict | None:

@@ -135,8 +135,8 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float], confidence: float =
 
         rate = (wins + ties / 2) / pairs
 
-    with Wilson's interval, for which pairs are independent: that is, for one pair per prompt. With several, take the
-    error over prompts from `mean_and_error` of the outcomes.
+    with Wilson's interval, for which pairs are independent: that is, for one pair per prompt. With several, take error
+    and interval over prompts, from `mean_and_error` and `bootstrap_interval` of the outcomes.
 
     Args:
         ours, theirs: the score of each text; any unit, the larger the better.

@@ -93,8 +93,8 @@ def _digits(number: float, digits: int = 3) -> str:
 
 
 def _wins(rate: dict | None) -> str:
-    """Share won, its Wilson interval, and the counts won / tied / lost."""
+    """Share won, its interval, and the counts won / tied / lost."""
     if rate is None:
         return ""
-    ends = f"{rate['rate']:.0%} [{rate['low']:.0%}, {rate['high']:.0%}]"
-    return f"{ends} {rate['wins']}/{rate['ties']}/{rate['losses']}"
+    ends = "" if rate["low"] is None else f" [{rate['low']:.0%}, {rate['high']:.0%}]"
+    return f"{rate['rate']:.0%}{ends} {rate['wins']}/{rate['ties']}/{rate['losses']}"

@@ -7,7 +7,7 @@ import pytest
 
 from pargs_min.cli import main
 from pargs_min.compare import compare, distinct, file_labels, read_files, read_texts, rouge_l
-from pargs_min.evaluate import bootstrap_interval, mean_and_error, win_rate
+from pargs_min.evaluate import bootstrap_interval, mean_and_error, wilson, win_rate
 from pargs_min.judges import Judge
 from pargs_min.report import markdown, panels, write_comparison
 
@@ -53,7 +53,8 @@ def test_every_number_of_a_row_is_that_of_its_function():
         assert (row["prompts"], row["texts"], row["finished"]["mean"]) == (2, 4, 1.0)
     assert one["judges"]["length"]["win_rate"] is None
     won = two["judges"]["length"]["win_rate"]
-    assert {**won, **win_rate([1, 4, 2, 2], [2, 4, 1, 1])._asdict()} == won
+    assert (won["rate"], won["wins"], won["ties"], won["losses"]) == (0.625, 2, 1, 1)
+    assert (won["low"], won["high"]) == bootstrap_interval([0, 0.5, 1, 1], groups)
     assert won["error_over_prompts"] == mean_and_error([0, 0.5, 1, 1], groups)[1] > 0
     assert result.answers[4] == {"file": "two", "prompt_number": 0, "sample": 0, "length": 1}
 
@@ -63,6 +64,31 @@ def test_texts_are_paired_by_prompt_and_sample_where_both_files_have_them():
     rows = compare({"one": ONE, "more": more}, [LENGTH], against="one").rows
     won = rows[1]["judges"]["length"]["win_rate"]
     assert (won["wins"], won["ties"], won["losses"]) == (2, 1, 1)
+
+
+def test_more_samples_of_the_same_prompts_make_no_win_rate_more_certain():
+    """A pair a prompt has Wilson's interval; the same outcomes ten times over have one at least as wide."""
+
+    def won(ours, theirs, samples):
+        one, two = (
+            [text(n, i, "x" * size) for n, size in enumerate(sizes) for i in range(samples)] for sizes in (theirs, ours)
+        )
+        return compare({"one": one, "two": two}, [LENGTH], "one").rows[1]["judges"]["length"]["win_rate"]
+
+    single, tenfold = (won([1, 4, 2, 2, 2, 5, 5, 5], [2, 4, 1, 1, 1, 1, 9, 9], samples) for samples in (1, 10))
+    assert {**single, **win_rate([1, 4, 2, 2, 2, 5, 5, 5], [2, 4, 1, 1, 1, 1, 9, 9])._asdict()} == single
+    assert tenfold["rate"] == single["rate"]
+    assert tenfold["high"] - tenfold["low"] > 0.7 * (single["high"] - single["low"])
+    assert (tenfold["wins"], tenfold["error_over_prompts"]) == (40, single["error_over_prompts"])
+    always = won([2, 3, 4], [1, 1, 1], 10)
+    assert (always["low"], always["high"]) == wilson(3, 3)
+    assert won([2], [1], 3)["low"] is None
+
+
+def test_every_prompt_counts_once_in_a_win_rate():
+    one = [text(0, 0, "aa"), text(0, 1, "aa"), text(0, 2, "aa"), text(1, 0, "aa")]
+    two = [text(0, 0, "a"), text(0, 1, "a"), text(0, 2, "a"), text(1, 0, "aaa")]
+    assert compare({"one": one, "two": two}, [LENGTH], "one").rows[1]["judges"]["length"]["win_rate"]["rate"] == 0.5
 
 
 def test_a_judge_that_compares_has_wins_and_no_reward():
@@ -85,7 +111,7 @@ def test_answers_out_of_format_are_counted_kept_and_not_guessed(tmp_path):
     assert judged["reward"]["mean"] == 3.0
     assert (judged["win_rate"]["wins"], judged["win_rate"]["losses"]) == (1, 1)  # 1 against 4, 5 against 1
     judged = result.rows[1]["judges"]["unclear"]
-    assert (judged["out_of_format"], judged["win_rate"]["rate"]) == (1, 0.5)
+    assert (judged["out_of_format"], judged["win_rate"]["rate"]) == (1, (1 + 0.25) / 2)  # over prompts
     write_comparison(result, tmp_path)
     kept = [json.loads(line) for line in (tmp_path / "answers.jsonl").open()]
     assert kept[4]["odd"] == "3"
@@ -182,7 +208,7 @@ def test_the_figure_shows_intervals():
     shown = panels(compare({"one": ONE, "two": TWO}, [LENGTH], "one"))
     assert set(shown) == {"reward (length)", "share won (length)", "KL to the reference (nats)"}
     assert shown["reward (length)"]["two"] == (2.25, *bootstrap_interval([1, 4, 2, 2], [0, 0, 1, 1]))
-    assert shown["share won (length)"] == {"two": win_rate([1, 4, 2, 2], [2, 4, 1, 1])[:3]}
+    assert shown["share won (length)"] == {"two": (0.625, *bootstrap_interval([0, 0.5, 1, 1], [0, 0, 1, 1]))}
 
 
 def test_files_are_read_in_any_order_and_named(tmp_path):
