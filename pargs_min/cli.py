@@ -204,6 +204,13 @@ class GenerateOptions:
         default=False,
         metadata={"help": "Compile the steps of both models, for a GPU; it takes a minute, and for each batch size."},
     )
+    shard: str = field(
+        default="0/1",
+        metadata={
+            "help": "Part i of n of the prompts alone, as i/n, i from 0: start n processes, on any machines, each with "
+            "an --output of its own; the files joined (cat) hold what one process would write."
+        },
+    )
     resume: bool = field(default=False, metadata={"help": "Continue the output file of an interrupted run."})
 
 
@@ -217,11 +224,12 @@ def generate(arguments: list[str]) -> None:
 
     from pargs_min.records import read_prompts
     from pargs_min.reward_model import load_reward_model
-    from pargs_min.texts import generate_texts, read_done, write_records
+    from pargs_min.texts import generate_texts, parse_shard, read_done, shard_range, write_records
 
     (options,) = HfArgumentParser(
         GenerateOptions, prog="pargs generate", description=generate.__doc__
     ).parse_args_into_dataclasses(arguments)
+    shard = parse_shard(options.shard)
     prompts = read_prompts(options.prompts)
     settings = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_TEXT}
     if os.path.exists(options.output) and not options.resume:
@@ -244,19 +252,22 @@ def generate(arguments: list[str]) -> None:
         tokenizer,
         prompts,
         compiled=options.compile,
+        shard=shard,
         done=done,
         **loaded,
         **{name: getattr(options, name) for name in names},
     )
-    total = len(prompts) * options.num_samples
+    part = shard_range(len(prompts), shard)
+    total, earlier = len(part) * options.num_samples, sum(number in part for number, _ in done)
     for _ in tqdm(
-        write_records(options.output, texts, settings), total=total, initial=len(done), unit="text", disable=None
+        write_records(options.output, texts, settings), total=total, initial=earlier, unit="text", disable=None
     ):
         pass
-    print(f"wrote {total - len(done)} texts to {options.output}")
+    print(f"wrote {total - earlier} texts to {options.output}")
 
 
-NOT_IN_THE_TEXT = ("prompts", "output", "batch_size", "device", "compile", "resume")  # may change when a run resumes
+# May change when a run resumes: a text does not depend on them.
+NOT_IN_THE_TEXT = ("prompts", "output", "batch_size", "device", "compile", "shard", "resume")
 
 
 @dataclass

@@ -55,6 +55,7 @@ def generate_texts(
     batch_size: int = 8,
     seed: int = 0,
     compiled: bool = False,
+    shard: tuple[int, int] = (0, 1),
     done: Iterable[tuple[int, int]] = (),
     on_step: Callable[[Step], None] | None = None,
 ) -> Iterator[dict]:
@@ -72,6 +73,7 @@ def generate_texts(
         final_reward_model: what smc weighs whole texts by, and `reward` then reports; None means `reward_model`.
         batch_size: rows decoded together.
         compiled: decode with the steppers of `pargs_min.static`, where there is one for the reward model's scorer.
+        shard: (i, n) writes the texts of part i of n alone (`shard_range`), the same as all parts together would.
         done: (prompt number, sample number) of records that need not be made again.
         on_step: as in `generate`.
 
@@ -105,7 +107,7 @@ def generate_texts(
     static = [stepper for stepper in (policy, scorer) if isinstance(stepper, (StaticPolicy, StaticScorer))]
     hooked = [m for m in (lm, reward_model, final_reward_model) if all(m is not stepper.model for stepper in static)]
     skip, group = set(done), {"best-of-n": n, "smc": particles}.get(method, 1)
-    rows = [(p, s) for p in range(len(prompts)) for s in range(num_samples) if (p, s) not in skip]
+    rows = [(p, s) for p in shard_range(len(prompts), shard) for s in range(num_samples) if (p, s) not in skip]
     size = max(1, batch_size // group)
     for batch in (rows[i : i + size] for i in range(0, len(rows), size)):
         prompt_ids, mask = (x.to(lm.device) for x in left_pad([encoded[p] for p, _ in batch]))
@@ -142,6 +144,33 @@ def generate_texts(
         cost = {"seconds": time.perf_counter() - began, "model_calls": calls}
         cost = {name: total / len(batch) for name, total in cost.items()}
         yield from _records(batch, prompts, tokenizer, method, generation, kl, rewards, ends, cost)
+
+
+def shard_range(prompts: int, shard: tuple[int, int]) -> range:
+    """Numbers of the prompts of part i of n: equal parts but for one prompt, which follow each other.
+
+    >>> [list(shard_range(5, (i, 2))) for i in range(2)]
+    [[0, 1], [2, 3, 4]]
+    """
+    i, n = shard
+    return range(prompts * i // n, prompts * (i + 1) // n)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(i, n) of "i/n".
+
+    Raises:
+        ValueError: if it is not of this form, or i does not lie between 0 and n - 1.
+
+    >>> parse_shard("0/4")
+    (0, 4)
+    """
+    i, slash, n = text.partition("/")
+    if not (slash and i.isdecimal() and n.isdecimal() and int(i) < int(n)):
+        raise ValueError(
+            f"shard (--shard) must be i/n, part i of n counted from 0, such as 0/4 to 3/4 of four; got {text!r}"
+        )
+    return int(i), int(n)
 
 
 # What a reward model makes of the tokenwise policy, by the objective it was trained with.

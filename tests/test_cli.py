@@ -187,9 +187,34 @@ def test_an_output_file_is_continued_or_left_alone(lm, prompts, tmp_path, capsys
     assert len(out.read_text().splitlines()) == 6
 
 
+def test_shards_are_joined_by_cat_resumed_each_and_taken_by_evaluate(lm, prompts, tmp_path, capsys):
+    whole, parts = tmp_path / "whole.jsonl", [tmp_path / f"part{i}.jsonl" for i in range(2)]
+    assert generate(lm, prompts, whole, "--method", "plain") == 0
+    for i, part in enumerate(parts):
+        assert generate(lm, prompts, part, "--method", "plain", "--shard", f"{i}/2") == 0
+    part = parts[1].read_text().splitlines(keepends=True)
+    parts[1].write_text("".join(part[:1]))
+    capsys.readouterr()
+    assert generate(lm, prompts, parts[1], "--method", "plain", "--shard", "1/2", "--resume") == 0
+    assert "wrote 3 texts" in capsys.readouterr().out
+    joined = tmp_path / "joined.jsonl"
+    joined.write_text("".join(part.read_text() for part in parts))
+    records = [[json.loads(line) for line in file.open()] for file in (joined, whole)]
+    exact = ["prompt", "prompt_number", "sample", "response", "response_ids", "finished", "settings"]
+    ours, theirs = ([[record[name] for name in exact] for record in some] for some in records)
+    assert ours == theirs
+    folder = str(tmp_path / "report")
+    assert main(["evaluate", str(joined), str(whole), "--against", str(whole), "--output-dir", folder]) == 0
+    joined.write_text(parts[1].read_text())  # a part that is missing is made good without --shard
+    capsys.readouterr()
+    assert generate(lm, prompts, joined, "--method", "plain", "--resume") == 0
+    assert "wrote 2 texts" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--method", "plain", "--shard", "4/4"], "shard (--shard) must be i/n"),
         (["--method", "pargs"], "needs a reward model"),
         (["--method", "plain", "--top-k", "99"], "top_k must lie between 1 and the vocabulary size"),
         (["--method", "plain", "--max-new-tokens", "500"], "exceeds the context"),

@@ -6,10 +6,20 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import ReencodeScorer, SiblingScorer
-from pargs_min.texts import choose_scorer, end_tokens, generate_texts, read_done, write_records
+from pargs_min.texts import (
+    choose_scorer,
+    end_tokens,
+    generate_texts,
+    parse_shard,
+    read_done,
+    shard_range,
+    write_records,
+)
 from tests.strategies import tiny_lm, tiny_reward_model
 from tests.test_reward_model import word_tokenizer
 
@@ -39,6 +49,33 @@ def test_a_text_depends_on_its_own_numbers_alone(method):
     for record in alone + rest:
         assert record["response_ids"] == ids[record["prompt_number"], record["sample"]]
     assert len(rest) == 6
+
+
+@pytest.mark.parametrize("method", ["pargs", "best-of-n", "smc"])
+@pytest.mark.parametrize("n", [2, 5])
+def test_shards_joined_are_one_run(method, n):
+    """In order, number by number; with five parts of three prompts two of them are empty."""
+    exact = ["prompt", "prompt_number", "sample", "response", "response_ids", "finished"]
+    whole, joined = (
+        [record for shard in shards for record in texts(method, n=3, shard=shard)]
+        for shards in ([(0, 1)], [(i, n) for i in range(n)])
+    )
+    assert [[r[k] for k in exact] for r in joined] == [[r[k] for k in exact] for r in whole]
+    for name in ("ref_log_prob", "kl", "reward"):
+        assert [r[name] for r in joined] == pytest.approx([r[name] for r in whole], abs=1e-12)
+
+
+@given(st.integers(0, 50), st.integers(1, 60))
+def test_shards_hold_every_prompt_once_and_are_of_one_size(prompts, n):
+    parts = [shard_range(prompts, (i, n)) for i in range(n)]
+    assert [number for part in parts for number in part] == list(range(prompts))
+    assert {len(part) for part in parts} <= {prompts // n, prompts // n + 1}
+
+
+@pytest.mark.parametrize("shard", ["2", "2/2", "1/0", "-1/2", "1/2/3", "a/b", "", "/"])
+def test_a_shard_of_another_form_is_refused(shard):
+    with pytest.raises(ValueError, match=r"shard \(--shard\) must be i/n, part i of n counted from 0.*got '"):
+        parse_shard(shard)
 
 
 def test_smc_with_one_particle_is_pargs():
