@@ -148,7 +148,7 @@ def compare(files: Files, judges: Sequence[Judge] = (), against: str | None = No
                 judge.name: _summary(judge, texts, answers[judge.name][label], outcomes[judge.name][label])
                 for judge in judges
             },
-            "kl_is_bound": any(text.get("method") == "best-of-n" for text in texts),
+            "kl_is_bound": any(text.get("method") in KL_BOUNDS for text in texts),
         }
         row |= {name: _mean(texts, measure) for name, measure in MEASURES.items()}
         if _model(texts) != _model(files[against or next(iter(files))]):
@@ -168,6 +168,10 @@ def compare(files: Files, judges: Sequence[Judge] = (), against: str | None = No
     return Comparison(rows, kept, notes)
 
 
+KL_BOUNDS = {  # methods whose `kl` is an upper bound in the mean, and what it is
+    "best-of-n": "log n - (n - 1)/n more than that of its samples",
+    "smc": "what all its particles tell, not the text alone",
+}
 MEASURES: dict[str, Callable[[dict], float | None]] = {
     "kl": lambda text: text.get("kl"),
     "length": lambda text: len(text["response_ids"]),
@@ -299,15 +303,16 @@ def _notes(files: Files, judges: Sequence[Judge], against: str | None, samples: 
     counts = {len(group) for texts in files.values() for group in _by_prompt(texts).values()}
     if len(counts) > 1:
         yield f"the prompts have {min(counts)} to {max(counts)} samples: distinct-n is over {samples} of each"
-    if any(text.get("method") == "best-of-n" for texts in files.values() for text in texts):
-        yield "the KL of best-of-n is an upper bound, log n - (n - 1)/n"
+    for method, bound in KL_BOUNDS.items():
+        if any(text.get("method") == method for texts in files.values() for text in texts):
+            yield f"the KL of {method} is an upper bound: {bound}"
 
 
 def _guided_by(text: dict, judge: str) -> bool:
-    model = text.get("settings", {}).get("reward_model")
-    if model is None or text.get("method") == "plain":
-        return False
-    return os.path.realpath(model) == os.path.realpath(judge)
+    settings = text.get("settings", {})
+    models = [settings.get(role) for role in ("reward_model", "final_reward_model")]
+    same = (os.path.realpath(model) == os.path.realpath(judge) for model in models if model is not None)
+    return text.get("method") != "plain" and any(same)
 
 
 def _model(texts: list[dict]) -> str | None:

@@ -153,17 +153,25 @@ def test_a_judge_that_guided_a_method_is_reported(tmp_path):
     assert [note for note in notes if "guided" in note] == notes
     assert notes[0].startswith(f"the judge {folder} guided guided: its reward says how well it was optimised")
     assert not compare(files, [LENGTH]).notes
+    smc = text(0, 0, "a", method="smc", settings={"reward_model": "another", "final_reward_model": folder})
+    assert compare({"smc": [smc]}, [Judge(folder, score=length)]).notes[0].startswith(f"the judge {folder} guided smc")
 
 
 def test_kl_to_another_model_is_left_out_and_a_bound_is_marked():
     def by(model, **more):
         return [text(0, 0, "a", settings={"model": model}, **more), text(1, 0, "b", settings={"model": model}, **more)]
 
-    result = compare({"plain": by("ref"), "dpo": by("dpo"), "best": by("ref", method="best-of-n")}, against="plain")
-    assert [row["kl"] and row["kl"]["mean"] for row in result.rows] == [1.0, None, 1.0]
+    bounds = {"best": by("ref", method="best-of-n"), "smc": by("ref", method="smc")}
+    result = compare({"plain": by("ref"), "dpo": by("dpo")} | bounds, against="plain")
+    assert [row["kl"] and row["kl"]["mean"] for row in result.rows] == [1.0, None, 1.0, 1.0]
     assert "dpo was written by dpo, plain by ref: its KL, to its own model, is left out" in result.notes
     table = markdown(result).splitlines()
     assert "≤ 1 " in table[4]
+    assert "≤ 1 " in table[5]
+    assert [note.split(":")[0] for note in result.notes[1:]] == [
+        "the KL of best-of-n is an upper bound",
+        "the KL of smc is an upper bound",
+    ]
     assert "≤" not in table[2] + table[3]
 
 
