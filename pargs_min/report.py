@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from pargs_min.compare import Comparison
@@ -24,10 +26,10 @@ def panels(comparison: Comparison) -> dict[str, dict[str, tuple[float, float, fl
     """What the figure shows: for each measure, (value, low, high) of each file that has it."""
     found: dict[str, dict[str, tuple[float, float, float]]] = {}
     for row in comparison.rows:
-        estimates = {}
+        estimates, short = {}, _short_names(row["judges"])
         for name, judged in row["judges"].items():
-            estimates[f"reward ({_short(name)})"] = judged["reward"]
-            estimates[f"share won ({_short(name)})"] = judged["win_rate"]
+            estimates[f"reward ({short[name]})"] = judged["reward"]
+            estimates[f"share won ({short[name]})"] = judged["win_rate"]
         estimates["KL to the reference (nats)"] = row["kl"]
         for name, estimate in estimates.items():
             if estimate:
@@ -48,16 +50,20 @@ def write_comparison(comparison: Comparison, folder: str | os.PathLike) -> None:
     (folder / "answers.jsonl").write_text("".join(lines), "utf-8")
 
 
-def _short(judge: str) -> str:
-    return os.path.basename(judge.rstrip("/")).rpartition("#")[2]
+def _short_names(judges: Iterable[str]) -> dict[str, str]:
+    """The last part of each judge's name, or all of it where two would look the same."""
+    short = {judge: os.path.basename(judge.rstrip("/")).rpartition("#")[2] for judge in judges}
+    alike = Counter(short.values())
+    return {judge: name if alike[name] == 1 else judge for judge, name in short.items()}
 
 
 def _cells(row: dict) -> dict[str, str]:
     cells = {"file": row["file"], "texts": f"{row['texts']} of {row['prompts']}"}
+    short = _short_names(row["judges"])
     for name, judged in row["judges"].items():
-        cells[f"reward ({_short(name)})"] = _plus_minus(judged["reward"], interval=True)
-        cells[f"wins ({_short(name)})"] = _wins(judged["win_rate"])
-        cells[f"no answer ({_short(name)})"] = str(judged["out_of_format"] or "")
+        cells[f"reward ({short[name]})"] = _plus_minus(judged["reward"], interval=True)
+        cells[f"wins ({short[name]})"] = _wins(judged["win_rate"])
+        cells[f"no answer ({short[name]})"] = str(judged["out_of_format"] or "")
     kl = _plus_minus(row["kl"])
     cells["KL (nats)"] = f"≤ {row['kl']['mean']:.3g}" if kl and row["kl_is_bound"] else kl
     for name, title in COLUMNS.items():

@@ -202,6 +202,15 @@ def test_the_table_has_a_line_a_file_and_no_empty_column():
     assert cells["texts"] == "4 of 2"
 
 
+def test_judges_with_one_last_name_have_columns_of_their_own():
+    judges = [
+        Judge(f"{folder}/rm", score=lambda texts, x=x: [x] * len(texts)) for x, folder in ((1.0, "a"), (2.0, "b"))
+    ]
+    result = compare({"one": ONE}, judges)
+    assert {"reward (a/rm)", "reward (b/rm)"} <= {cell.strip() for cell in markdown(result).split("|")}
+    assert {panels(result)[f"reward ({name}/rm)"]["one"][0] for name in "ab"} == {1.0, 2.0}
+
+
 def test_one_prompt_has_no_error_and_the_files_are_still_valid(tmp_path):
     result = compare({"one": ONE[:2], "two": TWO[:2]}, [LENGTH], "one")
     assert result.rows[0]["kl"] == {"mean": 3.0, "error": None, "low": None, "high": None}
