@@ -72,6 +72,7 @@ def read_texts(path: str | os.PathLike) -> list[dict]:
             continue
         try:
             text = json.loads(line)
+            text = {"prompt": None} | text if "prompt_ids" in text else text
             wrong = [name for name, kind in REQUIRED.items() if not isinstance(text[name], kind)]
             wrong += [name for name, kind in OPTIONAL.items() if name in text and not isinstance(text[name], kind)]
         except (ValueError, KeyError, TypeError) as error:
@@ -91,7 +92,10 @@ def check_same_prompts(files: Files) -> None:
     Raises:
         ValueError: naming the file and the prompts that differ.
     """
-    prompts = {label: {text["prompt_number"]: text["prompt"] for text in texts} for label, texts in files.items()}
+    prompts = {
+        label: {text["prompt_number"]: text["prompt"] or text.get("prompt_ids") for text in texts}
+        for label, texts in files.items()
+    }
     first, *others = prompts
     for label in others:
         here, there = prompts[label], prompts[first]

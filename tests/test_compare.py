@@ -250,6 +250,18 @@ def test_files_of_other_prompts_are_refused(tmp_path, others, message):
         read_files(file_labels(paths))
 
 
+def test_texts_whose_prompts_are_ids_alone_are_read_and_told_apart(tmp_path):
+    def by_ids(*ids):
+        record = text(0, 0, "a") | {"prompt_ids": [*ids]}
+        return [{name: value for name, value in record.items() if name != "prompt"}]
+
+    paths = [write(tmp_path / f"{i}.jsonl", by_ids(*ids)) for i, ids in enumerate(([7, 8], [7, 8], [7, 9]))]
+    files = read_files(file_labels(paths[:2]))
+    assert compare(files, [LENGTH], "0").rows[1]["judges"]["length"]["win_rate"]["ties"] == 1
+    with pytest.raises(ValueError, match=r"number 0 \(\[7, 9\], not \[7, 8\]\)"):
+        read_files(file_labels(paths))
+
+
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
