@@ -75,6 +75,7 @@ def read_texts(path: str | os.PathLike) -> list[dict]:
             text = {"prompt": None} | text if "prompt_ids" in text else text
             wrong = [name for name, kind in REQUIRED.items() if not isinstance(text[name], kind)]
             wrong += [name for name, kind in OPTIONAL.items() if name in text and not isinstance(text[name], kind)]
+            wrong += ["kl"] if not wrong and not math.isfinite(text.get("kl", 0)) else []
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}:{number}: not a record of `pargs generate` ({error!r})") from None
         if wrong:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pargs_min.compare import Comparison
+from pargs_min.judges import is_number
 
 
 def markdown(comparison: Comparison) -> str:
@@ -46,8 +47,13 @@ def write_comparison(comparison: Comparison, folder: str | os.PathLike) -> None:
     (folder / "evaluation.md").write_text(markdown(comparison) + "\n", "utf-8")
     rows = {"rows": comparison.rows, "notes": comparison.notes}
     (folder / "evaluation.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False), "utf-8")
-    lines = [json.dumps(answer, ensure_ascii=False, default=repr) + "\n" for answer in comparison.answers]
+    lines = [json.dumps(answer, ensure_ascii=False, default=_plain) + "\n" for answer in comparison.answers]
     (folder / "answers.jsonl").write_text("".join(lines), "utf-8")
+
+
+def _plain(answer: object) -> float | str:
+    """Numbers of numpy are no less numbers."""
+    return float(answer) if is_number(answer) else repr(answer)
 
 
 def _short_names(judges: Iterable[str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from pargs_min.cli import main
@@ -118,6 +119,13 @@ def test_answers_out_of_format_are_counted_kept_and_not_guessed(tmp_path):
     assert kept[4]["unclear"] == ["A?", "[[B]]"]
     nothing = compare({"one": ONE}, [Judge("silent", score=lambda texts: [None] * len(texts))]).rows[0]
     assert nothing["judges"]["silent"] == {"reward": None, "win_rate": None, "out_of_format": 4}
+
+
+def test_numbers_of_numpy_are_kept_as_numbers(tmp_path):
+    judge = Judge("numpy", score=lambda texts: [np.float32(1.5), np.int64(2), {1}, None])
+    write_comparison(compare({"one": ONE}, [judge]), tmp_path)
+    kept = [json.loads(line)["numpy"] for line in (tmp_path / "answers.jsonl").open()]
+    assert kept == [1.5, 2, "{1}", None]
 
 
 def test_diversity_is_among_the_samples_of_a_prompt():
@@ -275,6 +283,8 @@ def test_texts_whose_prompts_are_ids_alone_are_read_and_told_apart(tmp_path):
         ),
         (json.dumps(text(0, 1, "a") | {"response": None}), "x.jsonl:1: `response` must not be null"),
         (json.dumps(text(0, 1, "a") | {"kl": "0.1"}), 'x.jsonl:1: `kl` must not be "0.1"'),
+        (json.dumps(text(0, 1, "a", kl=math.nan)), "x.jsonl:1: `kl` must not be NaN"),
+        (json.dumps(text(0, 1, "a", kl=math.inf)), "x.jsonl:1: `kl` must not be Infinity"),
         ("GOOD\n\nGOOD\n", "x.jsonl:3: prompt 0 has sample 0 already"),
     ],
 )
