@@ -15,6 +15,7 @@ Read it in this order:
     records.py, data.py, train.py                 preference pairs, and training on them
     journey.py, exact.py, toy.py, demo.py         the embedded world, its exact values, the main job on it
     texts.py, trace.py                            files of texts; one text token by token
+    memory.py                                     what is said where it runs out
     evaluate.py, judges.py, compare.py, report.py what texts are worth
     dpo.py, ppo.py                                fine-tuned rivals
     naive.py, cost.py, benchmark.py, targets.py   what a token costs, beside the published loops

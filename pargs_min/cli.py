@@ -11,7 +11,7 @@ from typing import Literal
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 2 for input that cannot be used, 130 when interrupted."""
+    """Run one command; returns the exit status: 0, 2 for what cannot be used or does not fit, 130 when interrupted."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
         print(USAGE)
@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         if name not in COMMANDS:
             raise ValueError(f"no command {name!r}; there are {', '.join(COMMANDS)} (pargs --help)")
         return COMMANDS[name](rest) or 0
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print("pargs: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -222,6 +222,7 @@ def generate(arguments: list[str]) -> None:
     from tqdm.auto import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
+    from pargs_min.memory import enough_memory
     from pargs_min.records import read_prompts
     from pargs_min.reward_model import load_reward_model
     from pargs_min.texts import generate_texts, parse_shard, read_done, shard_range, write_records
@@ -236,13 +237,14 @@ def generate(arguments: list[str]) -> None:
         raise ValueError(f"output {options.output} exists: continue it with --resume, or name another file")
     done = read_done(options.output, settings)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with loading(options.model):
+    smaller = f"take --dtype bfloat16 (it is {options.dtype}), smaller models, or --device cpu"
+    with loading(options.model), enough_memory(f"loading {options.model}", smaller):
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         lm = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).to(device)
     loaded = {}
     for role in ("reward", "final_reward"):
         if name := getattr(options, f"{role}_model"):
-            with loading(name):
+            with loading(name), enough_memory(f"loading {name} beside {options.model}", smaller):
                 loaded[f"{role}_tokenizer"] = AutoTokenizer.from_pretrained(name)
                 loaded[f"{role}_model"] = load_reward_model(name, dtype=options.dtype).to(device)
     names = ["method", "beta", "top_k", "max_new_tokens", "temperature", "num_samples", "n", "particles"]

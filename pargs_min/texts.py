@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pargs_min.data import encode_prompt
 from pargs_min.decode import Generation, ModelPolicy, RewardScorer, Step, row_uniforms
+from pargs_min.memory import enough_memory
 from pargs_min.methods import GUIDED, METHODS, RewardFn, best_of_n, guided, path_kl, plain, response_rewards
 from pargs_min.reward_model import context_length, has_vocabulary_head
 from pargs_min.scoring import (
@@ -86,6 +87,7 @@ def generate_texts(
     Raises:
         ValueError: for an argument out of range, or a prompt that leaves no room in a model's context: before any text
             is generated.
+        MemoryError: where a batch is too large, saying what to lower; the records before it have been yielded.
     """
     _check(method, reward_model, num_samples=num_samples, n=n, particles=particles, batch_size=batch_size)
     if final_reward_model is not None and method != "smc":
@@ -123,7 +125,8 @@ def generate_texts(
             uniforms=uniforms,
             on_step=on_step,
         )
-        with counted_passes(*hooked) as passes:
+        asked = _asked(batch, prompt_ids, max_new_tokens, method, group)
+        with enough_memory(*asked), counted_passes(*hooked) as passes:
             began = time.perf_counter()
             if method == "smc":
                 settings |= dict(
@@ -138,12 +141,27 @@ def generate_texts(
                 generation = guided(method, policy, scorer, prompt_ids, mask, beta=beta, **settings)
             if method != "smc":
                 kl = path_kl(method, generation, n)
-        with counted_passes(reward_model, final_reward_model) as rated:
+        with enough_memory(*asked), counted_passes(reward_model, final_reward_model) as rated:
             rewards = None if reward_fn is None else response_rewards(reward_fn, prompt_ids, mask, generation)
         calls = passes.total() + rated.total() + sum(stepper.passes for stepper in static)
         cost = {"seconds": time.perf_counter() - began, "model_calls": calls}
         cost = {name: total / len(batch) for name, total in cost.items()}
         yield from _records(batch, prompts, tokenizer, method, generation, kl, rewards, ends, cost)
+
+
+def _asked(batch: list, prompt_ids: Tensor, max_new_tokens: int, method: str, group: int) -> tuple[str, str]:
+    """What a batch takes, and what to lower where that is too much."""
+    flag = {"best-of-n": "--n", "smc": "--particles"}.get(method)
+    doing = f"decoding {len(batch)} texts at once, prompts of up to {prompt_ids.shape[1]} tokens, --max-new-tokens "
+    doing += f"{max_new_tokens}" + (f", {flag} {group} rows a text" if flag else "")
+    if len(batch) > 1:
+        way_out = f"lower --batch-size (here to {len(batch) * group // 2} or less) and go on with --resume; the texts "
+        return doing, way_out + "so far are kept, and the others stay what they would be"
+    lower = (f"{flag}, " if flag else "") + "--max-new-tokens or the prompts' length"
+    return (
+        doing,
+        f"it is one text, so --batch-size cannot help; write another file with less {lower}, or --dtype bfloat16",
+    )
 
 
 def shard_range(prompts: int, shard: tuple[int, int]) -> range:

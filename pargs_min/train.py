@@ -30,6 +30,7 @@ from transformers.utils.logging import tqdm
 
 from pargs_min.data import Pair, Text, at_response_tokens, collate, collate_texts, from_columns
 from pargs_min.losses import bradley_terry_loss, compared_prefixes, partial_bradley_terry_loss, prefix_value_loss
+from pargs_min.memory import enough_memory
 from pargs_min.reward_model import is_causal, prefix_rewards
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the longer response of a pair; 1 is the usual accuracy of a reward model
@@ -68,6 +69,7 @@ def train_reward_model(
     Raises:
         ValueError: if the model is not causal, if `objective`, `tail` or `reduction` is unknown, if one process sees
             several GPUs, or for FSDP.
+        MemoryError: where a batch is too large, saying what to lower; checkpoints stay.
     """
     loss, items = objective_functions(objective, tail, reduction, lengths)
     extend_with = tokenizer.eos_token_id if (objective, tail) == ("partial", "extend") else None
@@ -139,7 +141,7 @@ def _fit(trainer_class, model: PreTrainedModel, data, eval_data, args, resume: b
             f"one process sees {args.n_gpu} GPUs: start one process each with `torchrun --nproc-per-node={args.n_gpu} "
             "-m pargs_min train ...`, or show it a single one through CUDA_VISIBLE_DEVICES"
         )
-    with _forward_is_prefix_rewards(model):
+    with enough_memory(*_asked(args)), _forward_is_prefix_rewards(model):
         trainer = trainer_class(model, args, train_dataset=data, eval_dataset=eval_data or None, **parts)
         if trainer.is_fsdp_enabled:
             raise ValueError(
@@ -151,6 +153,18 @@ def _fit(trainer_class, model: PreTrainedModel, data, eval_data, args, resume: b
         metrics = result.metrics | (trainer.evaluate() if eval_data else {})
     model.eval()
     return metrics
+
+
+def _asked(args: TrainingArguments) -> tuple[str, str]:
+    """What training takes, and what to lower where that is too much."""
+    size, parts = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    doing = f"training with --per-device-train-batch-size {size} (evaluating with {args.per_device_eval_batch_size}), "
+    doing += f"--gradient-accumulation-steps {parts}"
+    ways = [f"--per-device-train-batch-size {size // 2} --gradient-accumulation-steps {2 * parts}"] * (size > 1)
+    ways += ["--gradient-checkpointing True"] * (not args.gradient_checkpointing)
+    way_out = f"the same training fits in less with {' or '.join(ways)}, from the last checkpoint with --resume; "
+    way_out += "another one with --lora-rank 16, --bf16 True, a lower --max-length"
+    return doing, way_out if ways else way_out.partition("; ")[2]
 
 
 class PrefixTrainer(Trainer):

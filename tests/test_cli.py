@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from pargs_min import texts
 from pargs_min.cli import main
 from pargs_min.reward_model import prefix_rewards
 from tests.strategies import tiny_lm, tiny_tokenizer
@@ -227,6 +228,24 @@ def test_bad_input_to_generate_is_one_line_and_status_2(lm, prompts, tmp_path, c
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("pargs: error: ")
     assert message in err
+
+
+def test_out_of_memory_is_one_line_and_keeps_what_was_written(lm, prompts, tmp_path, capsys, monkeypatch):
+    def short_of_memory(policy, prompt_ids, mask, **settings):
+        if len(prompt_ids) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(policy, prompt_ids, mask, **settings)
+
+    plain, out, whole = texts.plain, tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    assert generate(lm, prompts, whole, "--method", "plain") == 0
+    monkeypatch.setattr(texts, "plain", short_of_memory)
+    assert generate(lm, prompts, out, "--method", "plain", "--batch-size", "1", "--shard", "0/3") == 0
+    assert generate(lm, prompts, out, "--method", "plain", "--batch-size", "2", "--resume") == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("pargs: error: out of memory while decoding 2 texts at once")
+    assert generate(lm, prompts, out, "--method", "plain", "--batch-size", "1", "--resume") == 0
+    ids = [[json.loads(line)["response_ids"] for line in file.open()] for file in (out, whole)]
+    assert ids[0] == ids[1]
 
 
 def test_a_broken_model_stops_and_writes_no_text(lm, prompts, tmp_path, capsys):

@@ -20,7 +20,8 @@ CORE = {  # all that these may import of the package
     "decode": {"policy", "reward_model"},
     "methods": {"decode", "smc"},
     "data": {"records"},
-    "train": {"data", "losses", "reward_model"},
+    "memory": set(),
+    "train": {"data", "losses", "memory", "reward_model"},
 }
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pargs_min.memory import is_out_of_memory
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import ReencodeScorer, SiblingScorer
 from pargs_min.texts import (
@@ -227,6 +228,69 @@ def test_an_interrupted_run_is_resumed_to_the_same_file(tmp_path):
     whole, resumed = ([json.loads(line) for line in (tmp_path / f"{n}.jsonl").open()] for n in ("whole", "half"))
     exact = ["prompt", "prompt_number", "sample", "response", "response_ids", "settings"]
     assert [[r[k] for k in exact] for r in resumed] == [[r[k] for k in exact] for r in whole]
+
+
+def out_of_memory_above(rows, error):
+    """A language model that runs out of memory for batches of more rows."""
+    lm = tiny_lm("gpt2")
+
+    def allocate(body, arguments, keywords):
+        if len(keywords["input_ids"]) > rows:
+            if error is None:
+                torch.empty(2**50)  # the real thing
+            raise error
+
+    lm.register_forward_pre_hook(allocate, with_kwargs=True)
+    return lm
+
+
+ERRORS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 2147483648 bytes."),
+    None,
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=["device", "cpu", "real"])
+def test_out_of_memory_says_what_to_lower_and_loses_nothing(tmp_path, error):
+    settings, file = dict(method="plain", num_samples=3, max_new_tokens=6, seed=5), tmp_path / "out.jsonl"
+    list(write_records(tmp_path / "whole.jsonl", generate_texts(tiny_lm(), TOKENIZER, PROMPTS, **settings), settings))
+    lm = out_of_memory_above(4, error)
+
+    def run(**more):
+        done = read_done(file, settings)
+        list(write_records(file, generate_texts(lm, TOKENIZER, PROMPTS, done=done, **settings, **more), settings))
+
+    run(batch_size=4, shard=(0, 3))  # the texts of the first prompt
+    with pytest.raises(MemoryError, match=OUT_OF_MEMORY) as raised:
+        run(batch_size=6)
+    assert is_out_of_memory(raised.value.__cause__)
+    assert len(read_done(file, settings)) == 3
+    run(batch_size=3)
+    whole, resumed = ([json.loads(line) for line in path.open()] for path in (tmp_path / "whole.jsonl", file))
+    assert [r["response_ids"] for r in resumed] == [r["response_ids"] for r in whole]
+
+
+OUT_OF_MEMORY = (
+    "out of memory while decoding 6 texts at once, prompts of up to 2 tokens, --max-new-tokens 6: "
+    "lower --batch-size .here to 3 or less. and go on with --resume"
+)
+
+
+@pytest.mark.parametrize(("method", "flag"), [("plain", ""), ("best-of-n", "--n, "), ("smc", "--particles, ")])
+def test_out_of_memory_for_a_single_text_names_what_else_there_is(method, flag):
+    lm, rm = out_of_memory_above(0, ERRORS[0]), tiny_reward_model()
+    settings = dict(method=method, reward_model=rm, max_new_tokens=6)
+    records = generate_texts(lm, TOKENIZER, PROMPTS, **settings, n=3, particles=3, batch_size=1)
+    message = f"it is one text, so --batch-size cannot help; write another file with less {flag}--max-new-tokens or the"
+    with pytest.raises(MemoryError, match=message):
+        next(records)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    lm = out_of_memory_above(0, RuntimeError("sizes differ"))
+    with pytest.raises(RuntimeError, match="sizes differ"):
+        next(generate_texts(lm, TOKENIZER, PROMPTS, method="plain", max_new_tokens=6))
 
 
 def test_settings_are_never_mixed_in_one_file(tmp_path):

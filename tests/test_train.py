@@ -122,6 +122,52 @@ def test_a_run_that_was_killed_and_resumed_equals_one_that_was_not(tmp_path, mon
     assert torch.equal(run("killed", resume=True), expected)
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: not enough memory")]
+)
+def test_out_of_memory_says_what_to_lower_and_a_lower_batch_size_goes_on(tmp_path, monkeypatch, error):
+    """Half the batch twice is the same training, from the checkpoint on."""
+    pairs = random_pairs(12)
+
+    def run(folder, size, parts, resume=False):
+        model = reward_model()
+        steps = dict(max_steps=6, save_strategy="steps", save_steps=2, optim="sgd", learning_rate=0.1)
+        parts = dict(per_device_train_batch_size=size, gradient_accumulation_steps=parts)
+        args = arguments(tmp_path / folder, **steps, **parts)
+        train_reward_model(model, tiny_tokenizer(), pairs, args=args, resume=resume)
+        return weights(model)
+
+    expected = run("whole", 4, 1)
+    compute_loss = train.PairTrainer.compute_loss
+
+    def short_of_memory(self, model, inputs, *rest, **keywords):
+        if self.state.global_step == 3 and len(inputs["chosen_lengths"]) > 2:
+            raise error
+        return compute_loss(self, model, inputs, *rest, **keywords)
+
+    monkeypatch.setattr(train.PairTrainer, "compute_loss", short_of_memory)
+    message = (
+        "out of memory while training with --per-device-train-batch-size 4 .*the same training fits in less with "
+        "--per-device-train-batch-size 2 --gradient-accumulation-steps 2 or --gradient-checkpointing True, from the "
+        "last checkpoint with --resume; another one with --lora-rank 16, --bf16 True, a lower --max-length"
+    )
+    with pytest.raises(MemoryError, match=message):
+        run("short", 4, 1)
+    assert last_checkpoint(tmp_path / "short").endswith("checkpoint-2")
+    torch.testing.assert_close(run("short", 2, 2, resume=True), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_gradient_checkpointing_changes_no_weight(tmp_path):
+    trained = []
+    for checkpointing in (False, True):
+        model = tiny_reward_model("llama", vocabulary=14)
+        args = arguments(tmp_path, gradient_checkpointing=checkpointing, optim="sgd")
+        train_reward_model(model, tiny_tokenizer(), random_pairs(12), args=args)
+        trained.append(weights(model))
+    torch.testing.assert_close(*trained, rtol=0, atol=1e-12)
+
+
 def test_resuming_where_there_is_nothing_starts_anew(tmp_path):
     model, other = reward_model(), reward_model()
     train_reward_model(model, tiny_tokenizer(), random_pairs(8), args=arguments(tmp_path / "a"), resume=True)
