@@ -202,11 +202,19 @@ def _as_ids(tokenizer, texts: Texts, settings: dict) -> Iterator[list[int]]:
     encoded = encode_responses(tokenizer, [text["response"] for text in texts])
     for text, ids in zip(texts, encoded, strict=True):
         prompt = encode_prompt(tokenizer, text["prompt"] or _text(text), settings.get("prompt_format"))
-        if tokenizer.decode(text["response_ids"], skip_special_tokens=True) == text["response"]:
+        if _are_own(tokenizer, text):
             ids = text["response_ids"]
         elif text.get("finished") and settings.get("append_eos", True) and tokenizer.eos_token_id is not None:
             ids = [*ids, tokenizer.eos_token_id]
         yield prompt + ids
+
+
+def _are_own(tokenizer, text: dict) -> bool:
+    """An empty response tells less: every tokenizer's special tokens decode to it, and so do ids that it lacks."""
+    ids = text["response_ids"]
+    if not text["response"] and text.get("finished") and ids[-1:] != [tokenizer.eos_token_id]:
+        return False
+    return max(ids, default=0) < len(tokenizer) and tokenizer.decode(ids, skip_special_tokens=True) == text["response"]
 
 
 QUESTION = """\

@@ -49,6 +49,14 @@ def test_a_judge_with_another_vocabulary_reads_the_text_and_its_own_end_token(tm
     assert cut == pytest.approx(_reward(rm, other, "a b c d"), rel=1e-9)
 
 
+@pytest.mark.parametrize("end", [0, 50256])  # padding here, and beyond this vocabulary
+def test_an_empty_response_ends_with_the_end_token_of_the_judge(tmp_path, end):
+    other, rm = word_tokenizer("<pad> <end> a b c d e f g h i", pad_token="<pad>"), tiny_reward_model("llama")
+    save_reward_model(rm, other, tmp_path, objective="full", append_eos=True, prompt_format="text")
+    got = load_judge(str(tmp_path)).score([text(response="", ids=[end])])
+    assert got == pytest.approx([_reward(rm, other, "a b <end>")], rel=1e-9)
+
+
 def test_a_published_model_reads_a_chat(tmp_path):
     tokenizer, rm = tiny_tokenizer(), tiny_reward_model("llama", vocabulary=14)
     rm.save_pretrained(tmp_path)
