@@ -89,7 +89,11 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
             _field(record, "prompt", source)
             prompts.append(record)
     else:
-        prompts = [{"prompt": line} for line in Path(path).read_text("utf-8").split("\n") if line.strip()]
+        try:
+            text = Path(path).read_text("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not text in UTF-8 ({error}); save it as such") from None
+        prompts = [{"prompt": line} for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompts; expected one per line")
     return prompts
@@ -112,7 +116,7 @@ def _json_object(line: bytes, source: str) -> dict:
         raise ValueError(f"{source}: not JSON ({error}); expected one object per line") from None
     if not isinstance(record, dict):
         raise ValueError(
-            f"{source}: expected a JSON object with prompt, chosen and rejected, got {line.decode()[:60]!r}"
+            f"{source}: expected a JSON object with prompt, chosen and rejected, got {json.dumps(record)[:60]}"
         )
     return record
 

@@ -92,6 +92,9 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
     (tmp_path / "bad.jsonl").write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(ValueError, match=r"bad.jsonl:1: not JSON"):
         read_preferences(tmp_path / "bad.jsonl")
+    (tmp_path / "bad.jsonl").write_bytes('["UTF-16"]'.encode("utf-16"))
+    with pytest.raises(ValueError, match=r"bad.jsonl:1: expected a JSON object .*UTF-16"):
+        read_preferences(tmp_path / "bad.jsonl")
 
 
 def test_an_empty_file_and_a_cut_archive_are_refused(tmp_path):
@@ -120,12 +123,22 @@ def test_prompts_are_read_from_records_and_from_lines(tmp_path):
     assert read_prompts(tmp_path / "p.txt") == [{"prompt": "one day"}, {"prompt": "two\u2028days"}]
 
 
+def test_a_byte_order_mark_and_carriage_returns_are_no_part_of_a_prompt(tmp_path):
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfone day\r\n\r\ntwo\r\n")
+    assert read_prompts(tmp_path / "p.txt") == [{"prompt": "one day"}, {"prompt": "two"}]
+    (tmp_path / "p.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "one day"}\r\n\r\n{"prompt": "two"}\r\n')
+    assert read_prompts(tmp_path / "p.jsonl") == [{"prompt": "one day"}, {"prompt": "two"}]
+
+
 def test_bad_prompts_are_named(tmp_path):
     (tmp_path / "p.jsonl").write_text(lines({"prompt": "a"}, {"text": "b"}))
     with pytest.raises(ValueError, match=r"p.jsonl:2: no field `prompt`; found text"):
         read_prompts(tmp_path / "p.jsonl")
     (tmp_path / "p.txt").write_text("\n")
     with pytest.raises(ValueError, match="holds no prompts"):
+        read_prompts(tmp_path / "p.txt")
+    (tmp_path / "p.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"p.txt is not text in UTF-8 .*0xe9"):
         read_prompts(tmp_path / "p.txt")
 
 
