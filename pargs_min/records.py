@@ -62,12 +62,12 @@ def read_responses(path: str | os.PathLike) -> list[Response]:
         ValueError: naming file and line, if a field is missing or of the wrong type, or if there are none at all.
         OSError: if there is no such file.
     """
-    responses = [
-        Response(
-            _field(record, "prompt", source), _field(record, "response", source), record.get("finished", True), source
-        )
-        for record, source in _read_jsonl(path)
-    ]
+    responses = []
+    for record, source in _read_jsonl(path):
+        finished = record.get("finished", True)
+        if not isinstance(finished, bool):
+            raise ValueError(f"{source}: `finished` must be true or false, got {json.dumps(finished)[:60]}")
+        responses.append(Response(*(_field(record, name, source) for name in ("prompt", "response")), finished, source))
     if not responses:
         raise ValueError(f"{path} holds no records; expected one text per line")
     return responses
@@ -185,6 +185,10 @@ def split_chats(record: dict, source: str = "record") -> dict:
     if chosen[:-1] != rejected[:-1]:
         raise ValueError(f"{source}: chosen and rejected must share all messages but the last")
     prompt = chosen[:-1] or _field(record, "prompt", source)
+    if is_messages(record.get("prompt")) and prompt != record["prompt"]:
+        raise ValueError(
+            f"{source}: `prompt` is not what chosen and rejected begin with; give the prompt's messages in one place"
+        )
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
     return record | {"prompt": prompt, "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}

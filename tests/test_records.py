@@ -8,10 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pargs_min.records import ASSISTANT, Preference, check_preference, read_preferences, read_prompts, split_dialogues
+from pargs_min.records import (
+    ASSISTANT,
+    Preference,
+    check_preference,
+    read_preferences,
+    read_prompts,
+    read_responses,
+    split_dialogues,
+)
 
 GOOD = {"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}
 USER, HELLO, GO = ({"role": r, "content": c} for r, c in [("user", "Hi"), ("assistant", "Hello"), ("assistant", "Go")])
+SYSTEM = {"role": "system", "content": "Be brief."}
 
 
 def lines(*records):
@@ -37,6 +46,8 @@ def test_a_file_is_read_plain_or_compressed_and_blank_lines_are_skipped(tmp_path
         (dict(prompt=[USER], chosen="Hello", rejected="Go"), ([USER], "Hello", "Go")),
         (dict(prompt="Hi", chosen=[HELLO], rejected=[GO]), ([USER], "Hello", "Go")),
         (dict(chosen=[USER, HELLO], rejected=[USER, GO]), ([USER], "Hello", "Go")),
+        (dict(prompt=[SYSTEM, USER], chosen=[HELLO], rejected=[GO]), ([SYSTEM, USER], "Hello", "Go")),
+        (dict(prompt=[USER], chosen=[USER, HELLO], rejected=[USER, GO]), ([USER], "Hello", "Go")),
         (GOOD | dict(prompt_ids=[5]), ([5], " 2", " 3")),
         (GOOD | dict(chosen_ids=[6]), ("1 + 1 =", [6], " 3")),
         (dict(prompt_ids=[5], chosen_ids=[6], rejected_ids=[7]), ([5], [6], [7])),
@@ -74,6 +85,7 @@ def test_an_earlier_turn_that_differs_belongs_to_the_response():
         (GOOD | {"chosen": [HELLO]}, "both be lists of messages"),
         (dict(chosen=[USER, HELLO], rejected=[HELLO, GO]), "share all messages but the last"),
         (dict(chosen=[HELLO], rejected=[GO]), "no field `prompt`"),
+        (dict(prompt=[SYSTEM, USER], chosen=[USER, HELLO], rejected=[USER, GO]), "not what chosen and rejected begin"),
         (dict(chosen="a", rejected="b"), "share no beginning"),
         (dict(chosen_ids=[1], rejected_ids=[2]), "no field `prompt`"),
         (GOOD | {"prompt_ids": [1, -1]}, "`prompt_ids` must be a list of token ids"),
@@ -140,6 +152,15 @@ def test_bad_prompts_are_named(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"caf\xe9\n")
     with pytest.raises(ValueError, match=r"p.txt is not text in UTF-8 .*0xe9"):
         read_prompts(tmp_path / "p.txt")
+
+
+def test_whether_a_text_finished_is_true_or_false(tmp_path):
+    good = {"prompt": "a", "response": "b"}
+    (tmp_path / "t.jsonl").write_text(lines(good, good | {"finished": False}))
+    assert [response.finished for response in read_responses(tmp_path / "t.jsonl")] == [True, False]
+    (tmp_path / "t.jsonl").write_text(lines(good, good | {"finished": "no"}))
+    with pytest.raises(ValueError, match=r't.jsonl:2: `finished` must be true or false, got "no"'):
+        read_responses(tmp_path / "t.jsonl")
 
 
 # ---- the hub: rows written by us, in the published schemas ----
