@@ -108,6 +108,10 @@ class PPOSettings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a positive number, got {value}")
+        if not (math.isfinite(self.value_weight) and self.value_weight >= 0 and 0 <= self.lam <= 1):
+            raise ValueError(
+                f"value_weight must be a number of at least 0, and lam in 0..1, got {self.value_weight} and {self.lam}"
+            )
         for name in ("max_new_tokens", "updates", "batch_size", "passes", "minibatch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -139,11 +143,13 @@ def train_ppo(
         value_loss; clipped, share of tokens whose ratio left the interval.
 
     Raises:
-        ValueError: if there are no prompts, or the value model has no value at every token.
+        ValueError: if there are no prompts, `save_every` is below 1, or the value model has no value at every token.
         FloatingPointError: if a reward is not finite.
     """
     if not prompts:
         raise ValueError("prompts is empty; give at least one")
+    if save_every < 1:
+        raise ValueError(f"save_every must be at least 1, got {save_every}")
     ref = copy.deepcopy(model).eval()
     models = torch.nn.ModuleList([model.eval(), value_model.eval()])  # eval: no dropout
     optimizer = torch.optim.Adam(models.parameters(), lr=settings.learning_rate, eps=1e-5)
@@ -197,7 +203,8 @@ def rollout(model, value_model, ref, reward_fn, prompts, ends, settings, update:
     log_ratios = (old_log_probs - token_log_probs(ref, batch)) * written
     last = torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1
     advantages = gae(scores[:, None] * last - log_ratios / settings.beta, old_values, written, settings.lam)
-    whitened = (advantages - advantages[written].mean()) / (advantages[written].std() + 1e-8)
+    ours = advantages[written]
+    whitened = (advantages - ours.mean()) / (ours.std(correction=min(1, len(ours) - 1)) + 1e-8)  # one has no spread
     return batch | {
         "kl": log_ratios.sum(1),
         "old_log_probs": old_log_probs,

@@ -190,6 +190,13 @@ def test_the_first_ratio_is_one():
     assert numbers["policy_loss"] == pytest.approx(0, abs=1e-5), "whitened advantages have mean zero"
 
 
+def test_a_batch_of_one_token_leaves_numbers():
+    """Its advantages have no spread to be divided by."""
+    model = tiny(GPT2LMHeadModel, 0)
+    list(run(model, lambda ids, mask: ids[:, -1].float(), batch_size=1, minibatch_size=1, max_new_tokens=1, updates=2))
+    assert all(weight.isfinite().all() for weight in model.parameters())
+
+
 @given(rows(st.integers(1, 6), -5.0, 5.0), rows(st.just(6), -5.0, 5.0), st.floats(0, 1), st.floats(0, 1))
 def test_gae_is_its_definition(rewards, values, lam, gamma):
     width = rewards.shape[1]
@@ -220,6 +227,10 @@ def test_the_value_loss_takes_the_worse_of_value_and_clipped_value():
         (dict(beta=0.0), "beta must be a positive number"),
         (dict(updates=0), "updates must be at least 1"),
         (dict(prompts=()), "prompts is empty"),
+        (dict(save_every=0), "save_every must be at least 1, got 0"),
+        (dict(lam=1.1), r"lam in 0..1, got 0.1 and 1.1"),
+        (dict(lam=float("nan")), r"lam in 0..1"),
+        (dict(value_weight=-0.1), "value_weight must be a number of at least 0"),
     ],
 )
 def test_bad_arguments_of_ppo_are_named(change, message):
