@@ -68,7 +68,12 @@ def row_uniforms(seed: int, prompts: Iterable[int], samples: Iterable[int], step
 
     >>> bool((row_uniforms(0, [3, 4], [1, 1], 8)[1, :5] == row_uniforms(0, [4], [1], 5)[0]).all())
     True
+
+    Raises:
+        ValueError: if `seed` is negative.
     """
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     streams = [np.random.default_rng([seed, *row]) for row in zip(prompts, samples, strict=True)]
     return torch.from_numpy(np.stack([stream.random(steps) for stream in streams]))
 
@@ -258,13 +263,17 @@ def _check_finite(broken_at: Tensor, never: int) -> None:
         )
 
 
-def _check_lengths(policy, reward, prompt_ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
+def _check_prompts(prompt_ids: Tensor, mask: Tensor) -> None:
     if prompt_ids.ndim != 2 or prompt_ids.shape[1] < 1 or mask.shape != prompt_ids.shape:
         raise ValueError(
             f"prompt_ids and mask must be (B, P) with P >= 1, got {tuple(prompt_ids.shape)} and {tuple(mask.shape)}"
         )
     if not mask[:, -1].all():
         raise ValueError("prompt_ids must be padded on the left: the last column of mask has to be 1")
+
+
+def _check_lengths(policy, reward, prompt_ids: Tensor, mask: Tensor, max_new_tokens: int) -> None:
+    _check_prompts(prompt_ids, mask)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     longest = int(mask.sum(-1).max())
@@ -288,8 +297,13 @@ class RewardGuidance(LogitsProcessor):
 
     Args:
         scorer: a `RewardScorer`, such as `SiblingScorer(reward_model)`.
-        attention_mask: (B, P) mask of the prompts that `generate` is given.
+        attention_mask: (B, P) mask of the prompts that `generate` is given, padded on the left.
         beta, top_k: as in `generate` of this module.
+
+    Raises:
+        ValueError: if `attention_mask` is not of those prompts, the running texts are not as said above, or they
+            outgrow the reward model's context.
+        FloatingPointError: if a reward is not finite.
     """
 
     def __init__(self, scorer: RewardScorer, attention_mask: Tensor, *, beta: float, top_k: int):
@@ -300,7 +314,10 @@ class RewardGuidance(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.seen is None:
             returned = input_ids.shape[0] // self.attention_mask.shape[0]
-            self.scorer.start(input_ids, self.attention_mask.repeat_interleave(returned, 0))
+            mask = self.attention_mask.repeat_interleave(returned, 0)
+            _check_prompts(input_ids, mask)
+            self.padding = int((1 - mask.long()).sum(-1).min())  # of the longest prompt
+            self.scorer.start(input_ids, mask)
         elif torch.equal(input_ids[:, :-1], self.seen):
             self.scorer.push(input_ids[:, -1])
         else:
@@ -309,6 +326,9 @@ class RewardGuidance(LogitsProcessor):
                 "beam search or assisted decoding, and each call of generate() needs a RewardGuidance of its own"
             )
         self.seen = input_ids.clone()
+        longest, limit = input_ids.shape[1] - self.padding + 1, getattr(self.scorer, "max_length", None)
+        if limit is not None and longest > limit:
+            raise ValueError(f"a text of {longest} tokens exceeds the reward model's context of {limit}; write fewer")
         dtype = torch.promote_types(scores.dtype, torch.float32)
         ref_log_probs, candidates = top_k_candidates(scores.to(dtype).log_softmax(-1), self.top_k)
         rewards = self.scorer.score(candidates)

@@ -125,6 +125,8 @@ def test_uniforms_belong_to_seed_prompt_and_sample():
     assert torch.equal(row_uniforms(7, [1], [0], 20)[0], rows[2, :20])
     assert not torch.equal(row_uniforms(8, [1], [0], 50)[0], rows[2])
     assert ((rows >= 0) & (rows < 1)).all()
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        row_uniforms(-1, [0], [0], 1)
 
 
 @torch.no_grad()
@@ -316,6 +318,30 @@ def test_what_moves_rows_is_refused(settings):
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="not with beam search or assisted decoding"):
         transformers_generate(lm, rm, ids, mask, max_new_tokens=20, eos_token_id=None, **settings)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]), "padded on the left"),
+        (torch.ones(2, 3), r"got \(2, 4\) and \(2, 3\)"),
+        (torch.ones(3, 4), r"got \(2, 4\) and \(0, 4\)"),
+    ],
+)
+def test_a_mask_of_other_prompts_is_refused(mask, message):
+    lm, rm = models()
+    guidance = RewardGuidance(SiblingScorer(rm), mask, beta=2.0, top_k=4)
+    with pytest.raises(ValueError, match=message):
+        lm.generate(left_padded(4, 4)[0], logits_processor=[guidance], max_new_tokens=2, pad_token_id=0)
+
+
+def test_a_text_that_outgrows_the_reward_model_is_refused_and_padding_does_not_count():
+    lm, rm = tiny_lm("llama", max_position_embeddings=128), tiny_reward_model("gpt2")
+    ids, mask = torch.full((1, 30), 3), (torch.arange(30) >= 10).long()[None]
+    settings = dict(eos_token_id=None, do_sample=False)
+    assert transformers_generate(lm, rm, ids, mask, max_new_tokens=44, **settings).shape == (1, 74)
+    with pytest.raises(ValueError, match="a text of 65 tokens exceeds the reward model's context of 64"):
+        transformers_generate(lm, rm, ids, mask, max_new_tokens=45, **settings)
 
 
 def test_one_guidance_serves_one_call():
