@@ -115,7 +115,8 @@ def smc(
         settings: others of `generate`; `uniforms`, where given, are (B * n, N), the n rows of a prompt together.
 
     Raises:
-        ValueError: if n < 1, `threshold` is negative, or `temperature` is not 1, which has no such target.
+        ValueError: if n < 1, `threshold` is negative, `temperature` is not 1, which has no such target, or `choices`
+            has another shape.
     """
     if n < 1:
         raise ValueError(f"n (particles) must be at least 1, got {n}")
@@ -123,8 +124,11 @@ def smc(
         raise ValueError(f"threshold must be a fraction of the particles, at least 0, got {threshold}")
     if temperature != 1:
         raise ValueError(f"temperature must be 1 for smc, whose weights are those of temperature 1, got {temperature}")
+    shape = len(prompt_ids), settings["max_new_tokens"]
     if choices is None:
-        choices = torch.rand(len(prompt_ids), settings["max_new_tokens"])
+        choices = torch.rand(shape)
+    if choices.shape != shape:
+        raise ValueError(f"choices must be {shape}, a prompt and step each, got {tuple(choices.shape)}")
     prompt_ids, mask = prompt_ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
     weights = _Weights(beta, n, threshold, choices.to(prompt_ids.device), resampler)
 

@@ -263,6 +263,8 @@ def test_effective_sample_size_between_one_and_all():
     ("change", "message"),
     [
         (dict(n=0), r"n \(particles\) must be at least 1, got 0"),
+        (dict(choices=torch.rand(2, 2)), r"choices must be \(1, 2\), a prompt and step each, got \(2, 2\)"),
+        (dict(choices=torch.rand(1, 1)), r"choices must be \(1, 2\), a prompt and step each, got \(1, 1\)"),
         (dict(threshold=-0.5), "threshold must be a fraction of the particles, at least 0, got -0.5"),
         (dict(temperature=0.7), "temperature must be 1 for smc"),
     ],
