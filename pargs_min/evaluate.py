@@ -142,7 +142,7 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float], confidence: float =
         ours, theirs: the score of each text; any unit, the larger the better.
 
     Raises:
-        ValueError: if the lengths differ or there is no pair.
+        ValueError: if the lengths differ, there is no pair, or a score is nan, which neither beats nor ties.
 
     >>> rate = win_rate([1, 2, 3, 4], [0, 2, 4, 1])
     >>> rate.rate, rate.wins, rate.ties, rate.losses
@@ -150,6 +150,8 @@ def win_rate(ours: Sequence[float], theirs: Sequence[float], confidence: float =
     """
     if len(ours) != len(theirs):
         raise ValueError(f"ours and theirs must be paired, got {len(ours)} and {len(theirs)} scores")
+    if np.isnan([*ours, *theirs]).any():
+        raise ValueError("ours and theirs must be numbers, got nan among them; leave those pairs out")
     return count_outcomes([outcome(a, b) for a, b in zip(ours, theirs, strict=True)], confidence)
 
 

@@ -92,6 +92,8 @@ def test_distinct_n_counts_ngrams_within_texts():
         (lambda: mean_and_error([], []), "at least one value, got 0 and 0"),
         (lambda: mean_and_error([1.0], ["a", "b"]), "got 1 and 2"),
         (lambda: win_rate([1.0], []), "must be paired, got 1 and 0"),
+        (lambda: win_rate([1.0, math.nan], [0.0, 0.0]), "got nan among them"),
+        (lambda: win_rate([1.0, 0.0], [0.0, math.nan]), "got nan among them"),
         (lambda: win_rate([], []), "at least one comparison"),
         (lambda: distinct_n([[1]], 0), "n must be at least 1, got 0"),
     ],
