@@ -68,6 +68,14 @@ class TrainOptions:
     reduction: Literal["prefix", "pair"] = field(
         default="prefix", metadata={"help": "Weigh every prefix alike, or every pair (partial; see losses.py)."}
     )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train the head and adapters of this rank instead of all weights; they are merged in the end, and "
+            "what is saved is an ordinary reward model (needs the extra `lora`). Wants a larger --learning-rate, such "
+            "as 1e-4. With --bf16 the other weights are held in bfloat16."
+        },
+    )
     append_eos: bool = field(
         default=True,
         metadata={"help": "End each response with the end token; --no-append-eos if they were cut at a length limit."},
@@ -108,7 +116,7 @@ def train(arguments: list[str]) -> None:
     from pargs_min.records import read_preferences, read_responses
     from pargs_min.reward_model import context_length, load_reward_model, save_reward_model
     from pargs_min.scoring import check_vocabularies, model_rewards
-    from pargs_min.train import last_checkpoint, rate, train_reward_model, train_value_model
+    from pargs_min.train import last_checkpoint, lora_config, rate, train_reward_model, train_value_model
 
     parser = HfArgumentParser((TrainOptions, TrainingArguments), prog="pargs train", description=train.__doc__)
     parser.set_defaults(**TRAIN_DEFAULTS, dataloader_pin_memory=torch.accelerator.is_available())
@@ -123,12 +131,16 @@ def train(arguments: list[str]) -> None:
     valued = options.objective == "value"
     if valued != (options.reward_model is not None):
         raise ValueError("--objective value and --reward-model go together: its rewards are what prefixes predict")
+    lora = {} if options.lora_rank is None else dict(lora_rank=options.lora_rank)
+    if lora:
+        lora_config(options.lora_rank)  # said now, not after the data have been read
     read = read_responses if valued else read_preferences
     records = read(options.dataset)
     set_seed(args.seed)  # the new head
     with loading(options.model):
         tokenizer = AutoTokenizer.from_pretrained(options.model)
-        model = load_reward_model(options.model, tokenizer, head=options.head)
+        dtype = torch.bfloat16 if lora and args.bf16 else torch.float32
+        model = load_reward_model(options.model, tokenizer, dtype=dtype, head=options.head)
 
     settings = dict(objective=options.objective)
     if valued:
@@ -152,7 +164,7 @@ def train(arguments: list[str]) -> None:
         held_out = prepare(read(options.eval_dataset))
     else:
         items, held_out = split_by_prompt(items, options.eval_fraction, args.seed)
-    metrics = fit(model, tokenizer, items, held_out, args=args, resume=options.resume)
+    metrics = fit(model, tokenizer, items, held_out, args=args, resume=options.resume, **lora)
     if args.process_index == 0:
         save_reward_model(
             model,
@@ -161,6 +173,7 @@ def train(arguments: list[str]) -> None:
             append_eos=options.append_eos,
             prompt_format=prompt_format(record.prompt for record in records),
             **settings,
+            **lora,
         )
         print("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items()))
         print(f"saved {args.output_dir}")

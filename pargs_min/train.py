@@ -7,7 +7,9 @@ precision and processes are those of transformers' `Trainer`; what is ours is th
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -48,6 +50,7 @@ def train_reward_model(
     tail: str = "extend",
     reduction: str = "prefix",
     lengths: tuple[int, int | None] = (1, None),
+    lora_rank: int | None = None,
     resume: bool = False,
 ) -> dict[str, float]:
     """Train a reward model in place.
@@ -60,6 +63,7 @@ def train_reward_model(
         args: of transformers; batch sizes count pairs.
         objective: "partial" (PARGS) compares every prefix, "full" (ARGS) whole responses only.
         tail, reduction, lengths: of the partial objective, see `partial_bradley_terry_loss`.
+        lora_rank: R >= 1 trains adapters of rank R and the head (`low_rank`) instead of all weights.
         resume: go on from the last whole checkpoint in `args.output_dir`, if there is one: same data, seed and
             arguments give the weights of a run that was never interrupted.
 
@@ -68,7 +72,7 @@ def train_reward_model(
 
     Raises:
         ValueError: if the model is not causal, if `objective`, `tail` or `reduction` is unknown, if one process sees
-            several GPUs, or for FSDP.
+            several GPUs, for FSDP, or if the checkpoint to resume from was made with another `lora_rank`.
         MemoryError: where a batch is too large, saying what to lower; checkpoints stay.
     """
     loss, items = objective_functions(objective, tail, reduction, lengths)
@@ -80,7 +84,7 @@ def train_reward_model(
         return tensors | {"labels": items(tensors)}
 
     parts = dict(data_collator=collate_with_items, compute_metrics=prefix_metrics, loss=loss)
-    return _fit(PairTrainer, model, pairs, eval_pairs, args, resume, **parts)
+    return _fit(PairTrainer, model, pairs, eval_pairs, args, lora_rank, resume, **parts)
 
 
 def train_value_model(
@@ -90,6 +94,7 @@ def train_value_model(
     eval_texts: Sequence[Text] = (),
     *,
     args: TrainingArguments,
+    lora_rank: int | None = None,
     resume: bool = False,
 ) -> dict[str, float]:
     """Train a value model in place: every prefix of a text predicts the reward of the whole (controlled decoding).
@@ -115,7 +120,7 @@ def train_value_model(
         return tensors | {"labels": torch.where(torch.arange(int(lengths.max())) < lengths[:, None], 0, -100)}
 
     parts = dict(data_collator=collate_with_items, compute_metrics=value_metrics, loss=prefix_value_loss)
-    return _fit(ValueTrainer, model, texts, eval_texts, args, resume, **parts)
+    return _fit(ValueTrainer, model, texts, eval_texts, args, lora_rank, resume, **parts)
 
 
 RewardFn = Callable[[Tensor, Tensor], Tensor]  # whole texts (N, T) and their mask -> (N,)
@@ -133,7 +138,9 @@ def rate(texts: Sequence[Text], reward_fn: RewardFn, *, batch_size: int = 32, de
     return rated
 
 
-def _fit(trainer_class, model: PreTrainedModel, data, eval_data, args, resume: bool, **parts) -> dict[str, float]:
+def _fit(
+    trainer_class, model: PreTrainedModel, data, eval_data, args, lora_rank: int | None, resume: bool, **parts
+) -> dict[str, float]:
     if not is_causal(model):
         raise ValueError(f"{type(model).__name__} has no reward at every token; train a causal model")
     if args.n_gpu > 1:
@@ -141,7 +148,9 @@ def _fit(trainer_class, model: PreTrainedModel, data, eval_data, args, resume: b
             f"one process sees {args.n_gpu} GPUs: start one process each with `torchrun --nproc-per-node={args.n_gpu} "
             "-m pargs_min train ...`, or show it a single one through CUDA_VISIBLE_DEVICES"
         )
-    with enough_memory(*_asked(args)), _forward_is_prefix_rewards(model):
+    checkpoint = last_checkpoint(args.output_dir) if resume else None
+    _check_rank(checkpoint, lora_rank)
+    with enough_memory(*_asked(args)), low_rank(model, lora_rank), _forward_is_prefix_rewards(model):
         trainer = trainer_class(model, args, train_dataset=data, eval_dataset=eval_data or None, **parts)
         if trainer.is_fsdp_enabled:
             raise ValueError(
@@ -149,7 +158,7 @@ def _fit(trainer_class, model: PreTrainedModel, data, eval_data, args, resume: b
             )
         if args.logging_strategy == "no":
             trainer.remove_callback(PrinterCallback)
-        result = trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if resume else None)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
         metrics = result.metrics | (trainer.evaluate() if eval_data else {})
     model.eval()
     return metrics
@@ -266,6 +275,71 @@ def full_loss(
     return bradley_terry_loss(
         chosen_rewards.gather(1, chosen_lengths[:, None] - 1), rejected_rewards.gather(1, rejected_lengths[:, None] - 1)
     )
+
+
+@contextmanager
+def low_rank(model: PreTrainedModel, rank: int | None) -> Iterator[None]:
+    """Within, only the head and adapters of every other linear layer are trained; afterwards the model is an ordinary
+    one again, the adapters part of its weights.
+
+        W x  becomes  W x + 2 B (A x),   A (rank, in) random, B (out, rank) zero at first
+
+    Adapters and head are float32 or wider; where W is bfloat16, W + 2 B A is rounded to it in the end.
+
+    Args:
+        model: causal, with a head called `score`.
+        rank: R >= 1, or None, which changes nothing.
+
+    Raises:
+        ValueError: if the rank is below 1, or peft is missing.
+
+    Source: Hu et al. (2021), arXiv 2106.09685, with alpha = 2 R, on all linear layers as in arXiv 2305.14314.
+    """
+    if rank is None:
+        yield
+        return
+    config = lora_config(rank)
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # GPT-2 holds its weights transposed: peft sees to it
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft's to change
+        adapters = get_peft_model(model, config).base_model  # within the model, which stays what it is outside
+    head_dtype = torch.promote_types(model.score.weight.dtype, torch.float32)
+    model.score.to(head_dtype).requires_grad_(True)
+    model.config.lora_rank = rank  # checkpoints keep it
+    try:
+        yield
+    finally:
+        adapters.merge_and_unload()
+        model.requires_grad_(True)
+        del model.config.lora_rank
+
+
+def lora_config(rank: int):
+    """The adapters of `low_rank`, as peft's configuration.
+
+    Raises:
+        ValueError: if the rank is below 1, or peft is missing.
+    """
+    if rank < 1:
+        raise ValueError(f"lora_rank (--lora-rank) must be at least 1, got {rank}")
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError(f"lora_rank (--lora-rank) needs peft ({error}): pip install 'pargs-min[lora]'") from None
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=["score"])
+
+
+def _check_rank(checkpoint: str | None, rank: int | None) -> None:
+    if checkpoint is None:
+        return
+    theirs = json.loads((Path(checkpoint) / "config.json").read_text("utf-8")).get("lora_rank")
+    if theirs != rank:
+        raise ValueError(
+            f"{checkpoint} was made with lora_rank (--lora-rank) {theirs}, not {rank}: resume with the same, or choose "
+            "another output folder"
+        )
 
 
 @contextmanager

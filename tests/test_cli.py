@@ -80,6 +80,18 @@ def test_an_earlier_run_is_gone_on_with_or_left_alone(lm, pairs, tmp_path, capsy
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.parametrize("head", ["scalar", "vocab"])
+def test_a_model_trained_by_adapters_is_an_ordinary_one_that_guides(lm, pairs, prompts, tmp_path, capsys, head):
+    assert train(lm, pairs, tmp_path / "out", "--lora-rank", "2", "--head", head) == 0
+    assert train(lm, pairs, tmp_path / "out", "--resume") == 2
+    assert "was made with lora_rank (--lora-rank) 2, not None" in capsys.readouterr().err
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.config.pargs["lora_rank"] == 2
+    assert {type(module).__module__.split(".")[0] for module in model.modules()} <= {"torch", "transformers"}
+    guide = ["--reward-model", str(tmp_path / "out"), "--top-k", "4"]
+    assert generate(lm, prompts, tmp_path / "texts.jsonl", *guide) == 0
+
+
 def test_held_out_pairs_may_be_a_file_of_their_own(lm, pairs, tmp_path, capsys):
     assert train(lm, pairs, tmp_path / "out", "--eval-dataset", str(pairs)) == 0
     assert "eval_pairs                   49" in capsys.readouterr().out
@@ -91,6 +103,7 @@ def test_held_out_pairs_may_be_a_file_of_their_own(lm, pairs, tmp_path, capsys):
         (["--dataset", "absent.jsonl"], "absent.jsonl"),
         (["--model", "absent"], "cannot load 'absent'"),
         (["--max-length", "2"], "raise --max-length"),
+        (["--lora-rank", "0"], "lora_rank (--lora-rank) must be at least 1"),
         (["--eval-fraction", "2"], "eval-fraction"),
         (["--beta", "1"], "--beta"),
     ],

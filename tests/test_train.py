@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import random
+import sys
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from peft import LoraModel
 from transformers import AutoModelForSequenceClassification, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 from pargs_min import train
 from pargs_min.data import Pair, Text, at_response_tokens, collate
 from pargs_min.losses import bradley_terry_loss, prefix_value_loss
-from pargs_min.reward_model import prefix_rewards
+from pargs_min.reward_model import prefix_rewards, save_reward_model
 from pargs_min.scoring import model_rewards
 from pargs_min.train import (
     last_checkpoint,
@@ -246,6 +249,129 @@ def test_the_partial_loss_is_that_of_every_prefix_on_its_own(tmp_path, tail, las
             margins.append(whole_reward(model, prompt + one) - whole_reward(model, prompt + other))
     expected = torch.nn.functional.softplus(-torch.tensor(margins, dtype=torch.float64)).mean()
     assert metrics["eval_loss"] == pytest.approx(float(expected), rel=1e-9)
+
+
+# ---- adapters of low rank ----
+
+
+def family_model(family, seed=1):
+    return tiny_reward_model(family, vocabulary=14, seed=seed, **FAMILIES[family])
+
+
+FAMILIES = {"gpt2": dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), "llama": {}}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_adapters_and_head_are_trained_and_merging_changes_no_reward(tmp_path, monkeypatch, family):
+    model, pairs, seen = family_model(family), random_pairs(64), {}
+    before, head = {name: p.clone() for name, p in model.named_parameters()}, model.score.weight.clone()
+    ids = torch.randint(2, 14, (4, 9), generator=torch.Generator().manual_seed(0))
+    merge = LoraModel.merge_and_unload
+
+    def look(adapters):
+        seen["gradients"] = {name for name, p in model.named_parameters() if p.requires_grad}
+        seen["adapted"] = {name for name, module in model.named_modules() if hasattr(module, "lora_A")}
+        seen["rewards"] = prefix_rewards(model, ids, torch.ones_like(ids)).detach()
+        return merge(adapters)
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", look)
+    args = arguments(tmp_path, max_steps=60, per_device_train_batch_size=16)
+    linear = {name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))}
+    metrics = train_reward_model(model, tiny_tokenizer(), pairs, random_pairs(32, seed=1), args=args, lora_rank=2)
+    assert seen["adapted"] == linear - {"score"}
+    assert {name for name in seen["gradients"] if ".lora_" not in name} == {"score.weight"}
+    assert len(seen["gradients"]) == 2 * len(seen["adapted"]) + 1
+    torch.testing.assert_close(prefix_rewards(model, ids, torch.ones_like(ids)), seen["rewards"], rtol=0, atol=1e-5)
+    assert metrics["eval_accuracy"] > 0.95
+    assert metrics["eval_loss"] < 0.5
+
+    after = dict(model.named_parameters())
+    assert list(after) == list(before)  # an ordinary model again
+    assert all(p.requires_grad for p in after.values())
+    moved = {name for name, p in after.items() if not torch.equal(p, before[name])}
+    assert moved == {f"{name}.weight" for name in linear}
+    assert not torch.equal(model.score.weight, head)
+    name = "model.layers.0.mlp.up_proj.weight" if family == "llama" else "transformer.h.0.mlp.c_fc.weight"
+    change = after[name] - before[name]
+    assert torch.linalg.matrix_rank(change, rtol=1e-6) == 2
+
+
+def test_what_adapters_leave_on_disk_needs_no_peft(tmp_path):
+    model = family_model("llama").float()
+    args = arguments(tmp_path, save_strategy="steps", save_steps=4)
+    train_reward_model(model, tiny_tokenizer(), random_pairs(16), args=args, lora_rank=2)
+    save_reward_model(model, tiny_tokenizer(), tmp_path)
+    ids = torch.randint(2, 14, (4, 9), generator=torch.Generator().manual_seed(0))
+    rewards = prefix_rewards(model, ids, torch.ones_like(ids))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "peft", None)
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert not hasattr(loaded.config, "lora_rank")
+    torch.testing.assert_close(prefix_rewards(loaded, ids, torch.ones_like(ids)), rewards, rtol=0, atol=0)
+
+
+def test_adapters_are_resumed_to_the_weights_of_an_uninterrupted_run(tmp_path, monkeypatch):
+    pairs = random_pairs(12)
+
+    def run(folder, resume=False, rank=2):
+        torch.manual_seed(resume)
+        model = tiny_reward_model(vocabulary=14)  # with dropout
+        args = arguments(tmp_path / folder, max_steps=6, save_strategy="steps", save_steps=2)
+        train_reward_model(model, tiny_tokenizer(), pairs, args=args, resume=resume, lora_rank=rank)
+        return weights(model)
+
+    expected = run("whole")
+    compute_loss, calls = train.PairTrainer.compute_loss, []
+
+    def killed(self, *rest, **keywords):
+        calls.append(1)
+        if len(calls) > 3:
+            raise KeyboardInterrupt
+        return compute_loss(self, *rest, **keywords)
+
+    monkeypatch.setattr(train.PairTrainer, "compute_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("killed")
+    monkeypatch.undo()
+    for rank in (3, None):
+        with pytest.raises(ValueError, match=rf"checkpoint-2 was made with lora_rank \(--lora-rank\) 2, not {rank}"):
+            run("killed", resume=True, rank=rank)
+    assert torch.equal(run("killed", resume=True), expected)
+
+
+def test_value_models_take_adapters_too(tmp_path):
+    model, args = family_model("llama"), arguments(tmp_path, max_steps=60, per_device_train_batch_size=16)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    metrics = train_value_model(model, tiny_tokenizer(), random_texts(64), random_texts(32), args=args, lora_rank=2)
+    assert metrics["eval_correlation"] > 0.5
+    assert torch.equal(model.get_input_embeddings().weight, before["model.embed_tokens.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_over_bfloat16_weights_are_float32_and_may_be_checkpointed(tmp_path):
+    model, dtypes = family_model("llama").bfloat16(), []
+    step = train.PairTrainer.compute_loss
+    args = arguments(tmp_path, bf16=True, gradient_checkpointing=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            train.PairTrainer,
+            "compute_loss",
+            lambda self, *rest, **keywords: (
+                dtypes.append({p.dtype for p in model.parameters() if p.requires_grad}),
+                step(self, *rest, **keywords),
+            )[1],
+        )
+        train_reward_model(model, tiny_tokenizer(), random_pairs(16), args=args, lora_rank=2)
+    assert dtypes == [{torch.float32}] * 4
+    assert model.score.weight.dtype == torch.float32
+    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("rank", "message"), [(0, "must be at least 1, got 0"), (2, "needs peft .*pargs-min.lora")])
+def test_a_bad_rank_and_a_missing_peft_are_reported(tmp_path, monkeypatch, rank, message):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=rf"lora_rank \(--lora-rank\) {message}"):
+        train_reward_model(reward_model(), tiny_tokenizer(), random_pairs(4), args=arguments(tmp_path), lora_rank=rank)
 
 
 # ---- value models ----
