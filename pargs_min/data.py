@@ -80,7 +80,7 @@ def encode_prompt(
 
     Raises:
         ValueError: if messages are given but the tokenizer has no chat template, or the reward model was trained on
-            text; if the prompt has no token at all.
+            text; if the prompt has no token at all, or one that the tokenizer does not know.
     """
     if isinstance(prompt, str) and prompt_format == "chat":
         prompt = [{"role": "user", "content": prompt}]
@@ -92,6 +92,7 @@ def encode_prompt(
         ids = _encode_text(tokenizer, prompt) if isinstance(prompt, str) else prompt
     if not ids:
         raise ValueError(f"prompt {prompt!r} has no token, and the tokenizer adds no start token; give some text")
+    _check_ids(tokenizer, ids)
     return ids if max_length is None else _cut_left(ids, max_length, tokenizer.bos_token_id)
 
 
@@ -225,16 +226,19 @@ def _encode_checked(
     record: Preference | Response, tokenizer: PreTrainedTokenizerBase, responses: list[list[int]]
 ) -> list[int]:
     try:
-        prompt_ids = encode_prompt(tokenizer, record.prompt)
+        for ids in responses:
+            _check_ids(tokenizer, ids)
+        return encode_prompt(tokenizer, record.prompt)
     except ValueError as error:
         raise ValueError(f"{record.source}: {error}") from None
-    largest = max(max(ids, default=0) for ids in (prompt_ids, *responses))
-    if largest >= len(tokenizer):
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
+    if max(ids, default=0) >= len(tokenizer):
         raise ValueError(
-            f"{record.source}: token id {largest} is outside the tokenizer's vocabulary of {len(tokenizer)}; "
+            f"token id {max(ids)} is outside the tokenizer's vocabulary of {len(tokenizer)}; "
             "the ids were made with another tokenizer"
         )
-    return prompt_ids
 
 
 def _nothing_left(preferences: Sequence[Preference], counts: dict[str, int], max_length: int | None) -> str:

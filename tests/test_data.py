@@ -65,7 +65,11 @@ def test_decoding_applies_the_format_of_training():
 
 @pytest.mark.parametrize(
     ("prompt", "prompt_format", "message"),
-    [([{"role": "user", "content": "a"}], "text", "trained on text prompts"), ([], None, "no token")],
+    [
+        ([{"role": "user", "content": "a"}], "text", "trained on text prompts"),
+        ([], None, "no token"),
+        ([13, 14], None, "token id 14 is outside the tokenizer's vocabulary of 14"),
+    ],
 )
 def test_prompts_that_cannot_be_encoded_are_refused(prompt, prompt_format, message):
     with pytest.raises(ValueError, match=message):
