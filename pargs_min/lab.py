@@ -250,21 +250,25 @@ def _start(start: str | dict, tokenizer: PreTrainedTokenizerBase, head: str) -> 
     return AutoModelForSequenceClassification.from_config(config)
 
 
-def _rated_texts(lab: Lab, recipe: dict, seed: int) -> list:
-    """As many texts of the reference as the pairs hold responses, for the same prompts, rated by a full model."""
-    made = material(lab)
-    asked = [pair.prompt_ids for pair in made.pairs]
-    prompts = [{"prompt_ids": list(ids)} for ids in dict.fromkeys(map(tuple, asked))]
+def samples(lab: Lab) -> Path:
+    """As many texts of the reference as the pairs hold responses, for the same prompts: what value models learn from."""
     file = Path(lab.folder) / "samples.jsonl"
     if not file.exists():
-        settings = dict(method="plain", num_samples=math.ceil(2 * len(asked) / len(prompts)), seed=10**6)
+        made = material(lab)
+        prompts = [{"prompt_ids": list(ids)} for ids in dict.fromkeys(tuple(pair.prompt_ids) for pair in made.pairs)]
+        settings = dict(method="plain", num_samples=math.ceil(2 * len(made.pairs) / len(prompts)), seed=10**6)
         settings |= dict(max_new_tokens=lab.max_new_tokens, batch_size=lab.batch_size)
         unfinished = file.with_suffix(".unfinished")
         with unfinished.open("w") as out:
             for record in generate_texts(made.lm, made.tokenizer, prompts, **settings):
                 out.write(json.dumps(record) + "\n")
         unfinished.rename(file)
-    texts, _ = encode_texts(read_responses(file), made.tokenizer, context_length(made.lm))
+    return file
+
+
+def _rated_texts(lab: Lab, recipe: dict, seed: int) -> list:
+    made = material(lab)
+    texts, _ = encode_texts(read_responses(samples(lab)), made.tokenizer, context_length(made.lm))
     rater = load_reward_model(make(lab, *ingredients(recipe, seed)[0])).to(device()).eval()
     return rate(texts, model_rewards(rater), batch_size=lab.batch_size, device=device())
 
@@ -519,12 +523,11 @@ def sweep(labs: dict[str, Lab], cells: Sequence[Cell], file: Path, processes: in
         total = len(left) + sum(map(len, todo))
         with transformers.utils.logging.tqdm(total=total, desc="models and cells", disable=None) as progress:
             try:
+                _prepare(labs, left)
                 for stage in todo:
                     for future in as_completed([pool.submit(make, *job) for job in stage.values()]):
                         future.result()
                         progress.update()
-                if left:
-                    _prepare(labs, left)
                 futures = {pool.submit(measure, labs[cell.get("lab", "")], cell): cell for cell in left}
                 for future in as_completed(futures):
                     record = {"cell": futures[future], "found": future.result()}
@@ -555,10 +558,14 @@ def _made(lab: Lab, recipe: dict, seed: int) -> bool:
 
 def _prepare(labs: dict[str, Lab], cells: Sequence[Cell]) -> None:
     """What several processes would otherwise make at once."""
-    for name in dict.fromkeys(cell.get("lab", "") for cell in cells):
-        plain_rewards(labs[name])
-        if any(cell.get("quality") and cell.get("lab", "") == name for cell in cells):
-            siblings(labs[name])
+    for name, lab in labs.items():
+        mine = [cell for cell in cells if cell.get("lab", "") == name]
+        if any((cell.get("recipe") or {}).get("objective") == "value" for cell in mine):
+            samples(lab)
+        if any(cell.get("method") for cell in mine):
+            plain_rewards(lab)
+        if any(cell.get("quality") for cell in mine):
+            siblings(lab)
 
 
 def _read(file: Path, labs: dict) -> dict[str, dict]:
