@@ -10,7 +10,7 @@ A *reward scorer* is what the decoding loop needs of a reward model: `start(prom
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -225,15 +225,16 @@ class VocabularyScorer:
 
 
 class ReencodeScorer:
-    """r(prefix + candidate) by reading all B * K whole texts again at every step.
+    """r(prefix + candidate) by reading all B * K whole texts again at every step, those of like length together.
 
     Args:
         reward_fn: (N, T) ids and their mask, padded on the left -> (N,) rewards. See `model_rewards` and
-            `text_rewards` for hub models; any function of token ids will do.
+            `text_rewards` for hub models; any function of token ids will do. It is given the texts in parts.
+        max_tokens: of a part, padding included; a longer text is a part by itself.
     """
 
-    def __init__(self, reward_fn: Callable[[Tensor, Tensor], Tensor]):
-        self.reward_fn = reward_fn
+    def __init__(self, reward_fn: Callable[[Tensor, Tensor], Tensor], max_tokens: int = 2**14):
+        self.reward_fn, self.max_tokens = reward_fn, max_tokens
 
     def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
         self.ids, self.mask = prompt_ids, mask
@@ -242,7 +243,12 @@ class ReencodeScorer:
         k = candidates.shape[1]
         ids = torch.cat([self.ids.repeat_interleave(k, 0), candidates.reshape(-1, 1)], 1)
         mask = torch.cat([self.mask.repeat_interleave(k, 0), torch.ones_like(ids[:, :1])], 1)
-        return self.reward_fn(ids, mask).view(candidates.shape)
+        lengths, order = mask.sum(-1).sort(stable=True)
+        rewards = []
+        for part in length_buckets(lengths.tolist(), self.max_tokens):
+            rows, width = order[part], int(lengths[part][-1])
+            rewards.append(self.reward_fn(ids[rows, -width:], mask[rows, -width:]))
+        return torch.cat(rewards)[order.argsort()].view(candidates.shape)
 
     def push(self, tokens: Tensor) -> None:
         self.ids = torch.cat([self.ids, tokens[:, None]], 1)
@@ -250,6 +256,23 @@ class ReencodeScorer:
 
     def select(self, rows: Tensor) -> None:
         self.ids, self.mask = self.ids[rows], self.mask[rows]
+
+
+def length_buckets(lengths: list[int], max_tokens: int) -> Iterator[slice]:
+    """Cut ascending lengths into parts to be read together, with at most a quarter of each being padding.
+
+    Args:
+        max_tokens: number of texts times length of the longest, at most; a longer text is a part by itself.
+
+    >>> list(length_buckets([6, 7, 8, 8, 20, 20], max_tokens=24))
+    [slice(0, 3, None), slice(3, 4, None), slice(4, 5, None), slice(5, 6, None)]
+    """
+    start = 0
+    for end, length in enumerate(lengths):
+        if end > start and ((end - start + 1) * length > max_tokens or 4 * lengths[start] < 3 * length):
+            yield slice(start, end)
+            start = end
+    yield slice(start, len(lengths))
 
 
 def model_rewards(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:

@@ -257,9 +257,7 @@ def _reward(
         check_vocabularies(lm_tokenizer, tokenizer or lm_tokenizer)
         reward_fn = model_rewards(model)
     except ValueError as error:
-        warnings.warn(
-            f"{error}. Falling back to the latter: top_k reward passes over decoded text a token", stacklevel=3
-        )
+        warnings.warn(f"{error}. Falling back to the latter: {_reencoding(longest)}", stacklevel=3)
         reward_fn = text_rewards(model, tokenizer, lm_tokenizer)
         return reward_fn, ReencodeScorer(reward_fn)
     if method not in GUIDED:
@@ -282,8 +280,15 @@ def choose_scorer(model: PreTrainedModel, longest: int) -> RewardScorer:
         why = f"texts of up to {longest} tokens outgrow the reward model's attention window of {scorer.window}"
     except ValueError as error:
         why = str(error)
-    warnings.warn(f"{why}. Falling back to top_k reward passes over the whole text a token", stacklevel=2)
+    warnings.warn(f"{why}. Falling back to whole texts: {_reencoding(longest)}", stacklevel=2)
     return ReencodeScorer(model_rewards(model))
+
+
+def _reencoding(longest: int) -> str:
+    return (
+        f"every token costs top_k reward passes over a whole text, here of up to {longest} tokens, instead of one pass "
+        "over top_k + 1 tokens"
+    )
 
 
 def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

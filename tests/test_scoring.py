@@ -1,7 +1,11 @@
 """Fast scoring equals the naive way, in every family; what cannot be scored fast is refused."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -11,6 +15,7 @@ from pargs_min.scoring import (
     SiblingScorer,
     attention_window,
     check_vocabularies,
+    length_buckets,
     model_rewards,
     text_rewards,
 )
@@ -104,6 +109,53 @@ def test_a_bidirectional_model_is_scored_by_reading_whole_texts():
     for ids, mask, candidates, rewards in three_steps(ReencodeScorer(model_rewards(model)), *left_padded(7, 3, 1)):
         text = torch.cat([ids[1][mask[1].bool()], candidates[1, 2, None]])[None]
         assert_close(rewards[1, 2], model(input_ids=text).logits[0, 0], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["causal", "bidirectional", "another tokenizer"])
+def test_reencoding_in_parts_of_like_length_equals_one_text_at_a_time(kind):
+    lm_tokenizer = word_tokenizer("<end> <pad> a b c d e f g h i", pad_token="<pad>")
+    own = word_tokenizer("i h g f e d c b a <pad> <end>", pad_token="<pad>")
+    reward_fn = {
+        "causal": lambda: model_rewards(tiny_reward_model("llama")),
+        "bidirectional": lambda: model_rewards(bert()),
+        "another tokenizer": lambda: text_rewards(tiny_reward_model("gpt2"), own, lm_tokenizer),
+    }[kind]()
+    shapes = []
+
+    def recorded(ids, mask):
+        shapes.append((mask.numel(), int(mask.sum())))
+        return reward_fn(ids, mask)
+
+    prompts = left_padded(3, 40, 1, 30, 4, 3)
+    steps = torch.randint(2, 11, (3, 6, 5), generator=torch.Generator().manual_seed(1))
+    scorer = ReencodeScorer(recorded, max_tokens=150)
+    scorer.start(*prompts)
+    ids, mask = prompts
+    for candidates in steps:
+        rewards = scorer.score(candidates)
+        for b, k in torch.cartesian_prod(torch.arange(6), torch.arange(5)).tolist():
+            text = torch.cat([ids[b][mask[b].bool()], candidates[b, k, None]])[None]
+            assert_close(rewards[b, k], reward_fn(text, torch.ones_like(text))[0], rtol=0, atol=1e-12)
+        scorer.push(candidates[:, 0])
+        ids = torch.cat([ids, candidates[:, :1]], 1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    assert max(computed for computed, _ in shapes) <= 150
+    assert all(3 * computed <= 4 * read for computed, read in shapes)
+    assert len(shapes) < 3 * 30 / 2
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30).map(sorted), st.integers(1, 300))
+def test_parts_hold_every_text_once_little_padding_and_no_more_tokens_than_asked(lengths, max_tokens):
+    parts = list(length_buckets(lengths, max_tokens))
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(len(lengths)))
+    for part in parts:
+        some = lengths[part]
+        assert len(some) * some[-1] <= max_tokens or len(some) == 1
+        assert 4 * sum(some) >= 3 * len(some) * some[-1]
+    for one, other in pairwise(parts):  # as few as that allows, taken from the shortest on
+        some = lengths[one.start : other.start + 1]
+        assert len(some) * some[-1] > max_tokens or 4 * some[0] < 3 * some[-1]
 
 
 @pytest.mark.parametrize(
