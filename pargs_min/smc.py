@@ -64,7 +64,8 @@ def systematic(log_weights: Tensor, uniforms: Tensor) -> Tensor:
     n = log_weights.shape[1]
     shares = log_weights.double().softmax(-1).cumsum(-1)
     points = (torch.arange(n, device=uniforms.device) + uniforms[:, None].double()) / n
-    return torch.searchsorted(shares, points, right=True).clamp(max=n - 1)
+    below = torch.nextafter(shares[:, -1:], torch.zeros_like(shares[:, -1:]))  # rounding may reach the end
+    return torch.searchsorted(shares, torch.minimum(points, below), right=True)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:

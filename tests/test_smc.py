@@ -254,6 +254,13 @@ def test_systematic_resampling_is_unbiased(weights):
     assert ((copies.mean(0) - expected).abs() <= 2 / 2000 + 1e-9).all()
 
 
+def test_a_particle_without_weight_is_never_chosen():
+    log_weights = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).log().expand(2, -1)
+    chosen = systematic(log_weights, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+    assert chosen[0].tolist() == [1, 1, 2, 2]
+    assert set(chosen[1].tolist()) == {1, 2}
+
+
 def test_effective_sample_size_between_one_and_all():
     log_weights = torch.tensor([[0.0, -torch.inf, -torch.inf], [5.0, 5.0, 5.0], [0.0, 0.0, -torch.inf]])
     assert_close(effective_sample_size(log_weights), torch.tensor([1.0, 3.0, 2.0]))
