@@ -646,6 +646,76 @@ def benchmark(arguments: list[str]) -> int:
     return 0
 
 
+@dataclass
+class StudyOptions:
+    """What `pargs study NAME` takes. Without --model it runs on the embedded world."""
+
+    output_dir: str = field(
+        default="runs/study",
+        metadata={"help": "Models, tables, figures. Studies share what they train; an interrupted one goes on here."},
+    )
+    seeds: int = field(default=3, metadata={"help": "Of everything that is trained or drawn."})
+    seed: int = field(default=0, metadata={"help": "The first of them."})
+    processes: int = field(default=2, metadata={"help": "That train and decode side by side; 1 on a GPU."})
+    quick: bool = field(default=False, metadata={"help": "So small that it shows nothing but that it runs."})
+    model: str | None = field(default=None, metadata={"help": "Language model: a folder or a hub id."})
+    dataset: str | None = field(default=None, metadata={"help": "Preference pairs, as for `pargs train`."})
+    prompts: str | None = field(default=None, metadata={"help": "To write for, as for `pargs generate`."})
+    judge: str | None = field(default=None, metadata={"help": "Scores texts, as for `pargs evaluate`."})
+    held_out: str | None = field(default=None, metadata={"help": "Pairs to test on; by default a tenth of --dataset."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of the longest response."})
+    samples: int = field(default=16, metadata={"help": "Texts a prompt."})
+    batch_size: int = field(default=32, metadata={"help": "Texts decoded together."})
+    pairs_per_step: int = field(default=16, metadata={"help": "Pairs a training step."})
+    epochs: float = field(default=1.0, metadata={"help": "Passes over the pairs."})
+    learning_rate: float = field(default=1e-5, metadata={"help": "Of reward models."})
+    dpo_learning_rate: float = field(default=1e-6, metadata={"help": "Of DPO."})
+    ppo_learning_rate: float = field(default=1e-5, metadata={"help": "Of PPO."})
+    ppo_updates: int = field(default=100, metadata={"help": "Batches of texts that PPO learns from."})
+    append_eos: bool = field(default=True, metadata={"help": "--no-append-eos if responses were cut at a limit."})
+
+
+def study(arguments: list[str]) -> None:
+    """Answer one of nine questions by a grid of experiments (`pargs study` lists them)."""
+    from argparse import RawTextHelpFormatter
+    from dataclasses import fields
+    from pathlib import Path
+
+    import torch
+    from transformers import HfArgumentParser
+
+    from pargs_min import study as questions
+    from pargs_min.lab import Lab, embedded
+
+    name, *rest = arguments or ["--help"]
+    parser = HfArgumentParser(
+        StudyOptions, prog="pargs study NAME", description=questions.__doc__, formatter_class=RawTextHelpFormatter
+    )
+    if name in ("-h", "--help"):
+        parser.parse_args(["--help"])
+    if name not in questions.NAMES:
+        raise ValueError(f"no study {name!r}; there are {', '.join(questions.NAMES)}")
+    (options,) = parser.parse_args_into_dataclasses(rest)
+    if options.seeds < 1 or options.processes < 1:
+        raise ValueError(f"--seeds and --processes must be at least 1, got {options.seeds} and {options.processes}")
+    folder, given = Path(options.output_dir), ("model", "dataset", "prompts", "judge")
+    missing = [f"--{one}" for one in given if getattr(options, one) is None]
+    if 0 < len(missing) < len(given):
+        raise ValueError(f"a study of your own model needs {', '.join(missing)}, too")
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1 if options.model is None else torch.get_num_threads())
+    with loading(options.model or str(folder)):
+        if options.model is None:
+            lab = embedded(folder, quick=options.quick)
+        else:
+            shared = {field.name for field in fields(Lab)} & vars(options).keys()
+            settings = {name: getattr(options, name) for name in shared}
+            lab = Lab(folder=str(folder), pairs=options.dataset, **settings)
+        seeds = range(options.seed, options.seed + options.seeds)
+        print(questions.run(name, lab, folder, seeds=seeds, processes=options.processes, quick=options.quick))
+    print(f"saved {name}.md, {name}.json and {name}.png in {folder}")
+
+
 @contextmanager
 def loading(name: str) -> Iterator[None]:
     """Load models without transformers' report on each, and with errors that name the model."""
@@ -668,10 +738,11 @@ COMMANDS = {
     "generate": generate,
     "trace": trace,
     "evaluate": evaluate,
+    "study": study,
     "benchmark": benchmark,
     "dpo": dpo,
     "ppo": ppo,
 }
 USAGE = "usage: pargs COMMAND [options]   (pargs COMMAND --help)\n\n" + "\n".join(
-    f"  {name:10} {command.__doc__}" for name, command in COMMANDS.items()
+    f"  {name:10} {' '.join(command.__doc__.split())}" for name, command in COMMANDS.items()
 )

@@ -90,7 +90,7 @@ def embedded(folder: Path, *, quick: bool = False, seed: int = 0, steps: int = 1
         steps: of training the reference.
         world: arguments of `Journey`.
     """
-    most, pairs, held_out = (60, 200, 60) if quick else (1500, 8000, 1000)
+    most, pairs, held_out = (60, 200, 20) if quick else (1500, 8000, 1000)
     steps = min(steps, most)
     journey = Journey(**world)
     lm, tokenizer = reference(folder / "reference", journey, seed=seed, steps=steps)
@@ -108,11 +108,11 @@ def embedded(folder: Path, *, quick: bool = False, seed: int = 0, steps: int = 1
         judge="toy",
         world={name: str(value) for name, value in world.items()},
         max_new_tokens=HORIZON,
-        samples=4 if quick else 64,
+        samples=2 if quick else 64,
         plain_samples=40 if quick else 4000,
         batch_size=16 if quick else 256,
         pairs_per_step=64,
-        epochs=3.2,
+        epochs=0.6 if quick else 3.2,
         learning_rate=1e-3,
         dpo_learning_rate=1e-4,
         ppo_learning_rate=3e-4,
@@ -251,7 +251,7 @@ def _start(start: str | dict, tokenizer: PreTrainedTokenizerBase, head: str) -> 
 
 
 def samples(lab: Lab) -> Path:
-    """As many texts of the reference as the pairs hold responses, for the same prompts: what value models learn from."""
+    """Texts of the reference that value models learn from: two for each pair, for the same prompts."""
     file = Path(lab.folder) / "samples.jsonl"
     if not file.exists():
         made = material(lab)

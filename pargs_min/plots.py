@@ -22,6 +22,10 @@ INKS = {
     "args": (RED, "^"),
     "args-greedy": (ORANGE, "v"),
     "best-of-n": (GREEN, "D"),
+    "cd": (PINK, "P"),
+    "smc": ("#004B75", "*"),
+    "dpo": ("#7F7F7F", "<"),
+    "ppo": ("#7F7F7F", ">"),
     "partial": (BLUE, "o"),
     "full": (RED, "^"),
 }
@@ -67,8 +71,6 @@ def reward_vs_kl(rows: Sequence[Mapping], frontier: Sequence[tuple[float, float]
         frontier: (kl, reward) of the RLHF policies of the reference, the best that any policy can do.
     """
     drawing, axes = figure("KL to the reference (nats a text)", "gold reward", title, (7.6, 4.8))
-    axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
-    axes.set_xticks(ticks := [0, 0.1, 0.5, 1, 2, 3, 5, 10, 20, 30], [f"{tick:g}" for tick in ticks])
     axes.plot(*zip(*frontier, strict=True), color=BLACK, linewidth=1.5, label="RLHF (the most at each KL)")
     for method in dict.fromkeys(row["method"] for row in rows):
         ink, mark = INKS[method]
@@ -82,9 +84,16 @@ def reward_vs_kl(rows: Sequence[Mapping], frontier: Sequence[tuple[float, float]
         for p in points if method != "plain" else []:
             name = f"{p['beta']:g}" if p["beta"] is not None else f"n={p['n']}"
             axes.annotate(name, (p["kl"], p["gold"]), (5, -9), textcoords="offset points", fontsize=7, color=ink)
-    axes.set_xlim(0, 1.15 * max(single["kl"] for row in rows for single in row["models"]))
+    root_scale(axes, max(single["kl"] for row in rows for single in row["models"]))
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), title="number: beta, or n")
     return drawing
+
+
+def root_scale(axes: Axes, largest: float) -> None:
+    """Make the first axis one of the root of KL, up to a little more than the largest."""
+    axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
+    axes.set_xticks(ticks := [0, 0.1, 0.5, 1, 2, 3, 5, 10, 20, 30], [f"{tick:g}" for tick in ticks])
+    axes.set_xlim(0, 1.15 * largest)
 
 
 def prefix_accuracy(curves: Mapping[str, Sequence[Sequence[float]]], title: str = "") -> Figure:

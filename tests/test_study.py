@@ -1,0 +1,124 @@
+"""The nine studies: each from start to end in miniature, and what they read off their numbers."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+from transformers import AutoTokenizer
+
+from pargs_min import cost, lab, study
+from pargs_min.cli import main
+from pargs_min.lab import embedded, interval
+from pargs_min.records import read_preferences
+from pargs_min.study import NAMES, at_equal_kl, relabelled, run, table, without_nan
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The embedded world, far too small to show anything; the studies share it and what they train."""
+    return embedded(tmp_path_factory.mktemp("world"), quick=True)
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    monkeypatch.setattr(lab, "workers", lambda processes: ThreadPoolExecutor(1))
+    monkeypatch.setattr(study, "BETAS", (0.5, 2.0))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "cost"])
+def test_a_study_writes_its_table_its_figure_and_its_numbers_and_does_nothing_twice(name, world, tmp_path, monkeypatch):
+    text = run(name, world, tmp_path, seeds=[0], quick=True)
+    cells = len((tmp_path / f"{name}.jsonl").read_text().splitlines()) - 1
+    saved = json.loads((tmp_path / f"{name}.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert len(saved["rows"]) == cells > 3
+    assert (tmp_path / f"{name}.md").read_text() == text + "\n"
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    measured = []
+    monkeypatch.setattr(lab, "measure", lambda *cell: measured.append(cell) or {})
+    assert run(name, world, tmp_path, seeds=[0], quick=True) == text
+    assert not measured
+
+
+def test_cost_is_the_report_of_the_benchmark(world, tmp_path, monkeypatch):
+    shape = dict(vocab_size=30, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+    monkeypatch.setitem(cost.SHAPES, "tiny", ("gpt2", shape))
+    assert "our loop" in run("cost", world, tmp_path, seeds=[0], quick=True)
+    assert {file.suffix for file in tmp_path.glob("cost.*")} == {".md", ".json", ".png"}
+
+
+def test_pairs_are_labelled_anew_by_the_attribute(world):
+    other = relabelled(world, "brevity", "pargs_min.attributes:brevity")
+    before, after = read_preferences(world.pairs), read_preferences(other.pairs)
+    tokenizer = AutoTokenizer.from_pretrained(world.model)
+
+    def words(ids):
+        return len(tokenizer.decode(ids, skip_special_tokens=True).split())
+
+    assert all(words(pair.chosen) < words(pair.rejected) for pair in after)
+    assert len(after) == sum(words(pair.chosen) != words(pair.rejected) for pair in before)
+    assert {tuple(pair.prompt) for pair in after} <= {tuple(pair.prompt) for pair in before}
+
+
+def row(method, rewards, kls, beta=None):
+    return {"method": method, "beta": beta, "reward": interval(rewards), "kl": interval(kls)}
+
+
+def test_pargs_and_args_are_compared_at_the_kl_of_args_seed_by_seed():
+    rows = [
+        row("plain", [0.0, 1.0], [0.0, 0.0]),
+        row("pargs", [2.0, 3.0], [1.0, 2.0], beta=1.0),
+        row("args", [0.5, 1.0], [0.5, 1.0], beta=1.0),  # there PARGS has 1 and 2
+        row("args", [0.0, 1.0], [9.0, 9.0], beta=2.0),  # beyond its largest KL: 2 and 3
+    ]
+    (text,) = at_equal_kl(rows)
+    _, first, second, plain = text.split("\n")
+    assert "beta=1 (0.75): +0.75" in first  # .5 and 1
+    assert "beta=2 (9.00): +2.00" in second
+    assert "PARGS less plain, beta=1: +2.00, 95% [+2.00, +2.00] over 2 seeds" in plain
+
+
+def test_the_table_names_what_was_varied_and_marks_bounds():
+    rows = [row("plain", [1.0, 2.0], [0.0, 0.0]) | {"n": None}, row("best-of-n", [3.0, 3.5], [0.6, 0.6]) | {"n": 4}]
+    head, _, first, second = table(rows, ("reward", "kl", "gap")).split("\n")
+    assert head == "| method | n | reward | KL |"
+    assert first == "| plain |  | 1.50 ± 0.50 | 0.00 ± 0.00 |"
+    assert second == "| best-of-n | 4 | 3.25 ± 0.25 | ≤ 0.60 ± 0.00 |"
+    assert without_nan({"a": [float("nan"), 1.0]}) == {"a": [None, 1.0]}
+
+
+def test_a_study_of_a_model_of_ones_own(world, tmp_path, capsys):
+    """The world's files as if they were anybody's: held-out pairs are split off, win rates come from rollouts."""
+    given = ["--model", world.model, "--dataset", world.pairs, "--prompts", world.prompts]
+    given += ["--judge", "pargs_min.attributes:style", "--max-new-tokens", "16", "--samples", "2", "--seeds", "1"]
+    given += ["--pairs-per-step", "32", "--epochs", "0.3", "--learning-rate", "1e-3", "--output-dir", str(tmp_path)]
+    assert main(["study", "data-size", *given]) == 0
+    rows = json.loads((tmp_path / "data-size.json").read_text())["rows"]
+    assert all(0 <= r["concordance"]["mean"] <= 1 for r in rows)
+    assert rows[0]["ceiling"]["mean"] < 1
+    assert "saved data-size.md" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nonsense"], "no study 'nonsense'; there are data-size"),
+        (["beta", "--model", "x"], "needs --dataset, --prompts, --judge, too"),
+        (["beta", "--seeds", "0"], "must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_studied_is_named(arguments, message, capsys):
+    assert main(["study", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_lab_without_texts_is_refused(world):
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        replace(world, samples=0)
+
+
+def test_every_question_has_a_study():
+    assert all(f"\n    {name} " in study.__doc__ for name in NAMES)
+    assert len(NAMES) == 9
