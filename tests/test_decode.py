@@ -218,6 +218,16 @@ def test_a_reward_that_is_not_finite_stops_with_step_and_row(value, step):
         generate(ModelPolicy(lm), Broken(value, step), *left_padded(3, 3, 3), beta=1.0, top_k=4, max_new_tokens=4)
 
 
+def test_what_becomes_of_a_row_after_its_end_does_not_matter():
+    """The second row ends at once, and two steps later its reward is not a number. The loop ends with the last row."""
+    tokens, steps = iter([[3, END], [4, 4], [END, 4]]), []
+    settings = dict(beta=1.0, top_k=0, max_new_tokens=9, eos=END, on_step=steps.append)
+    draw = dict(draw=lambda *_: torch.tensor(next(tokens)))
+    found = generate(ModelPolicy(models()[0]), Broken(float("nan"), 2), *left_padded(3, 3), **settings, **draw)
+    assert found.tokens.tolist() == [[3, 4, END], [END, END, END]]
+    assert len(steps) == 3
+
+
 def test_a_language_model_without_numbers_is_caught_too():
     lm, _ = models()
     lm.lm_head.weight.data[3] = float("nan")

@@ -190,6 +190,17 @@ def test_the_first_ratio_is_one():
     assert numbers["policy_loss"] == pytest.approx(0, abs=1e-5), "whitened advantages have mean zero"
 
 
+def test_long_gradients_are_cut():
+    """To next to nothing, here: below Adam's eps weights hardly move."""
+    moved = []
+    for norm in (1.0, 1e-10):
+        model = tiny(GPT2LMHeadModel, 0)
+        before = log_probs(model)
+        next(run(model, max_grad_norm=norm))
+        moved.append((log_probs(model) - before).abs().max())
+    assert moved[1] < 1e-3 < 0.1 < moved[0]
+
+
 def test_a_batch_of_one_token_leaves_numbers():
     """Its advantages have no spread to be divided by."""
     model = tiny(GPT2LMHeadModel, 0)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from pargs_min.journey import PROMPTS, Journey
-from pargs_min.judges import ChatJudge, load_judge
+from pargs_min.judges import ChatJudge, both_orders, load_judge
 from pargs_min.reward_model import save_reward_model
 from pargs_min.texts import generate_texts
 from pargs_min.toy import word_tokenizer as toy_tokenizer
@@ -258,6 +258,24 @@ def test_a_judge_that_likes_length_prefers_the_longer_in_either_order(serve, tmp
 def test_a_judge_that_likes_the_first_place_ties_everything(serve, tmp_path):
     judge = ChatJudge(serve(lambda content: "[[A]]").address, "m", tmp_path / "v.jsonl")
     assert judge.compare(texts("a", "b"), texts("c", "d")) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("reply", "swapped", "outcome"),
+    [
+        ("A", "B", 1), ("B", "A", 0), ("A", "A", 0.5), ("B", "B", 0.5), ("TIE", "TIE", 0.5),
+        ("A", "TIE", 0.5), ("TIE", "A", 0.5), ("B", "TIE", 0.5), ("TIE", "B", 0.5),
+    ],
+)  # fmt: skip
+def test_only_what_wins_in_both_orders_wins(reply, swapped, outcome):
+    assert both_orders(f"[[{reply}]]", f"I say [[{swapped}]].") == outcome
+
+
+def test_what_one_address_said_is_not_taken_for_anothers(serve, tmp_path):
+    first, second = serve(lambda content: "[[A]]"), serve(longer)
+    assert ChatJudge(first.address, "m", tmp_path / "v.jsonl").compare(texts("aa"), texts("b")) == [0.5]
+    assert ChatJudge(second.address, "m", tmp_path / "v.jsonl").compare(texts("aa"), texts("b")) == [1]
+    assert len(second.asked) == 2
 
 
 def test_nothing_is_paid_for_twice(serve, tmp_path):
