@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = [line.strip() for line in README.splitlines() if re.match(r"    (python|pargs) ", line)]
+LINES = re.sub(r"\\\n *", "", README).splitlines()  # a command that goes on in the next line is one
+COMMANDS = [line.strip() for line in LINES if re.match(r"    (python|pargs) ", line)]
 
 
 def test_two_commands_set_everything_up():
