@@ -373,6 +373,7 @@ def _number(found: dict | None, digits: int) -> str:
 
 # ---- figures ----
 
+SHOWN_KL = 6.0  # nats
 INTERVALS = "bars: 95 % interval over seeds"
 
 
@@ -414,7 +415,11 @@ def draw_policy_gap(rows: Rows, lab: Lab) -> Figure:
 
 
 def reward_against_kl(axes: Axes, rows: Rows, lab: Lab) -> None:
-    """Each method's curve, small marks for single seeds, and the most that any policy reaches."""
+    """Each method's curve, small marks for single seeds, and the most that any policy reaches.
+
+    Greedy methods are left out: the divergence of a policy with one text is another matter. So is what lies far right.
+    """
+    rows = [row for row in rows if not row["method"].endswith("-greedy")]
     rewards = plain_rewards(lab)
     least = min(500, rewards.size // 4)
     best = frontier(rewards, [*np.linspace(0, 1, 41), *np.linspace(1.1, 6, 50)], least=least)
@@ -426,7 +431,11 @@ def reward_against_kl(axes: Axes, rows: Rows, lab: Lab) -> None:
         curve(axes, some, lambda row: row["kl"]["mean"], "reward", label, ink, mark, linestyle=line)
         for row in some:
             axes.scatter(row["kl"]["seeds"], row["reward"]["seeds"], s=8, color=ink, marker=mark, alpha=0.5)
-    plots.root_scale(axes, max(max(row["kl"]["seeds"]) for row in rows))
+    beyond = [row for row in rows if row["kl"]["mean"] > SHOWN_KL]
+    plots.root_scale(axes, min(SHOWN_KL, max(max(row["kl"]["seeds"]) for row in rows)))
+    if beyond:
+        names = ", ".join(f"{row['method']} beta={row['beta']:g} at {row['kl']['mean']:.0f} nats" for row in beyond)
+        axes.set_title(f"beyond the right edge: {names}", loc="right", fontsize=8)
     axes.set(xlabel="KL to the reference (nats a text)", ylabel="reward")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
@@ -497,7 +506,7 @@ def draw_architecture(rows: Rows, lab: Lab) -> Figure:
 def draw_partial_vs_full(rows: Rows, lab: Lab) -> Figure:
     drawing, (axes,) = plots.panels(1, (8.6, 5.0))
     reward_against_kl(axes, rows, lab)
-    axes.set_title(f"small marks: single seeds; {INTERVALS}", loc="left", fontsize=9)
+    axes.set_xlabel(f"KL to the reference (nats a text); small marks: single seeds; {INTERVALS}")
     return drawing
 
 
