@@ -116,7 +116,7 @@ def embedded(folder: Path, *, quick: bool = False, seed: int = 0, steps: int = 1
         learning_rate=1e-3,
         dpo_learning_rate=1e-4,
         ppo_learning_rate=3e-4,
-        ppo_updates=2 if quick else 60,
+        ppo_updates=2 if quick else 80,
     )
 
 
@@ -294,7 +294,7 @@ def _make_ppo(lab: Lab, recipe: dict, seed: int, folder: Path) -> None:
         beta=recipe["beta"],
         max_new_tokens=lab.max_new_tokens,
         updates=lab.ppo_updates,
-        batch_size=4 * lab.pairs_per_step,
+        batch_size=2 * lab.pairs_per_step,
         minibatch_size=lab.pairs_per_step,
         learning_rate=lab.ppo_learning_rate,
         seed=seed,
@@ -446,6 +446,7 @@ def quality(lab: Lab, model: PreTrainedModel) -> dict:
     accuracy        pairs ordered as labelled, after 1, 2, ... tokens, of held-out pairs (`prefix_accuracy`)
     whole           the last of them: accuracy on whole responses
     concordance     siblings ordered as the win rates of their completions (`siblings.concordance`)
+    gain            the same, each pair of siblings weighed by what there is to win
     final           rank correlation of r(y_1:i) with the reward of the whole text by the same model, after 1, 2, ...
     gold            the same with the judge's reward; both within each prompt, on texts of the reference
     """
@@ -454,7 +455,8 @@ def quality(lab: Lab, model: PreTrainedModel) -> dict:
     longest = min(len(accuracy), lab.max_new_tokens)
     found = {"accuracy": accuracy[:longest].tolist(), "whole": accuracy[-1].item()}
     known = siblings(lab)
-    found |= {"concordance": reward_model_concordance(model, known), "ceiling": ceiling(known)}
+    every_pair, by_gain = reward_model_concordance(model, known)
+    found |= {"concordance": every_pair, "gain": by_gain, "ceiling": ceiling(known)}
     texts, gold = _plain_texts(json.dumps(asdict(lab)))
     scores = _prefix_scores(lab, model, texts)
     prompts = np.array([text["prompt_number"] for text in texts])

@@ -35,12 +35,17 @@ class Siblings(NamedTuple):
     win_rates: list[list[float]]
 
 
-def concordance(scores: Sequence[Array], values: Sequence[Array], log_probs: Sequence[Array]) -> float:
+def concordance(
+    scores: Sequence[Array], values: Sequence[Array], log_probs: Sequence[Array], power: float = 0.0
+) -> float:
     """The share of sibling pairs that scores order as values do; ties of scores count half.
 
-        sum_a sum_{t < t'} p(t | a) p(t' | a) [(s(at) - s(at')) (W(at) - W(at')) > 0]  /  the same sum without [...]
+        sum_a sum_{t < t'} w [(s(at) - s(at')) (W(at) - W(at')) > 0]  /  sum_a sum_{t < t'} w,
+        w = p(t | a) p(t' | a) |W(at) - W(at')|^power
 
     over the pairs whose values differ, weighed as the reference meets them, for prefixes a that it has written.
+    With power 0 every such pair counts alike. With power 2 it counts by what there is to win: what a small tilt by s
+    gains is Cov_t(W, s) = sum_{t < t'} p(t) p(t') (W(at) - W(at')) (s(at) - s(at')) (T7), and the best s is W itself.
 
     Args:
         scores, values, log_probs: for each prefix (K,) numbers, K may vary; log_probs in nats.
@@ -54,7 +59,8 @@ def concordance(scores: Sequence[Array], values: Sequence[Array], log_probs: Seq
     alike = total = 0.0
     for s, w, log_p in zip(scores, values, log_probs, strict=True):
         first, second = np.triu_indices(len(s), 1)
-        weight = np.exp(log_p[first] + log_p[second]) * (np.abs(w[first] - w[second]) > 1e-12)
+        apart = np.abs(w[first] - w[second])
+        weight = np.exp(log_p[first] + log_p[second]) * np.where(apart > 1e-12, apart**power, 0.0)
         agreement = np.sign(s[first] - s[second]) * np.sign(w[first] - w[second])
         alike += float(weight @ (1 + agreement)) / 2
         total += float(weight.sum())
@@ -75,10 +81,11 @@ def score(model: PreTrainedModel, siblings: Sequence[Siblings], batch_size: int 
     return scores
 
 
-def reward_model_concordance(model: PreTrainedModel, siblings: Sequence[Siblings]) -> float:
-    """`concordance` of a reward model's scores with the win rates of completions."""
-    values = [np.mean(one.win_rates, 0) for one in siblings]
-    return concordance(score(model, siblings), values, [np.array(one.log_probs) for one in siblings])
+def reward_model_concordance(model: PreTrainedModel, siblings: Sequence[Siblings]) -> tuple[float, float]:
+    """`concordance` of a reward model's scores with the win rates of completions: every pair alike, and by the gain."""
+    scores, values = score(model, siblings), [np.mean(one.win_rates, 0) for one in siblings]
+    log_probs = [np.array(one.log_probs) for one in siblings]
+    return concordance(scores, values, log_probs), concordance(scores, values, log_probs, power=2)
 
 
 def ceiling(siblings: Sequence[Siblings]) -> float:

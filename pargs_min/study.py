@@ -240,7 +240,7 @@ def architecture_cells(lab: Lab, seed: int) -> Iterator[Cell]:
 SHAPES = (  # random weights: nothing is known of the language but what the pairs show
     {"family": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64},
     {"family": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 64},
-    {"family": "gpt2", "n_layer": 4, "n_embd": 128, "n_head": 4, "n_positions": 64},
+    {"family": "gpt2", "n_layer": 4, "n_embd": 96, "n_head": 4, "n_positions": 64},
     {
         "family": "llama",
         "num_hidden_layers": 2,
@@ -315,6 +315,7 @@ FORMATS = {
     "off_grammar": ("off-grammar", 3),
     "whole": ("accuracy", 3),
     "concordance": ("concordance", 3),
+    "gain": ("by gain", 3),
     "ceiling": ("ceiling", 3),
 }
 
@@ -374,6 +375,7 @@ def _number(found: dict | None, digits: int) -> str:
 # ---- figures ----
 
 SHOWN_KL = 6.0  # nats
+CONCORDANCE = "siblings ordered right (by gain)"
 INTERVALS = "bars: 95 % interval over seeds"
 
 
@@ -386,6 +388,12 @@ def curve(axes: Axes, rows: Rows, x: Callable[[dict], float], y: str, label: str
         axes.errorbar(at, mean, bars, color=ink, marker=mark, label=label, capsize=2, linewidth=1.5, **style)
 
 
+def log_scale(axes: Axes, ticks: Sequence[float]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
 def by_method(rows: Rows) -> Iterator[tuple[str, Rows]]:
     for method in dict.fromkeys(row["method"] for row in rows):
         yield method, [row for row in rows if row["method"] == method]
@@ -395,11 +403,13 @@ def draw_data_size(rows: Rows, lab: Lab) -> Figure:
     drawing, axes = plots.panels(3, (11.4, 3.8))
     for method, some in by_method(rows):
         ink, mark = plots.INKS[method]
-        for panel, measure in zip(axes, ("reward", "whole", "concordance"), strict=True):
+        for panel, measure in zip(axes, ("reward", "whole", "gain"), strict=True):
             curve(panel, some, lambda row: row["recipe"].get("pairs", pairs_of(lab)), measure, method, ink, mark)
-    names = (f"reward at beta = {BETA:g}", "accuracy on whole held-out pairs", "siblings ordered as their win rates")
+    sizes = sorted({row["recipe"].get("pairs", pairs_of(lab)) for row in rows})
+    names = (f"reward at beta = {BETA:g}", "accuracy on whole held-out pairs", CONCORDANCE)
     for panel, name in zip(axes, names, strict=True):
-        panel.set(xscale="log", xlabel=f"training pairs ({INTERVALS})", ylabel=name)
+        panel.set(xlabel=f"training pairs ({INTERVALS})", ylabel=name)
+        log_scale(panel, sizes)
     axes[0].legend(frameon=False, fontsize=8)
     return drawing
 
@@ -445,7 +455,10 @@ def draw_best_of_n(rows: Rows, lab: Lab) -> Figure:
     for method, some in by_method(rows):
         ink, mark = plots.INKS[method]
         curve(left, some, lambda row: row["calls"]["mean"], "reward", method, ink, mark, linestyle="none")
-    left.set(xscale="log", xlabel=f"passes of one row by any model, a text ({INTERVALS})", ylabel="reward")
+    left.set(xlabel="passes of one row by any model, a text", ylabel="reward")
+    passes = sorted(row["calls"]["mean"] for row in rows)
+    log_scale(left, [round(passes[0] * 2**i) for i in range(int(np.log2(passes[-1] / passes[0])) + 1)])
+    left.legend(frameon=False, fontsize=8, title=INTERVALS)
     reward_against_kl(right, rows, lab)
     return drawing
 
@@ -498,7 +511,7 @@ def draw_prefix_length(rows: Rows, lab: Lab) -> Figure:
 def draw_architecture(rows: Rows, lab: Lab) -> Figure:
     shown = {
         name: {recipe_name(r["recipe"]): (r[m]["mean"], r[m]["low"], r[m]["high"]) for r in rows}
-        for m, name in (("reward", f"reward at beta = {BETA:g}"), ("whole", "accuracy"), ("concordance", "concordance"))
+        for m, name in (("reward", f"reward at beta = {BETA:g}"), ("whole", "accuracy"), ("gain", CONCORDANCE))
     }
     return plots.intervals(shown)
 
@@ -511,14 +524,14 @@ def draw_partial_vs_full(rows: Rows, lab: Lab) -> Figure:
 
 
 STUDIES = {
-    "data-size": Study(data_size_cells, draw_data_size, ("reward", "kl", "whole", "concordance", "ceiling")),
+    "data-size": Study(data_size_cells, draw_data_size, ("reward", "kl", "whole", "concordance", "gain", "ceiling")),
     "policy-gap": Study(policy_gap_cells, draw_policy_gap, ("reward", "kl", "gap", "off_grammar")),
     "best-of-n": Study(best_of_n_cells, draw_best_of_n, ("reward", "kl", "calls", "distinct2")),
     "beta": Study(beta_cells, draw_beta, ("reward", "kl", "off_grammar"), labs=beta_labs),
     "attribute": Study(attribute_cells, draw_attribute, ("reward", "kl", "length"), labs=attribute_labs),
-    "prefix-length": Study(prefix_length_cells, draw_prefix_length, ("whole", "concordance", "ceiling")),
+    "prefix-length": Study(prefix_length_cells, draw_prefix_length, ("whole", "concordance", "gain", "ceiling")),
     "architecture": Study(
-        architecture_cells, draw_architecture, ("reward", "kl", "calls", "whole", "concordance", "ceiling")
+        architecture_cells, draw_architecture, ("reward", "kl", "calls", "whole", "concordance", "gain", "ceiling")
     ),
     "partial-vs-full": Study(
         partial_vs_full_cells,

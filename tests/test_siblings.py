@@ -21,18 +21,19 @@ def some_prefixes(seed: int, count: int = 5):
     return [rng.normal(size=n) for n in sizes], values, log_probs
 
 
+@pytest.mark.parametrize("power", [0, 2])
 @pytest.mark.parametrize("seed", range(5))
-def test_concordance_is_its_definition_pair_by_pair(seed):
+def test_concordance_is_its_definition_pair_by_pair(seed, power):
     scores, values, log_probs = some_prefixes(seed)
     scores[0][0] = scores[0][1]
     alike = total = 0.0
     for s, w, p in zip(scores, values, log_probs, strict=True):
         for i in range(len(s)):
             for j in range(i):
-                weight = np.exp(p[i]) * np.exp(p[j]) * (w[i] != w[j])
+                weight = np.exp(p[i]) * np.exp(p[j]) * (w[i] != w[j]) * abs(w[i] - w[j]) ** power
                 total += weight
                 alike += weight * (0.5 if s[i] == s[j] else (s[i] > s[j]) == (w[i] > w[j]))
-    assert concordance(scores, values, log_probs) == pytest.approx(alike / total, abs=1e-12)
+    assert concordance(scores, values, log_probs, power) == pytest.approx(alike / total, abs=1e-12)
 
 
 def test_the_values_agree_with_themselves_and_disagree_with_their_opposites():
