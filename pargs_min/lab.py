@@ -53,7 +53,7 @@ from pargs_min.train import prefix_accuracy, rate, train_reward_model, train_val
 Cell = dict[str, Any]  # what JSON can hold; see `measure`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lab:
     """What cells are measured on. All that is made stays in the folder."""
 

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ from pargs_min import benchmark, cost, plots
 from pargs_min.lab import Cell, Lab, device, embedded, gather, interval, judged, plain_rewards, sweep
 from pargs_min.records import is_messages, read_preferences
 from pargs_min.reward_model import load_reward_model
-from pargs_min.toy import frontier
+from pargs_min.toy import FrontierPoint, frontier
 
 PARTIAL, FULL, VALUE = {"objective": "partial"}, {"objective": "full"}, {"objective": "value"}
 BETAS = (0.5, 1.0, 2.0, 3.0)
@@ -64,12 +65,32 @@ def run(name: str, lab: Lab, folder: Path, *, seeds: Sequence[int], processes: i
     labs = study.labs(lab, quick)
     cells = [cell for seed in seeds for cell in study.cells(lab, seed)]
     rows = gather(sweep(labs, cells, folder / f"{name}.jsonl", processes))
+    rows = [row | rlhf_at_equal_kl(row, labs[row.get("lab", "")]) for row in rows]
     text = "\n\n".join([f"{name}, seeds {seeds[0]} to {seeds[-1]}", table(rows, study.columns), *study.conclude(rows)])
     (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     kept = {"study": name, "lab": asdict(lab), "seeds": list(seeds), "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(without_nan(kept), indent=1), encoding="utf-8")
     plots.save(study.draw(rows, lab), folder / f"{name}.png")
     return text
+
+
+def rlhf_at_equal_kl(row: dict, lab: Lab) -> dict:
+    """{"rlhf": the most reward that any policy has at the row's KL}, where that is known and the KL a policy's own."""
+    if not row.get("method") or row["method"].endswith("-greedy"):
+        return {}
+    points = optimum(lab)
+    kl = row["kl"]["mean"]
+    if not points or kl > points[-1].kl:
+        return {}
+    reward = np.interp(kl, [point.kl for point in points], [point.reward for point in points])
+    return {"rlhf": {"mean": float(reward), "error": math.nan}}
+
+
+@cache
+def optimum(lab: Lab) -> list[FrontierPoint]:
+    """The RLHF policies of the judge's reward, from little KL to much, by the lab's own samples of the reference."""
+    rewards = plain_rewards(lab)
+    return frontier(rewards, [*np.linspace(0, 1, 41), *np.linspace(1.1, 6, 50)], least=min(500, rewards.size // 4))
 
 
 def run_cost(lab: Lab, folder: Path, quick: bool) -> str:
@@ -233,7 +254,7 @@ def prefix_length_cells(lab: Lab, seed: int) -> Iterator[Cell]:
 def architecture_cells(lab: Lab, seed: int) -> Iterator[Cell]:
     yield dict(method="pargs", beta=BETA, recipe=PARTIAL, quality=True, seed=seed)
     yield dict(method="pargs", beta=BETA, recipe=PARTIAL | {"head": "vocab"}, quality=True, seed=seed)
-    for start in SHAPES:
+    for start in SHAPES if lab.world is not None else ():  # they are shapes for its short texts
         yield dict(method="pargs", beta=BETA, recipe=PARTIAL | {"start": start}, quality=True, seed=seed)
 
 
@@ -307,6 +328,7 @@ def _signed(values: Sequence[float]) -> str:
 HEADS = {"beta": "beta", "top_k": "k", "n": "n", "particles": "particles", "lab": "world", "recipe": "reward model"}
 FORMATS = {
     "reward": ("reward", 2),
+    "rlhf": ("RLHF at this KL", 2),
     "kl": ("KL", 2),
     "gap": ("KL to RLHF", 2),
     "calls": ("passes", 0),
@@ -430,10 +452,8 @@ def reward_against_kl(axes: Axes, rows: Rows, lab: Lab) -> None:
     Greedy methods are left out: the divergence of a policy with one text is another matter. So is what lies far right.
     """
     rows = [row for row in rows if not row["method"].endswith("-greedy")]
-    rewards = plain_rewards(lab)
-    least = min(500, rewards.size // 4)
-    best = frontier(rewards, [*np.linspace(0, 1, 41), *np.linspace(1.1, 6, 50)], least=least)
-    axes.plot([p.kl for p in best], [p.reward for p in best], color=plots.BLACK, label="RLHF (the most at each KL)")
+    best = [(point.kl, point.reward) for point in optimum(lab)]
+    axes.plot(*zip(*best, strict=True), color=plots.BLACK, label="RLHF (the most at each KL)")
     for method, some in by_method(rows):
         ink, mark = plots.INKS[method]
         line = "none" if method in ("best-of-n", "dpo", "ppo") else "-"
@@ -525,10 +545,10 @@ def draw_partial_vs_full(rows: Rows, lab: Lab) -> Figure:
 
 STUDIES = {
     "data-size": Study(data_size_cells, draw_data_size, ("reward", "kl", "whole", "concordance", "gain", "ceiling")),
-    "policy-gap": Study(policy_gap_cells, draw_policy_gap, ("reward", "kl", "gap", "off_grammar")),
-    "best-of-n": Study(best_of_n_cells, draw_best_of_n, ("reward", "kl", "calls", "distinct2")),
-    "beta": Study(beta_cells, draw_beta, ("reward", "kl", "off_grammar"), labs=beta_labs),
-    "attribute": Study(attribute_cells, draw_attribute, ("reward", "kl", "length"), labs=attribute_labs),
+    "policy-gap": Study(policy_gap_cells, draw_policy_gap, ("reward", "rlhf", "kl", "gap", "off_grammar")),
+    "best-of-n": Study(best_of_n_cells, draw_best_of_n, ("reward", "rlhf", "kl", "calls", "distinct2")),
+    "beta": Study(beta_cells, draw_beta, ("reward", "rlhf", "kl", "off_grammar"), labs=beta_labs),
+    "attribute": Study(attribute_cells, draw_attribute, ("reward", "rlhf", "kl", "length"), labs=attribute_labs),
     "prefix-length": Study(prefix_length_cells, draw_prefix_length, ("whole", "concordance", "gain", "ceiling")),
     "architecture": Study(
         architecture_cells, draw_architecture, ("reward", "kl", "calls", "whole", "concordance", "gain", "ceiling")
@@ -536,7 +556,7 @@ STUDIES = {
     "partial-vs-full": Study(
         partial_vs_full_cells,
         draw_partial_vs_full,
-        ("reward", "kl", "calls", "distinct2", "off_grammar"),
+        ("reward", "rlhf", "kl", "calls", "distinct2", "off_grammar"),
         conclude=at_equal_kl,
     ),
 }
