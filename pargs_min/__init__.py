@@ -18,6 +18,7 @@ Read it in this order:
     memory.py                                     what is said where it runs out
     evaluate.py, judges.py, compare.py, report.py what texts are worth
     dpo.py, ppo.py                                fine-tuned rivals
+    siblings.py, lab.py, study.py, attributes.py  what reward models know; grids of experiments; nine questions
     naive.py, cost.py, benchmark.py, targets.py   what a token costs, beside the published loops
 
 The names below are the public ones; they are imported when they are first used, so that `import pargs_min` is instant.
