@@ -261,7 +261,7 @@ def architecture_cells(lab: Lab, seed: int) -> Iterator[Cell]:
 SHAPES = (  # random weights: nothing is known of the language but what the pairs show
     {"family": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 64},
     {"family": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 64},
-    {"family": "gpt2", "n_layer": 4, "n_embd": 96, "n_head": 4, "n_positions": 64},
+    {"family": "gpt2", "n_layer": 4, "n_embd": 64, "n_head": 4, "n_positions": 64},
     {
         "family": "llama",
         "num_hidden_layers": 2,
