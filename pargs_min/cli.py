@@ -136,6 +136,8 @@ def train(arguments: list[str]) -> None:
         lora_config(options.lora_rank)  # said now, not after the data have been read
     read = read_responses if valued else read_preferences
     records = read(options.dataset)
+    eval_records = read(options.eval_dataset) if options.eval_dataset else []
+    form = prompt_format(record.prompt for record in (*records, *eval_records))  # an error now, not after training
     set_seed(args.seed)  # the new head
     with loading(options.model):
         tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -160,8 +162,8 @@ def train(arguments: list[str]) -> None:
         return rate(items, model_rewards(rater), device=args.device) if valued else items
 
     items = prepare(records)
-    if options.eval_dataset:
-        held_out = prepare(read(options.eval_dataset))
+    if eval_records:
+        held_out = prepare(eval_records)
     else:
         items, held_out = split_by_prompt(items, options.eval_fraction, args.seed)
     metrics = fit(model, tokenizer, items, held_out, args=args, resume=options.resume, **lora)
@@ -171,7 +173,7 @@ def train(arguments: list[str]) -> None:
             tokenizer,
             args.output_dir,
             append_eos=options.append_eos,
-            prompt_format=prompt_format(record.prompt for record in records),
+            prompt_format=form,
             **settings,
             **lora,
         )

@@ -97,6 +97,16 @@ def test_held_out_pairs_may_be_a_file_of_their_own(lm, pairs, tmp_path, capsys):
     assert "eval_pairs                   49" in capsys.readouterr().out
 
 
+def test_prompts_of_two_forms_are_refused_before_training(lm, pairs, tmp_path, capsys):
+    mixed = tmp_path / "mixed.jsonl"
+    chat = {"prompt": [{"role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}
+    mixed.write_text(pairs.read_text() + "\n" + json.dumps(chat))
+    for more in (["--dataset", str(mixed)], ["--eval-dataset", str(mixed)]):
+        assert train(lm, pairs, tmp_path / "out", *more) == 2
+        assert "prompts must all have one form, got chat, text" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
