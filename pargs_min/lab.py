@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import re
 import shutil
+import signal
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
@@ -591,6 +592,7 @@ def workers(processes: int) -> Executor:
 
 
 def quiet_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # an interrupt ends it without a word; the first process says it
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
