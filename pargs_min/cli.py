@@ -166,6 +166,7 @@ def train(arguments: list[str]) -> None:
         held_out = prepare(eval_records)
     else:
         items, held_out = split_by_prompt(items, options.eval_fraction, args.seed)
+    keep_options(args, vars(options) | {"tail": tail})
     metrics = fit(model, tokenizer, items, held_out, args=args, resume=options.resume, **lora)
     if args.process_index == 0:
         save_reward_model(
@@ -427,6 +428,7 @@ def dpo(arguments: list[str]) -> None:
         held_out = prepare(options.eval_dataset)
     else:
         pairs, held_out = split_by_prompt(pairs, options.eval_fraction, args.seed)
+    keep_options(args, vars(options))
     metrics = train_dpo(model, tokenizer, pairs, held_out, beta=options.beta, args=args, resume=options.resume)
     if args.process_index == 0:
         for part in (model, tokenizer):
@@ -716,6 +718,35 @@ def study(arguments: list[str]) -> None:
         seeds = range(options.seed, options.seed + options.seeds)
         print(questions.run(name, lab, folder, seeds=seeds, processes=options.processes, quick=options.quick))
     print(f"saved {name}.md, {name}.json and {name}.png in {folder}")
+
+
+def keep_options(args, options: dict) -> None:
+    """Write what a training run is made from beside its checkpoints, or compare with what they were made from.
+
+    Args:
+        args: transformers' TrainingArguments.
+        options: the command's own.
+
+    Raises:
+        ValueError: if there is a checkpoint to resume from, and its run had other options or another seed.
+    """
+    import json
+    from pathlib import Path
+
+    from pargs_min.texts import differences
+    from pargs_min.train import last_checkpoint
+
+    ours = {name: value for name, value in options.items() if name != "resume"} | {"seed": args.seed}
+    file = Path(args.output_dir) / "pargs.json"
+    if last_checkpoint(args.output_dir):
+        if file.exists() and (differ := differences(json.loads(file.read_text("utf-8")), ours)):
+            raise ValueError(
+                f"the checkpoints in {args.output_dir} were made with other options ({differ}): resume with theirs, or "
+                "choose another --output-dir"
+            )
+    elif args.process_index == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(ours, indent=1), "utf-8")
 
 
 @contextmanager

@@ -378,13 +378,17 @@ def read_done(path: str | os.PathLike, settings: dict) -> set[tuple[int, int]]:
             raise ValueError(
                 f"{path}:{number}: not a record of `pargs generate` ({error!r}); write to another file"
             ) from None
-        differ = [
-            f"{key} {theirs.get(key)!r} there, {value!r} now"
-            for key, value in settings.items()
-            if theirs.get(key) != value
-        ]
-        if differ:
-            raise ValueError(
-                f"{path}:{number} was made with other settings ({'; '.join(differ)}); write to another file"
-            )
+        if differ := differences(theirs, settings):
+            raise ValueError(f"{path}:{number} was made with other settings ({differ}); write to another file")
     return done
+
+
+def differences(theirs: dict, ours: dict) -> str:
+    """Which of our settings an earlier run had otherwise; empty where none.
+
+    >>> differences({"seed": 5, "beta": 1.0}, {"seed": 6, "beta": 1.0})
+    'seed 5 there, 6 now'
+    """
+    return "; ".join(
+        f"{key} {theirs.get(key)!r} there, {value!r} now" for key, value in ours.items() if theirs.get(key) != value
+    )

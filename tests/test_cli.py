@@ -80,11 +80,32 @@ def test_an_earlier_run_is_gone_on_with_or_left_alone(lm, pairs, tmp_path, capsy
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.parametrize(
+    ("more", "differ"),
+    [
+        (["--objective", "full"], "(objective 'partial' there, 'full' now)"),
+        (["--tail", "min", "--reduction", "pair"], "(tail 'extend' there, 'min' now; reduction 'prefix' there, 'pair'"),
+        (["--head", "vocab"], "(head 'scalar' there, 'vocab' now)"),
+        (["--dataset", "others.jsonl"], "pairs.jsonl' there, 'others.jsonl' now)"),
+        (["--seed", "5"], "(seed 42 there, 5 now)"),
+    ],
+)
+def test_a_run_goes_on_with_the_options_it_began_with(lm, pairs, tmp_path, capsys, monkeypatch, more, differ):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "others.jsonl").write_text(pairs.read_text())
+    assert train(lm, pairs, tmp_path / "out") == 0
+    config = (tmp_path / "out" / "config.json").read_bytes()
+    assert train(lm, pairs, tmp_path / "out", "--resume", *more) == 2
+    assert differ in capsys.readouterr().err
+    assert (tmp_path / "out" / "config.json").read_bytes() == config
+    assert train(lm, pairs, tmp_path / "out", "--resume", "--tail", "extend") == 0  # the default, spelled out
+
+
 @pytest.mark.parametrize("head", ["scalar", "vocab"])
 def test_a_model_trained_by_adapters_is_an_ordinary_one_that_guides(lm, pairs, prompts, tmp_path, capsys, head):
     assert train(lm, pairs, tmp_path / "out", "--lora-rank", "2", "--head", head) == 0
     assert train(lm, pairs, tmp_path / "out", "--resume") == 2
-    assert "was made with lora_rank (--lora-rank) 2, not None" in capsys.readouterr().err
+    assert "lora_rank 2 there, None now" in capsys.readouterr().err
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert model.config.pargs["lora_rank"] == 2
     assert {type(module).__module__.split(".")[0] for module in model.modules()} <= {"torch", "transformers"}
@@ -182,6 +203,9 @@ def test_fine_tuned_rivals_write_folders_that_generate_takes(lm, pairs, prompts,
     assert "eval_rewards/accuracies" in capsys.readouterr().out
     assert main(made) == 2
     assert "add --resume" in capsys.readouterr().err
+    assert main([*made, "--resume", "--beta", "3"]) == 2
+    assert "(beta 2.0 there, 3.0 now)" in capsys.readouterr().err
+    assert main([*made, "--resume"]) == 0
     assert train(lm, pairs, tmp_path / "rm", "--objective", "full") == 0
     few = ["--updates", "2", "--batch-size", "4", "--minibatch-size", "2", "--max-new-tokens", "5", "--device", "cpu"]
     made = ["ppo", "--model", str(lm), "--prompts", str(pairs), "--reward-model", str(tmp_path / "rm")]
