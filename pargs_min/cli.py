@@ -251,7 +251,7 @@ def generate(arguments: list[str]) -> None:
     settings = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_TEXT}
     if os.path.exists(options.output) and not options.resume:
         raise ValueError(f"output {options.output} exists: continue it with --resume, or name another file")
-    done = read_done(options.output, settings)
+    done = read_done(options.output, settings, prompts)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     smaller = f"take --dtype bfloat16 (it is {options.dtype}), smaller models, or --device cpu"
     with loading(options.model), enough_memory(f"loading {options.model}", smaller):

@@ -357,11 +357,11 @@ def write_records(path: str | os.PathLike, records: Iterable[dict], settings: di
             yield record
 
 
-def read_done(path: str | os.PathLike, settings: dict) -> set[tuple[int, int]]:
+def read_done(path: str | os.PathLike, settings: dict, prompts: list[dict]) -> set[tuple[int, int]]:
     """(prompt number, sample number) of the records that an interrupted run left; a half-written last line is removed.
 
     Raises:
-        ValueError: if they were made with other settings.
+        ValueError: naming file and line, if they were made with other settings or for other prompts than these.
     """
     path, done = Path(path), set()
     if not path.exists():
@@ -372,14 +372,20 @@ def read_done(path: str | os.PathLike, settings: dict) -> set[tuple[int, int]]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             record = json.loads(line)
-            done.add((record["prompt_number"], record["sample"]))
-            theirs = record["settings"]
+            prompt_number, theirs = record["prompt_number"], record["settings"]
+            done.add((prompt_number, record["sample"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}:{number}: not a record of `pargs generate` ({error!r}); write to another file"
             ) from None
         if differ := differences(theirs, settings):
             raise ValueError(f"{path}:{number} was made with other settings ({differ}); write to another file")
+        asked = prompts[prompt_number] if prompt_number < len(prompts) else {}
+        if any(record.get(name) != asked.get(name) for name in ("prompt", "prompt_ids")):
+            raise ValueError(
+                f"{path}:{number} was written for another prompt number {prompt_number}: the prompts have changed "
+                "since; write to another file"
+            )
     return done
 
 

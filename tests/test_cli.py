@@ -232,6 +232,9 @@ def test_an_output_file_is_continued_or_left_alone(lm, prompts, tmp_path, capsys
     assert ids[0] == ids[1]
     assert generate(lm, prompts, out, "--method", "plain", "--resume", "--seed", "1") == 2
     assert "was made with other settings" in capsys.readouterr().err
+    prompts.write_text("a b\nd\nd e f\n")
+    assert generate(lm, prompts, out, "--method", "plain", "--resume", "--shard", "0/2") == 2
+    assert "out.jsonl:3 was written for another prompt number 1" in capsys.readouterr().err
     assert len(out.read_text().splitlines()) == 6
 
 

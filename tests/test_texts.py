@@ -225,7 +225,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_file(tmp_path):
     list(itertools.islice(write_records(half, texts(), settings), 4))
     with half.open("a") as file:
         file.write('{"prompt": "torn')
-    done = read_done(half, settings)
+    done = read_done(half, settings, PROMPTS)
     assert len(done) == 4
     list(write_records(half, texts(done=done), settings))
     whole, resumed = ([json.loads(line) for line in (tmp_path / f"{n}.jsonl").open()] for n in ("whole", "half"))
@@ -261,14 +261,14 @@ def test_out_of_memory_says_what_to_lower_and_loses_nothing(tmp_path, error):
     lm = out_of_memory_above(4, error)
 
     def run(**more):
-        done = read_done(file, settings)
+        done = read_done(file, settings, PROMPTS)
         list(write_records(file, generate_texts(lm, TOKENIZER, PROMPTS, done=done, **settings, **more), settings))
 
     run(batch_size=4, shard=(0, 3))  # the texts of the first prompt
     with pytest.raises(MemoryError, match=OUT_OF_MEMORY) as raised:
         run(batch_size=6)
     assert is_out_of_memory(raised.value.__cause__)
-    assert len(read_done(file, settings)) == 3
+    assert len(read_done(file, settings, PROMPTS)) == 3
     run(batch_size=3)
     whole, resumed = ([json.loads(line) for line in path.open()] for path in (tmp_path / "whole.jsonl", file))
     assert [r["response_ids"] for r in resumed] == [r["response_ids"] for r in whole]
@@ -298,10 +298,28 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
 def test_settings_are_never_mixed_in_one_file(tmp_path):
     path = tmp_path / "out.jsonl"
-    assert read_done(path, {}) == set()
+    assert read_done(path, {}, PROMPTS) == set()
     list(write_records(path, itertools.islice(texts(), 2), {"seed": 5}))
     with pytest.raises(ValueError, match=r"out.jsonl:1 was made with other settings \(seed 5 there, 6 now\)"):
-        read_done(path, {"seed": 6})
+        read_done(path, {"seed": 6}, PROMPTS)
     path.write_text('{"prompt": "a"}\n')
     with pytest.raises(ValueError, match=r"out.jsonl:1: not a record of `pargs generate`"):
-        read_done(path, {"seed": 5})
+        read_done(path, {"seed": 5}, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "line"),
+    [
+        ([{"prompt": "a b c"}, {"prompt": "e"}, PROMPTS[2]], 2),
+        ([*PROMPTS[:2], {"prompt": "e f", "prompt_ids": [3, 5]}], 3),
+        ([*PROMPTS[:2], {"prompt": "e f"}], 3),
+        (PROMPTS[:2], 3),
+        (PROMPTS[::-1], 1),
+    ],
+)
+def test_prompts_are_never_mixed_in_one_file(tmp_path, prompts, line):
+    path = tmp_path / "out.jsonl"
+    list(write_records(path, texts(num_samples=1), {}))
+    with pytest.raises(ValueError, match=rf"out.jsonl:{line} was written for another prompt number {line - 1}"):
+        read_done(path, {}, prompts)
+    assert read_done(path, {}, [*PROMPTS, {"prompt": "g"}]) == {(0, 0), (1, 0), (2, 0)}
