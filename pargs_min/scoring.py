@@ -10,7 +10,7 @@ A *reward scorer* is what the decoding loop needs of a reward model: `start(prom
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -281,19 +281,26 @@ def model_rewards(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def text_rewards(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lm_tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    lm_tokenizer: PreTrainedTokenizerBase,
+    ends: Collection[int] | None = None,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The reward function of a model with another tokenizer: texts are decoded by one and encoded by the other.
 
-    The language model's end token becomes the reward model's own. Its other special tokens are dropped, and a
-    candidate that is half a character reaches the reward model as the replacement character.
+    A token that ends the language model's text becomes the reward model's own end token. Its other special tokens are
+    dropped, and a candidate that is half a character reaches the reward model as the replacement character.
+
+    Args:
+        ends: ids that end a text (`pargs_min.texts.end_tokens`); None means the end token of `lm_tokenizer`.
     """
+    ends = {lm_tokenizer.eos_token_id} if ends is None else set(ends)
 
     def reward_fn(ids: Tensor, mask: Tensor) -> Tensor:
         texts = []
         for row, keep in zip(ids.tolist(), mask.tolist(), strict=True):
             row = [token for token, kept in zip(row, keep, strict=True) if kept]
-            ended = tokenizer.eos_token if row[-1] == lm_tokenizer.eos_token_id and tokenizer.eos_token else ""
+            row, ended = (row[:-1], tokenizer.eos_token or "") if row[-1] in ends else (row, "")
             texts.append(lm_tokenizer.decode(row, skip_special_tokens=True) + ended)
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(ids.device)
         return final_rewards(model, batch.input_ids, batch.attention_mask)

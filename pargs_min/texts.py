@@ -85,10 +85,12 @@ def generate_texts(
         the whole response.
 
     Raises:
-        ValueError: for an argument out of range, or a prompt that leaves no room in a model's context: before any text
-            is generated.
+        ValueError: for an argument out of range, no prompt, or a prompt that leaves no room in a model's context: before
+            any text is generated.
         MemoryError: where a batch is too large, saying what to lower; the records before it have been yielded.
     """
+    if not prompts:
+        raise ValueError("prompts is empty; give at least one")
     _check(method, reward_model, num_samples=num_samples, n=n, particles=particles, batch_size=batch_size)
     if final_reward_model is not None and method != "smc":
         raise ValueError(f"final_reward_model (--final-reward-model) is for method smc alone, not for {method}")
@@ -97,10 +99,10 @@ def generate_texts(
     format_ = None if reward_model is None else _recorded(reward_model).get("prompt_format")
     encoded = [_encode(tokenizer, prompt, number, format_) for number, prompt in enumerate(prompts)]
     longest = _longest(encoded, max_new_tokens, lm, reward_model, final_reward_model)
-    reward_fn, scorer = _reward(method, reward_model, reward_tokenizer, tokenizer, longest)
-    if final_reward_model is not None:
-        reward_fn, _ = _reward("best-of-n", final_reward_model, final_reward_tokenizer, tokenizer, longest)
     ends = end_tokens(lm, tokenizer)
+    reward_fn, scorer = _reward(method, reward_model, reward_tokenizer, tokenizer, ends, longest)
+    if final_reward_model is not None:
+        reward_fn, _ = _reward("best-of-n", final_reward_model, final_reward_tokenizer, tokenizer, ends, longest)
     policy = ModelPolicy(lm, vocabulary=len(tokenizer))
     if compiled:
         policy = StaticPolicy(lm, longest, vocabulary=len(tokenizer))
@@ -248,7 +250,12 @@ def _longest(encoded: list[list[int]], max_new_tokens: int, *models: PreTrainedM
 
 
 def _reward(
-    method: str, model: PreTrainedModel | None, tokenizer, lm_tokenizer: PreTrainedTokenizerBase, longest: int
+    method: str,
+    model: PreTrainedModel | None,
+    tokenizer,
+    lm_tokenizer: PreTrainedTokenizerBase,
+    ends: list[int],
+    longest: int,
 ) -> tuple[RewardFn | None, RewardScorer | None]:
     """The fastest right way to ask this reward model: of whole texts, and of the candidates of a step."""
     if model is None:
@@ -258,7 +265,7 @@ def _reward(
         reward_fn = model_rewards(model)
     except ValueError as error:
         warnings.warn(f"{error}. Falling back to the latter: {_reencoding(longest)}", stacklevel=3)
-        reward_fn = text_rewards(model, tokenizer, lm_tokenizer)
+        reward_fn = text_rewards(model, tokenizer, lm_tokenizer, ends)
         return reward_fn, ReencodeScorer(reward_fn)
     if method not in GUIDED:
         return reward_fn, None

@@ -229,6 +229,9 @@ def test_another_tokenizer_is_bridged_by_text():
     ids, mask = torch.nn.functional.pad(ids, (0, 1)), torch.nn.functional.pad(mask, (0, 1), value=1)  # ends in <end>
     rewards = text_rewards(model, rm_tokenizer, lm_tokenizer)(ids, mask)
     assert_close(rewards, model_rewards(model)(10 - ids, mask), rtol=0, atol=1e-12)
+    ids[:, -1] = 10  # "i", where that ends a text, too
+    found = text_rewards(model, rm_tokenizer, lm_tokenizer, ends=[0, 10])(ids, mask)
+    assert_close(found, rewards, rtol=0, atol=1e-12)
 
 
 def test_vocabularies_are_compared_by_id():

@@ -151,6 +151,22 @@ def test_another_vocabulary_is_bridged_through_text_and_reported():
     assert record["response_ids"]
 
 
+def test_every_end_token_ends_a_text_for_a_reward_model_of_another_vocabulary():
+    """The end of the generation configuration, word "i", reaches it as its own end token."""
+    lm, rm = tiny_lm("gpt2"), tiny_reward_model()
+    other = word_tokenizer("i h g f e d c b a <end> <pad>", pad_token="<pad>")
+    lm.generation_config.eos_token_id = 10
+    settings = dict(method="best-of-n", reward_model=rm, reward_tokenizer=other, n=1, num_samples=20, max_new_tokens=4)
+    with pytest.warns(UserWarning, match="differ at"):
+        records = list(generate_texts(lm, TOKENIZER, PROMPTS[:1], **settings))
+    ended = [record for record in records if record["response_ids"][-1] == 10]
+    assert ended
+    for record in ended:
+        words = ["a", "b", "c", *TOKENIZER.convert_ids_to_tokens(record["response_ids"][:-1]), "<end>"]
+        ids = torch.tensor([other.convert_tokens_to_ids([word for word in words if word != "<pad>"])])
+        assert record["reward"] == pytest.approx(prefix_rewards(rm, ids, torch.ones_like(ids))[0, -1].item())
+
+
 def test_model_calls_are_counted_by_the_row():
     """Plain: a pass a token. Guided: two, one more for the prompt, and one for the reward of the whole text."""
     settings = dict(prompts=[{"prompt": "a b c"}], num_samples=2, max_new_tokens=6)
@@ -196,6 +212,7 @@ def test_ids_beyond_the_tokenizers_vocabulary_are_never_drawn():
     ("change", "message"),
     [
         (dict(method="pragmatic"), "method must be one of plain, pargs"),
+        (dict(prompts=[]), "prompts is empty; give at least one"),
         (dict(num_samples=0), "num_samples must be at least 1"),
         (dict(n=0), "n must be at least 1"),
         (dict(method="smc", particles=0), "particles must be at least 1"),
