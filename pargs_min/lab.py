@@ -602,7 +602,7 @@ def gather(records: Sequence[dict]) -> list[dict]:
     """One row a cell but for its seed: each number as {mean, error, low, high, seeds}, its values one a seed.
 
     The error is the standard error over seeds, low and high the ends of Student's 95 % interval; nan for one seed.
-    Lists are averaged place by place.
+    Lists are averaged place by place. prompt_error is the standard error of the reward over prompts, seeds averaged.
     """
     rows: dict[str, list[dict]] = {}
     for record in records:
@@ -621,7 +621,7 @@ def _summary(found: list[dict]) -> dict:
             summary[name] = interval(values)
     if "by_prompt" in summary:
         means = summary.pop("by_prompt")["mean"]
-        summary["prompt_error"] = mean_and_error(means, range(len(means)))[1]
+        summary["prompt_error"] = {"mean": mean_and_error(means, range(len(means)))[1], "error": math.nan}
     return summary
 
 

@@ -328,6 +328,7 @@ def _signed(values: Sequence[float]) -> str:
 HEADS = {"beta": "beta", "top_k": "k", "n": "n", "particles": "particles", "lab": "world", "recipe": "reward model"}
 FORMATS = {
     "reward": ("reward", 2),
+    "prompt_error": ("± over prompts", 2),
     "rlhf": ("RLHF at this KL", 2),
     "kl": ("KL", 2),
     "gap": ("KL to RLHF", 2),
@@ -391,7 +392,7 @@ def _number(found: dict | None, digits: int) -> str:
     if found is None:
         return ""
     error = "" if math.isnan(found["error"]) else f" ± {found['error']:.{digits}f}"
-    return f"{found['mean']:.{digits}f}{error}"
+    return f"{round(found['mean'], digits) + 0.0:.{digits}f}{error}"  # + 0.0: no minus before a zero
 
 
 # ---- figures ----
@@ -545,10 +546,14 @@ def draw_partial_vs_full(rows: Rows, lab: Lab) -> Figure:
 
 STUDIES = {
     "data-size": Study(data_size_cells, draw_data_size, ("reward", "kl", "whole", "concordance", "gain", "ceiling")),
-    "policy-gap": Study(policy_gap_cells, draw_policy_gap, ("reward", "rlhf", "kl", "gap", "off_grammar")),
-    "best-of-n": Study(best_of_n_cells, draw_best_of_n, ("reward", "rlhf", "kl", "calls", "distinct2")),
-    "beta": Study(beta_cells, draw_beta, ("reward", "rlhf", "kl", "off_grammar"), labs=beta_labs),
-    "attribute": Study(attribute_cells, draw_attribute, ("reward", "rlhf", "kl", "length"), labs=attribute_labs),
+    "policy-gap": Study(
+        policy_gap_cells, draw_policy_gap, ("reward", "prompt_error", "rlhf", "kl", "gap", "off_grammar")
+    ),
+    "best-of-n": Study(best_of_n_cells, draw_best_of_n, ("reward", "prompt_error", "rlhf", "kl", "calls", "distinct2")),
+    "beta": Study(beta_cells, draw_beta, ("reward", "prompt_error", "rlhf", "kl", "off_grammar"), labs=beta_labs),
+    "attribute": Study(
+        attribute_cells, draw_attribute, ("reward", "prompt_error", "rlhf", "kl", "length"), labs=attribute_labs
+    ),
     "prefix-length": Study(prefix_length_cells, draw_prefix_length, ("whole", "concordance", "gain", "ceiling")),
     "architecture": Study(
         architecture_cells, draw_architecture, ("reward", "kl", "calls", "whole", "concordance", "gain", "ceiling")
@@ -556,7 +561,7 @@ STUDIES = {
     "partial-vs-full": Study(
         partial_vs_full_cells,
         draw_partial_vs_full,
-        ("reward", "rlhf", "kl", "calls", "distinct2", "off_grammar"),
+        ("reward", "prompt_error", "rlhf", "kl", "calls", "distinct2", "off_grammar"),
         conclude=at_equal_kl,
     ),
 }

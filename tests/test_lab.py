@@ -177,7 +177,7 @@ def test_rows_gather_the_seeds_of_a_cell():
     first, second = gather(records)
     assert first["method"] == "plain"
     assert (first["reward"]["mean"], first["reward"]["error"], first["reward"]["seeds"]) == (2.0, 1.0, [1.0, 3.0])
-    assert first["prompt_error"] == 1.0
+    assert first["prompt_error"]["mean"] == 1.0
     assert first["accuracy"]["mean"] == [2.0, 0.0]
     assert math.isnan(second["reward"]["error"])
 
