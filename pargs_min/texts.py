@@ -85,8 +85,8 @@ def generate_texts(
         the whole response.
 
     Raises:
-        ValueError: for an argument out of range, no prompt, or a prompt that leaves no room in a model's context: before
-            any text is generated.
+        ValueError: for an argument out of range, no prompt, or a prompt that leaves no room in a model's context:
+            before any text is generated.
         MemoryError: where a batch is too large, saying what to lower; the records before it have been yielded.
     """
     if not prompts:
