@@ -19,6 +19,8 @@ whose optimum is the RLHF policy, pi_ref(y) exp(beta r(y)) / Z. The details, eac
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -143,7 +145,8 @@ def train_ppo(
         value_loss; clipped, share of tokens whose ratio left the interval.
 
     Raises:
-        ValueError: if there are no prompts, `save_every` is below 1, or the value model has no value at every token.
+        ValueError: if there are no prompts, `save_every` is below 1, the value model has no value at every token, or
+            the checkpoint was made with other settings, prompts, ends or another reward.
         FloatingPointError: if a reward is not finite.
     """
     if not prompts:
@@ -153,9 +156,9 @@ def train_ppo(
     ref = copy.deepcopy(model).eval()
     models = torch.nn.ModuleList([model.eval(), value_model.eval()])  # eval: no dropout
     optimizer = torch.optim.Adam(models.parameters(), lr=settings.learning_rate, eps=1e-5)
-    first = 0
+    first, asked = 0, hashlib.sha256(json.dumps([prompts, ends]).encode()).hexdigest()
     if checkpoint is not None and Path(checkpoint).exists():
-        first = _load(checkpoint, models, optimizer, settings, ref)
+        first = _load(checkpoint, models, optimizer, settings, ref, asked, reward_fn)
     for update in range(first, settings.updates):
         batch = rollout(model, value_model, ref, reward_fn, prompts, ends, settings, update)
         order = torch.Generator().manual_seed(settings.seed * 1_000_003 + update)
@@ -170,7 +173,10 @@ def train_ppo(
                 optimizer.step()
                 losses.append(numbers)
         if checkpoint is not None and ((update + 1) % save_every == 0 or update + 1 == settings.updates):
-            _save(checkpoint, models, optimizer, settings, ref, update + 1)
+            seen = {name: batch[name].cpu() for name in ("ids", "mask", "scores")}
+            state = {"models": models.state_dict(), "optimizer": optimizer.state_dict(), "ref": ref.state_dict()}
+            state |= {"settings": vars(settings), "asked": asked, "seen": seen, "updates": update + 1}
+            _save(checkpoint, state)
         means = torch.tensor(losses).mean(0).tolist()
         yield {
             "update": update + 1,
@@ -245,19 +251,29 @@ def _values(value_model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     return prefix_rewards(value_model, batch["ids"], batch["mask"])[:, -n - 1 : -1]
 
 
-def _save(file, models, optimizer, settings: PPOSettings, ref: PreTrainedModel, updates: int) -> None:
+def _save(file, state: dict) -> None:
     unfinished = Path(f"{file}.unfinished")  # so that the file, once there, is whole
-    state = {"models": models.state_dict(), "optimizer": optimizer.state_dict(), "ref": ref.state_dict()}
-    torch.save(state | {"settings": vars(settings), "updates": updates}, unfinished)
+    torch.save(state, unfinished)
     unfinished.rename(file)
 
 
-def _load(file, models, optimizer, settings: PPOSettings, ref: PreTrainedModel) -> int:
-    """The number of updates done. Raises ValueError if they were done with other settings."""
+@torch.no_grad()
+def _load(file, models, optimizer, settings: PPOSettings, ref: PreTrainedModel, asked: str, reward_fn: RewardFn) -> int:
+    """The number of updates done.
+
+    Raises:
+        ValueError: if they were done with other settings, prompts or ends, or by another reward: one that scores the
+            last texts otherwise.
+    """
     state = torch.load(file, weights_only=True, map_location="cpu")
     same = {**state["settings"], "updates": settings.updates}
     if same != vars(settings):
         raise ValueError(f"{file} was made with other settings ({state['settings']}): choose another folder")
+    if state["asked"] != asked:
+        raise ValueError(f"{file} was made with other prompts or end tokens: give the same, or choose another folder")
+    ids, mask, scores = (state["seen"][name].to(ref.device) for name in ("ids", "mask", "scores"))
+    if not torch.allclose(reward_fn(ids, mask).to(scores.dtype), scores, rtol=1e-2, atol=1e-2):  # devices differ a bit
+        raise ValueError(f"{file} was made with another reward model: give the same, or choose another folder")
     models.load_state_dict(state["models"])
     optimizer.load_state_dict(state["optimizer"])
     ref.load_state_dict(state["ref"])

@@ -154,6 +154,10 @@ def test_an_interrupted_ppo_run_goes_on_to_the_same_weights(tmp_path):
     assert torch.equal(log_probs(again), log_probs(whole))
     with pytest.raises(ValueError, match="was made with other settings"):
         next(run(again, updates=5, checkpoint=file, clip=0.1))
+    with pytest.raises(ValueError, match="was made with other prompts"):
+        next(run(again, updates=6, checkpoint=file, prompts=[[3]]))
+    with pytest.raises(ValueError, match="was made with another reward model"):
+        next(run(again, updates=6, checkpoint=file, reward=lambda ids, mask: reward_fn(ids, mask) + 0.1))
 
 
 @torch.no_grad()
