@@ -493,14 +493,27 @@ def ppo(arguments: list[str]) -> None:
     updates = train_ppo(
         model, value_model, model_rewards(reward_model), encoded, ends, settings, checkpoint, options.save_every
     )
-    with (folder / "log.jsonl").open("a") as log, tqdm(updates, total=settings.updates, disable=None) as progress:
+    log, first = folder / "log.jsonl", None
+    with tqdm(updates, total=settings.updates, disable=None) as progress:
         for numbers in progress:
+            if first is None:
+                first = numbers["update"]
+                cut_log(log, first)
             progress.set_postfix({name: f"{numbers[name]:.3g}" for name in ("reward", "kl", "length")})
-            log.write(json.dumps(numbers) + "\n")
-            log.flush()
+            with log.open("a") as file:
+                file.write(json.dumps(numbers) + "\n")
     for part in (model, tokenizer):
         part.save_pretrained(folder)
     print(f"saved {folder}")
+
+
+def cut_log(log, first: int) -> None:
+    """Drop the lines of a log that are written again: those of the updates from `first` on, since the checkpoint."""
+    import json
+
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    whole = (line for line in lines if line.endswith("\n"))
+    log.write_text("".join(line for line in whole if json.loads(line)["update"] < first))
 
 
 @dataclass
@@ -539,8 +552,11 @@ def evaluate(arguments: list[str]) -> None:
     from argparse import ArgumentParser
     from pathlib import Path
 
-    from pargs_min.compare import compare, file_labels, read_files
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pargs_min.compare import compare, file_labels, read_files, with_kl_to
     from pargs_min.judges import load_judge
+    from pargs_min.lab import text_log_probs
     from pargs_min.plots import intervals, save
     from pargs_min.report import markdown, panels, write_comparison
 
@@ -557,6 +573,12 @@ def evaluate(arguments: list[str]) -> None:
     )
     parser.add_argument("--against", metavar="FILE", help="Count how often the others beat this file, text by text.")
     parser.add_argument(
+        "--reference",
+        metavar="MODEL",
+        help="Take every KL to this language model, which reads the texts again: for texts of fine-tuned models, whose "
+        "own KL is to themselves.",
+    )
+    parser.add_argument(
         "--output-dir",
         "--output_dir",
         default="runs/evaluation",
@@ -567,6 +589,14 @@ def evaluate(arguments: list[str]) -> None:
     folder, against = Path(options.output_dir), [options.against] if options.against else []
     labels = file_labels([*options.files, *against])
     files = read_files(labels)
+    if options.reference:
+        with loading(options.reference):
+            tokenizer = AutoTokenizer.from_pretrained(options.reference)
+            lm = AutoModelForCausalLM.from_pretrained(options.reference).eval()
+        files = {
+            label: with_kl_to(options.reference, texts, text_log_probs(lm, tokenizer, texts))
+            for label, texts in files.items()
+        }
     judges = []
     for name in dict.fromkeys(options.judge):
         with loading(name):

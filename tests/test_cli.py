@@ -213,8 +213,12 @@ def test_fine_tuned_rivals_write_folders_that_generate_takes(lm, pairs, prompts,
     assert main(made) == 0
     assert [json.loads(line)["update"] for line in (tmp_path / "ppo" / "log.jsonl").open()] == [1, 2]
     assert main(made) == 2
-    assert main([*made, "--resume", "--updates", "3"]) == 0
-    assert len((tmp_path / "ppo" / "log.jsonl").read_text().splitlines()) == 3
+    with (tmp_path / "ppo" / "log.jsonl").open("a") as log:  # interrupted after an update that no checkpoint holds
+        log.write('{"update": 3, "reward": 9}\n{"upd')
+    assert main([*made, "--resume", "--updates", "4"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "ppo" / "log.jsonl").open()]
+    assert [line["update"] for line in lines] == [1, 2, 3, 4]
+    assert lines[2]["reward"] != 9
     for rival in ("dpo", "ppo"):
         assert generate(tmp_path / rival, prompts, tmp_path / f"{rival}.jsonl", "--method", "plain") == 0
         assert (tmp_path / rival / "model.safetensors").exists()
