@@ -303,7 +303,7 @@ def _notes(files: Files, judges: Sequence[Judge], against: str | None, samples: 
         if _model(texts) != _model(files[reference]):
             yield (
                 f"{label} was written by {_model(texts)}, {reference} by {_model(files[reference])}: its KL, to its "
-                "own model, is left out"
+                "own model, is left out (--reference MODEL takes all to one)"
             )
     counts = {len(group) for texts in files.values() for group in _by_prompt(texts).values()}
     if len(counts) > 1:
@@ -320,7 +320,30 @@ def _guided_by(text: dict, judge: str) -> bool:
     return text.get("method") != "plain" and any(same)
 
 
+def with_kl_to(reference: str, texts: list[dict], ref_log_probs: Sequence[float]) -> list[dict]:
+    """The texts with their `kl` to another model than the one that wrote them.
+
+        log pi(y) - log pi_ref(y) = kl + log pi_writer(y) - log pi_ref(y)
+
+    where pi_writer is the language model that a method guided, of which the records have `kl` and `ref_log_prob`.
+
+    Args:
+        reference: its name, for the table.
+        ref_log_probs: log pi_ref of each response, in nats, see `lab.text_log_probs`.
+
+    >>> text = {"kl": 0.5, "ref_log_prob": -3.0, "settings": {"model": "tuned"}}
+    >>> with_kl_to("base", [text], [-4.0])[0]["kl"]
+    1.5
+    """
+    moved = []
+    for text, ref_log_prob in zip(texts, ref_log_probs, strict=True):
+        kl = text["kl"] + text["ref_log_prob"] - ref_log_prob
+        moved.append(text | {"kl": kl, "settings": text.get("settings", {}) | {"model": reference}})
+    return moved
+
+
 def _model(texts: list[dict]) -> str | None:
+    """Which language model the texts' `kl` is to."""
     return texts[0].get("settings", {}).get("model")
 
 

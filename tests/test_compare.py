@@ -5,12 +5,15 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from pargs_min.cli import main
 from pargs_min.compare import compare, distinct, file_labels, read_files, read_texts, rouge_l
 from pargs_min.evaluate import bootstrap_interval, mean_and_error, wilson, win_rate
 from pargs_min.judges import Judge
 from pargs_min.report import markdown, panels, write_comparison
+from pargs_min.texts import generate_texts, write_records
+from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
 
 
 def text(prompt_number, sample, response, **more):
@@ -172,7 +175,8 @@ def test_kl_to_another_model_is_left_out_and_a_bound_is_marked():
     bounds = {"best": by("ref", method="best-of-n"), "smc": by("ref", method="smc")}
     result = compare({"plain": by("ref"), "dpo": by("dpo")} | bounds, against="plain")
     assert [row["kl"] and row["kl"]["mean"] for row in result.rows] == [1.0, None, 1.0, 1.0]
-    assert "dpo was written by dpo, plain by ref: its KL, to its own model, is left out" in result.notes
+    (note,) = (note for note in result.notes if note.startswith("dpo"))
+    assert note.endswith("its KL, to its own model, is left out (--reference MODEL takes all to one)")
     table = markdown(result).splitlines()
     assert "≤ 1 " in table[4]
     assert "≤ 1 " in table[5]
@@ -333,3 +337,31 @@ def test_bad_input_of_the_command_is_one_line(tmp_path, monkeypatch, capsys, arg
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_every_kl_can_be_taken_to_one_model(tmp_path):
+    """Guided texts keep theirs; those of another model are of that model's log-ratio to the reference, text by text."""
+    lm, tuned, tokenizer = tiny_lm(vocabulary=14), tiny_lm(vocabulary=14, seed=5), tiny_tokenizer()
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    prompts, settings = [{"prompt": "a b"}, {"prompt": "c"}], dict(num_samples=3, max_new_tokens=5)
+    guided = dict(method="args", reward_model=tiny_reward_model(vocabulary=14), top_k=4)
+    ways = {"guided": (lm, guided), "tuned": (tuned, dict(method="plain"))}
+    for name, (model, more) in ways.items():
+        texts = [*generate_texts(model, tokenizer, prompts, **more, **settings)]
+        list(write_records(tmp_path / f"{name}.jsonl", texts, {"model": name}))
+    files = [str(tmp_path / f"{name}.jsonl") for name in ways]
+    report = tmp_path / "report"
+    assert main(["evaluate", *files, "--reference", str(tmp_path / "lm"), "--output-dir", str(report)]) == 0
+    rows = json.loads((report / "evaluation.json").read_text())["rows"]
+    written = {name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()] for name in ways}
+    assert rows[0]["kl"]["mean"] == pytest.approx(np.mean([text["kl"] for text in written["guided"]]), abs=1e-9)
+    other = [text["ref_log_prob"] - by_hand(lm, tokenizer, text) for text in written["tuned"]]
+    assert rows[1]["kl"]["mean"] == pytest.approx(np.mean(other), abs=1e-9)
+    assert np.mean(other) > 0.1
+
+
+def by_hand(lm, tokenizer, text):
+    prompt, response = tokenizer(text["prompt"]).input_ids, text["response_ids"]
+    log_probs = lm(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+    return sum(log_probs[len(prompt) - 1 + i, token].item() for i, token in enumerate(response))
