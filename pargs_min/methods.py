@@ -35,7 +35,13 @@ def plain(policy: PolicyStepper, prompt_ids: Tensor, mask: Tensor, **settings) -
 def guided(
     method: str, policy: PolicyStepper, reward: RewardScorer, prompt_ids: Tensor, mask: Tensor, **settings
 ) -> Generation:
-    """PARGS, ARGS or controlled decoding: what the reward model was trained on tells which, not the loop."""
+    """PARGS, ARGS or controlled decoding: what the reward model was trained on tells which, not the loop.
+
+    Raises:
+        ValueError: if `method` is none of these.
+    """
+    if method not in (names := [name for name in GUIDED if name != "smc"]):
+        raise ValueError(f"method must be one of {', '.join(names)}, got {method!r}")
     draw = greedy if method.endswith("-greedy") else sample
     return generate(policy, reward, prompt_ids, mask, draw=draw, **settings)
 

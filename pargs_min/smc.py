@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from pargs_min.decode import Generation, PolicyStepper, RewardScorer, Step, generate, sample
+from pargs_min.decode import Generation, PolicyStepper, RewardScorer, Step, generate, greedy, sample
 from pargs_min.methods import RewardFn, response_rewards
 
 # (B, n) log-weights, (B,) uniforms -> (B, n) particles to go on from; each is chosen n times its weight on average
@@ -101,9 +101,16 @@ def smc(
     response that was cut at `max_new_tokens` counts as it stands. A particle that has ended keeps its weight.
 
     The `kl` of a response, beta * R(y) - log_evidence, is in the mean over responses (drawn by weight) an upper bound
-    of the divergence of what is written from the untruncated reference: it is the divergence between the law of
-    everything drawn and pi_ref times the law of the rest given y, and leaving the rest out cannot add to it. The bound
-    is attained with one particle, where it is the path's log-ratio, and in the limit of many.
+    of the divergence of what is written from the untruncated reference. Let h be all that is drawn besides y: the other
+    particles, their ancestors, which of them y is. With Q(h, y) the law of the whole run, and S(h | y) that of a run in
+    which one particle is made to be y (conditional SMC),
+
+        log Q(h, y) / (pi_ref(y) S(h | y)) = beta R(y) - log_evidence = kl
+        E_Q[kl] = KL(Q || pi_ref S) = KL(Q(y) || pi_ref(y)) + E_Q[KL(Q(h | y) || S(h | y))] >= KL(Q(y) || pi_ref(y))
+
+    The bound is attained with one particle, where h is empty and kl the path's log-ratio, and in the limit of many.
+    Source of the first line: the extended target of particle Markov chain Monte Carlo, Andrieu, Doucet and Holenstein
+    (2010); the second is the chain rule.
 
     Args:
         n: particles a prompt; one is PARGS.
@@ -116,8 +123,8 @@ def smc(
         settings: others of `generate`; `uniforms`, where given, are (B * n, N), the n rows of a prompt together.
 
     Raises:
-        ValueError: if n < 1, `threshold` is negative, `temperature` is not 1, which has no such target, or `choices`
-            has another shape.
+        ValueError: if n < 1, `threshold` is negative, `temperature` is not 1, which has no such target, `draw` is
+            greedy, or `choices` has another shape.
     """
     if n < 1:
         raise ValueError(f"n (particles) must be at least 1, got {n}")
@@ -125,6 +132,8 @@ def smc(
         raise ValueError(f"threshold must be a fraction of the particles, at least 0, got {threshold}")
     if temperature != 1:
         raise ValueError(f"temperature must be 1 for smc, whose weights are those of temperature 1, got {temperature}")
+    if settings.get("draw") is greedy:
+        raise ValueError("draw must sample (leave it out), not be greedy: the weights are those of sampled particles")
     shape = len(prompt_ids), settings["max_new_tokens"]
     if choices is None:
         choices = torch.rand(shape)
@@ -150,7 +159,9 @@ def smc(
 
 
 class _Weights:
-    """The two hooks of `generate`: `drawn` remembers r(a) of each particle, `resample` weighs by Z(a) exp(-beta r(a)).
+    """The two hooks of `generate`, in the order of a step: `resample` weighs the prefix a of each particle by Z(a)
+    exp(-beta r(a)), with the r(a) that `drawn` remembered in the step before; then tokens are drawn, and `drawn`
+    remembers the rewards of the longer prefixes.
 
     log_weights (B, n) are since the last resampling; log_evidence (B,) holds what was resampled away.
     """

@@ -27,6 +27,12 @@ def test_guided_methods_are_one_call_of_generate(method):
     assert torch.equal(ours.tokens, same.tokens)
 
 
+@pytest.mark.parametrize("name", ["args-gredy", "plain", "smc"])
+def test_a_name_that_guides_no_loop_is_refused(name):
+    with pytest.raises(ValueError, match=f"method must be one of pargs, .*, cd, got '{name}'"):
+        guided(name, ModelPolicy(tiny_lm()), SiblingScorer(tiny_reward_model()), *left_padded(4), beta=2.0, **SETTINGS)
+
+
 def test_best_of_n_is_the_best_of_n_different_samples():
     lm, rm = tiny_lm(), tiny_reward_model()
     ids, mask = left_padded(4, 2)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pargs_min.decode import ModelPolicy, row_uniforms
+from pargs_min.decode import ModelPolicy, greedy, row_uniforms
 from pargs_min.methods import guided, path_kl, response_rewards
 from pargs_min.reward_model import final_rewards, prefix_rewards
 from pargs_min.scoring import ReencodeScorer, SiblingScorer, model_rewards
@@ -274,6 +274,7 @@ def test_effective_sample_size_between_one_and_all():
         (dict(choices=torch.rand(1, 1)), r"choices must be \(1, 2\), a prompt and step each, got \(1, 1\)"),
         (dict(threshold=-0.5), "threshold must be a fraction of the particles, at least 0, got -0.5"),
         (dict(temperature=0.7), "temperature must be 1 for smc"),
+        (dict(draw=greedy), "draw must sample .leave it out., not be greedy"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
