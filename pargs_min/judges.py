@@ -241,6 +241,7 @@ class ChatJudge:
     Args:
         address: up to and without `/chat/completions`, such as https://api.openai.com/v1.
         verdicts: JSONL file of {address, request, reply}, one line per reply; what it holds is not asked again.
+            An answer without a message of the model is handed on, and not kept.
         question: the request, with {prompt}, {a} and {b}; replies must hold one of [[A]], [[B]], [[TIE]].
         pauses: seconds before each new try, when the address cannot be reached, is too busy, or fails.
         workers: requests at a time.
@@ -271,29 +272,38 @@ class ChatJudge:
             else None
             for a, b in zip(ours, theirs, strict=True)
         ]
-        self._ask_all({request for pair in pairs if pair for request in pair} - self.replies.keys())
-        return [0.5 if pair is None else both_orders(*(self.replies[request] for request in pair)) for pair in pairs]
+        requests = {request for pair in pairs if pair for request in pair}
+        replies = self.replies | self._ask_all(requests - self.replies.keys())
+        return [0.5 if pair is None else both_orders(*(replies[request] for request in pair)) for pair in pairs]
 
     def _request(self, text: dict, a: str, b: str) -> str:
         content = self.question.format(prompt=_text(text), a=a, b=b)
         return json.dumps({"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}]})
 
-    def _ask_all(self, requests: set[str]) -> None:
-        pool = ThreadPoolExecutor(self.workers)
+    def _ask_all(self, requests: set[str]) -> dict[str, str]:
+        """The reply to each; what the model said is kept, other answers (an error, say) may be better another time."""
+        pool, replies = ThreadPoolExecutor(self.workers), {}
         self.verdicts.parent.mkdir(parents=True, exist_ok=True)
         try:
             with self.verdicts.open("a", encoding="utf-8") as file:
                 asked = {pool.submit(self._ask, request): request for request in sorted(requests)}
                 for answer in tqdm(as_completed(asked), desc=self.model, total=len(asked), disable=None):
                     request = asked[answer]
-                    self.replies[request] = answer.result()
-                    line = {"address": self.address, "request": json.loads(request), "reply": self.replies[request]}
+                    said = answer.result()
+                    reply = _content(said)
+                    replies[request] = said if reply is None else reply
+                    if reply is None:
+                        continue
+                    self.replies[request] = reply
+                    line = {"address": self.address, "request": json.loads(request), "reply": reply}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
                     file.flush()
         finally:
             pool.shutdown(cancel_futures=True)
+        return replies
 
     def _ask(self, request: str) -> str:
+        """The answer, as it came."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("OPENAI_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
@@ -302,7 +312,7 @@ class ChatJudge:
                 with urlopen(
                     Request(f"{self.address}/chat/completions", request.encode(), headers), timeout=self.timeout
                 ) as answer:
-                    return _content(answer.read().decode(errors="replace"))
+                    return answer.read().decode(errors="replace")
             except (OSError, HTTPException) as error:
                 refused = isinstance(error, HTTPError) and error.code < 500 and error.code not in (408, 409, 425, 429)
                 if refused or pause is None:
@@ -332,13 +342,13 @@ class ChatJudge:
         return replies
 
 
-def _content(answer: str) -> str:
-    """What the model said; the whole answer, where it has another form."""
+def _content(answer: str) -> str | None:
+    """What the model said; None where the answer has another form."""
     try:
         content = json.loads(answer)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError):
-        return answer
-    return content if isinstance(content, str) else answer
+        return None
+    return content if isinstance(content, str) else None
 
 
 def both_orders(reply: str, swapped_reply: str) -> float | list[str]:

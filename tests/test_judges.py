@@ -294,16 +294,29 @@ def test_nothing_is_paid_for_twice(serve, tmp_path):
     assert len(server.asked) == 6
 
 
-@pytest.mark.parametrize(
-    "reply", ["I like A", "[[A]] or [[B]]", "", None, b"<html>busy</html>", b"[]", b'{"choices": []}']
-)
+@pytest.mark.parametrize("reply", ["I like A", "[[A]] or [[B]]", ""])
 def test_a_reply_that_is_no_verdict_is_kept_raw(serve, tmp_path, reply):
     judge = ChatJudge(serve(lambda content: reply).address, "m", tmp_path / "v.jsonl")
     (answer,) = judge.compare(texts("a"), texts("b"))
     assert isinstance(answer, list)
     kept = {json.loads(line)["reply"] for line in (tmp_path / "v.jsonl").open()}
     assert kept == set(answer)
-    assert (reply.decode() if isinstance(reply, bytes) else reply or "") in answer[0]
+    assert answer == [reply] * 2
+
+
+@pytest.mark.parametrize(
+    "said", [b'{"error": {"message": "busy", "code": 429}}', b"<html>busy</html>", b"[]", b'{"choices": []}', None]
+)
+def test_an_answer_without_a_message_is_handed_on_and_asked_for_again(serve, tmp_path, said):
+    """Status 200 notwithstanding; what holds no message of the model is no verdict of it."""
+    said = [said, said]
+    server = serve(lambda content: said.pop() if said else longer(content))
+    judge = ChatJudge(server.address, "m", tmp_path / "v.jsonl")
+    ((answer, _),) = judge.compare(texts("aa"), texts("b"))
+    assert "busy" in answer or "[]" in answer or "null" in answer
+    assert (tmp_path / "v.jsonl").read_text() == ""
+    assert judge.compare(texts("aa"), texts("b")) == [1]
+    assert len(server.asked) == 4
 
 
 def test_a_busy_server_is_asked_again(serve, tmp_path):
