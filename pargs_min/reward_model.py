@@ -128,8 +128,14 @@ def _takes_positions(body: type[PreTrainedModel]) -> bool:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """The longest text the model takes, in tokens; None where its configuration names no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """The longest text the model takes, in tokens; None where its configuration names no limit.
+
+    RoBERTa's kin count positions from behind that of padding, and so lose the first ones: 514 are 512 tokens.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(positions, "padding_idx", None)
+    return limit if limit is None or padding is None else limit - padding - 1
 
 
 def load_reward_model(

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from pargs_min.losses import partial_bradley_terry_loss
-from pargs_min.reward_model import final_rewards, load_reward_model, prefix_rewards, save_reward_model
+from pargs_min.reward_model import context_length, final_rewards, load_reward_model, prefix_rewards, save_reward_model
 from tests.strategies import SHAPES, left_padded, tiny_lm, tiny_reward_model
 
 EXACT = dict(rtol=0, atol=1e-12)
@@ -145,3 +145,13 @@ def test_a_classifier_with_several_labels_is_refused(tmp_path):
     AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="3 labels; a reward model has one"):
         load_reward_model(tmp_path)
+
+
+@pytest.mark.parametrize(("family", "longest"), [("roberta", 8), ("xlm-roberta", 8), ("mpnet", 8), ("bert", 10)])
+def test_the_context_is_what_the_model_can_read(family, longest):
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    model = tiny_reward_model(family, max_position_embeddings=10, pad_token_id=1, **small)
+    assert context_length(model) == longest
+    model(input_ids=torch.full((1, longest), 3))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, longest + 1), 3))
