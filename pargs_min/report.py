@@ -31,7 +31,7 @@ def panels(comparison: Comparison) -> dict[str, dict[str, tuple[float, float, fl
         for name, judged in row["judges"].items():
             estimates[f"reward ({short[name]})"] = judged["reward"]
             estimates[f"share won ({short[name]})"] = judged["win_rate"]
-        estimates["KL to the reference (nats)"] = row["kl"]
+        estimates["KL ≤ (nats)" if row["kl_is_bound"] else "KL to the reference (nats)"] = row["kl"]
         for name, estimate in estimates.items():
             if estimate:
                 value = estimate.get("mean", estimate.get("rate"))

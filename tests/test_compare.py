@@ -185,6 +185,9 @@ def test_kl_to_another_model_is_left_out_and_a_bound_is_marked():
         "the KL of smc is an upper bound",
     ]
     assert "≤" not in table[2] + table[3]
+    shown = panels(result)
+    assert set(shown["KL to the reference (nats)"]) == {"plain"}
+    assert set(shown["KL ≤ (nats)"]) == {"best", "smc"}
 
 
 def test_cost_is_reported_where_it_was_recorded():
