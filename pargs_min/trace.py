@@ -7,10 +7,11 @@
 A record of a step:
 
     {"step": 3, "candidates": [{"id", "token", "ref_prob", "reward", "prob", "drawn"}, ...],
-     "others": {"count", "ref_prob", "prob"}}
+     "others": {"count", "ref_prob", "prob"}, "nats": 0.7}
 
 ref_prob is the reference's probability over its whole vocabulary, prob the guided one among the candidates of the step;
-`others` adds up the candidates that are not listed.
+`others` adds up the candidates that are not listed. nats is log prob - log ref_prob of the drawn token: how far
+guidance moved it; over a text's tokens the sum is its `path_kl`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from math import log
 from string import Template
 
 from transformers import PreTrainedTokenizerBase
@@ -99,17 +99,13 @@ def _record(step: Step, name: Callable[[int], str], row: int, shown: int) -> dic
             for i in listed
         ],
         "others": {"count": len(rest), "ref_prob": float(ref_probs[rest].sum()), "prob": float(probs[rest].sum())},
+        "nats": float(log_probs[drawn].double() - step.ref_log_probs[row, drawn].double()),  # exp may be 0
     }
 
 
 def drawn(record: Mapping) -> dict:
     """The candidate of a step that was drawn."""
     return next(candidate for candidate in record["candidates"] if candidate["drawn"])
-
-
-def nats(candidate: Mapping) -> float:
-    """log prob - log ref_prob: how far guidance moved this candidate; over a text's tokens the sum is its `path_kl`."""
-    return log(candidate["prob"]) - log(candidate["ref_prob"])
 
 
 def _number(probability: float) -> str:
@@ -163,14 +159,14 @@ def to_html(trace: Sequence[Mapping], title: str, settings: Mapping[str, object]
         title=escape(title),
         settings="".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in settings.items()),
         text="\n".join(_link(record) for record in trace),
-        nats=f"{sum(nats(drawn(record)) for record in trace):.2f}",
+        nats=f"{sum(record['nats'] for record in trace):.2f}",
         steps="\n".join(_section(record) for record in trace),
     )
 
 
 def _link(record: Mapping) -> str:
     token = drawn(record)
-    moved = nats(token)
+    moved = record["nats"]
     kind = "up" if moved > 0.1 else "down" if moved < -0.1 else "same"
     return (
         f'<a class="{kind}" href="#step-{record["step"] + 1}" '

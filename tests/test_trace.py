@@ -7,15 +7,16 @@ import math
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pargs_min.cli import main
-from pargs_min.decode import ModelPolicy, generate, row_uniforms
+from pargs_min.decode import ModelPolicy, Step, generate, row_uniforms
 from pargs_min.methods import path_kl
 from pargs_min.reward_model import save_reward_model
 from pargs_min.scoring import SiblingScorer
-from pargs_min.trace import drawn, nats, records, to_html, to_text, token_names, visible
+from pargs_min.trace import drawn, records, to_html, to_text, token_names, visible
 from tests.strategies import left_padded, tiny_lm, tiny_reward_model, tiny_tokenizer
 
 TOP_K, BETA, STEPS = 5, 1.5, 7
@@ -89,7 +90,7 @@ def test_the_records_are_the_generation(traced):
         assert math.log(token["ref_prob"]) == pytest.approx(float(generation.ref_log_probs[1, i]))
         assert math.log(token["prob"]) == pytest.approx(float(generation.log_probs[1, i]))
         assert token["reward"] == float(generation.rewards[1, i])
-    total = sum(nats(drawn(record)) for record in trace)
+    total = sum(record["nats"] for record in trace)
     assert total == pytest.approx(float(path_kl("pargs", generation)[1]))
     assert json.loads(json.dumps(trace)) == trace
 
@@ -104,6 +105,17 @@ def test_every_step_obeys_the_equation_and_leaves_nothing_out(traced):
         for a, b in zip(listed, tilted, strict=True):
             assert a["prob"] / listed[0]["prob"] == pytest.approx(b / tilted[0])
         assert [c["prob"] for c in listed] == sorted((c["prob"] for c in listed), reverse=True)
+
+
+def test_a_drawn_token_may_be_next_to_impossible_for_the_reference():
+    """Its probability underflows to 0, the logarithm of which is none; its nats are those of the path all the same."""
+    ref_log_probs, log_probs = torch.tensor([[0.0, -800.0]]), torch.tensor([[-1.0, -0.5]])
+    one = torch.tensor([1])
+    step = Step(0, torch.tensor([[4, 5]]), ref_log_probs, torch.zeros(1, 2), log_probs, one, one.bool())
+    trace = records([step], str)
+    assert drawn(trace[0])["ref_prob"] == 0
+    assert trace[0]["nats"] == 799.5
+    assert "799.50 nats over the whole text" in to_html(trace, "title", {})
 
 
 def test_the_drawn_token_is_listed_however_few_are_shown():
@@ -166,7 +178,8 @@ def candidate(token: str, *, is_drawn: bool = False) -> dict:
 
 def record(tokens: list[str], chosen: int, step: int = 0) -> dict:
     candidates = [candidate(token, is_drawn=i == chosen) for i, token in enumerate(tokens)]
-    return {"step": step, "candidates": candidates, "others": {"count": 2, "ref_prob": 0.1, "prob": 0.2}}
+    others = {"count": 2, "ref_prob": 0.1, "prob": 0.2}
+    return {"step": step, "candidates": candidates, "others": others, "nats": math.log(2)}
 
 
 def test_the_page_holds_every_number_of_the_records(traced):
@@ -228,7 +241,7 @@ def test_a_script_in_a_prompt_stays_a_text():
 
 def test_colours_say_which_way_guidance_moved_a_token():
     up, down, same = (record(["x"], 0, step) for step in range(3))
-    down["candidates"][0]["prob"], same["candidates"][0]["prob"] = 0.1, 0.26
+    down["nats"], same["nats"] = math.log(0.1 / 0.25), math.log(0.26 / 0.25)
     page = Page(to_html([up, down, same], "t", {}))
     classes = [a["class"] for tag, a in zip(page.tags, page.attributes, strict=True) if tag == "a"]
     assert classes == ["up", "down", "same"]
