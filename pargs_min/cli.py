@@ -182,11 +182,51 @@ def train(arguments: list[str]) -> None:
         print(f"saved {args.output_dir}")
 
 
-@dataclass
-class GenerateOptions:
-    """What `pargs generate` takes."""
+@dataclass(kw_only=True)
+class DecodeOptions:
+    """What the commands that decode share."""
 
     model: str = field(metadata={"help": "Language model: a folder or a hub id."})
+    reward_model: str | None = field(default=None, metadata={"help": "Folder or hub id; not needed for plain."})
+    beta: float = field(default=1.0, metadata={"help": "Weight of the reward, in nats per unit of reward."})
+    top_k: int | None = field(
+        default=None,
+        metadata={"help": "Candidates per step, 0 for the whole vocabulary. Default: 10 when guided, otherwise 0."},
+    )
+    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of the longest response."})
+    temperature: float = field(default=1.0, metadata={"help": "Divides log pi_ref + beta * r."})
+    seed: int = field(default=0, metadata={"help": "With prompt and sample number it fixes a text."})
+    device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
+    dtype: str = field(
+        default="auto", metadata={"help": "float32, bfloat16, float16, or auto: what each checkpoint holds."}
+    )
+
+
+def load_models(options: DecodeOptions) -> dict:
+    """Language model, reward models and their tokenizers, by their names in `generate_texts`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pargs_min.memory import enough_memory
+    from pargs_min.reward_model import load_reward_model
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    smaller = f"take --dtype bfloat16 (it is {options.dtype}), smaller models, or --device cpu"
+    with loading(options.model), enough_memory(f"loading {options.model}", smaller):
+        loaded = {"tokenizer": AutoTokenizer.from_pretrained(options.model)}
+        loaded["lm"] = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).to(device)
+    for role in ("reward", "final_reward"):
+        if name := getattr(options, f"{role}_model", None):
+            with loading(name), enough_memory(f"loading {name} beside {options.model}", smaller):
+                loaded[f"{role}_tokenizer"] = AutoTokenizer.from_pretrained(name)
+                loaded[f"{role}_model"] = load_reward_model(name, dtype=options.dtype).to(device)
+    return loaded
+
+
+@dataclass(kw_only=True)
+class GenerateOptions(DecodeOptions):
+    """What `pargs generate` takes."""
+
     prompts: str = field(metadata={"help": "JSONL records with a `prompt` (text or messages), or text, one a line."})
     output: str = field(metadata={"help": "JSONL file to write, one record a text, as they come."})
     method: Literal["plain", "pargs", "pargs-greedy", "args", "args-greedy", "cd", "best-of-n", "smc"] = field(
@@ -196,26 +236,13 @@ class GenerateOptions:
             "cd value."
         },
     )
-    reward_model: str | None = field(default=None, metadata={"help": "Folder or hub id; not needed for plain."})
     final_reward_model: str | None = field(
         default=None, metadata={"help": "What smc weighs whole texts by. Default: --reward-model."}
     )
-    beta: float = field(default=1.0, metadata={"help": "Weight of the reward, in nats per unit of reward."})
-    top_k: int | None = field(
-        default=None,
-        metadata={"help": "Candidates per step, 0 for the whole vocabulary. Default: 10 when guided, otherwise 0."},
-    )
-    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of the longest response."})
-    temperature: float = field(default=1.0, metadata={"help": "Divides log pi_ref + beta * r."})
     num_samples: int = field(default=1, metadata={"help": "Texts per prompt."})
     n: int = field(default=10, metadata={"help": "Samples behind each text of best-of-n."})
     particles: int = field(default=8, metadata={"help": "Particles behind each text of smc."})
     batch_size: int = field(default=8, metadata={"help": "Texts decoded together; they do not change each other."})
-    seed: int = field(default=0, metadata={"help": "With prompt and sample number it fixes a text."})
-    device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
-    dtype: str = field(
-        default="auto", metadata={"help": "float32, bfloat16, float16, or auto: what each checkpoint holds."}
-    )
     compile: bool = field(
         default=False,
         metadata={"help": "Compile the steps of both models, for a GPU; it takes a minute, and for each batch size."},
@@ -234,13 +261,10 @@ def generate(arguments: list[str]) -> None:
     """Write texts for a file of prompts, guided by a reward model or not."""
     import os
 
-    import torch
     from tqdm.auto import tqdm
-    from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+    from transformers import HfArgumentParser
 
-    from pargs_min.memory import enough_memory
     from pargs_min.records import read_prompts
-    from pargs_min.reward_model import load_reward_model
     from pargs_min.texts import generate_texts, parse_shard, read_done, shard_range, write_records
 
     (options,) = HfArgumentParser(
@@ -252,27 +276,14 @@ def generate(arguments: list[str]) -> None:
     if os.path.exists(options.output) and not options.resume:
         raise ValueError(f"output {options.output} exists: continue it with --resume, or name another file")
     done = read_done(options.output, settings, prompts)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    smaller = f"take --dtype bfloat16 (it is {options.dtype}), smaller models, or --device cpu"
-    with loading(options.model), enough_memory(f"loading {options.model}", smaller):
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        lm = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).to(device)
-    loaded = {}
-    for role in ("reward", "final_reward"):
-        if name := getattr(options, f"{role}_model"):
-            with loading(name), enough_memory(f"loading {name} beside {options.model}", smaller):
-                loaded[f"{role}_tokenizer"] = AutoTokenizer.from_pretrained(name)
-                loaded[f"{role}_model"] = load_reward_model(name, dtype=options.dtype).to(device)
     names = ["method", "beta", "top_k", "max_new_tokens", "temperature", "num_samples", "n", "particles"]
     names += ["batch_size", "seed"]
     texts = generate_texts(
-        lm,
-        tokenizer,
-        prompts,
+        prompts=prompts,
         compiled=options.compile,
         shard=shard,
         done=done,
-        **loaded,
+        **load_models(options),
         **{name: getattr(options, name) for name in names},
     )
     part = shard_range(len(prompts), shard)
@@ -288,41 +299,25 @@ def generate(arguments: list[str]) -> None:
 NOT_IN_THE_TEXT = ("prompts", "output", "batch_size", "device", "compile", "shard", "resume")
 
 
-@dataclass
-class TraceOptions:
+@dataclass(kw_only=True)
+class TraceOptions(DecodeOptions):
     """What `pargs trace` takes."""
 
-    model: str = field(metadata={"help": "Language model: a folder or a hub id."})
     prompt: str = field(metadata={"help": "The text to continue."})
     method: Literal["plain", "pargs", "pargs-greedy", "args", "args-greedy", "cd"] = field(
         default="pargs", metadata={"help": "As in `pargs generate`."}
     )
-    reward_model: str | None = field(default=None, metadata={"help": "Folder or hub id; not needed for plain."})
     output: str | None = field(default=None, metadata={"help": "HTML page to write. Default: none, lines only."})
     shown: int = field(default=10, metadata={"help": "Candidates listed a step; the one drawn always is."})
-    beta: float = field(default=1.0, metadata={"help": "Weight of the reward, in nats per unit of reward."})
-    top_k: int | None = field(
-        default=None,
-        metadata={"help": "Candidates per step, 0 for the whole vocabulary. Default: 10 when guided, otherwise 0."},
-    )
-    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of the longest response."})
-    temperature: float = field(default=1.0, metadata={"help": "Divides log pi_ref + beta * r."})
     sample: int = field(default=0, metadata={"help": "Which of the prompt's samples, from 0."})
-    seed: int = field(default=0, metadata={"help": "With the sample number it fixes the text."})
-    device: str | None = field(default=None, metadata={"help": "Default: cuda if there is one, else cpu."})
-    dtype: str = field(
-        default="auto", metadata={"help": "float32, bfloat16, float16, or auto: what each checkpoint holds."}
-    )
 
 
 def trace(arguments: list[str]) -> None:
     """Show one text token by token: what could have followed, what it was worth, what was drawn."""
     from pathlib import Path
 
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+    from transformers import HfArgumentParser
 
-    from pargs_min.reward_model import load_reward_model
     from pargs_min.texts import generate_texts
     from pargs_min.trace import records, to_html, to_text, token_names
 
@@ -333,21 +328,11 @@ def trace(arguments: list[str]) -> None:
         raise ValueError(f"output {options.output} exists: name another file")
     if options.sample < 0 or options.shown < 1:
         raise ValueError(f"sample must be at least 0 and shown at least 1, got {options.sample} and {options.shown}")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = {}
-    with loading(options.model):
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        lm = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype).to(device)
-    if options.reward_model:
-        with loading(options.reward_model):
-            loaded["reward_tokenizer"] = AutoTokenizer.from_pretrained(options.reward_model)
-            loaded["reward_model"] = load_reward_model(options.reward_model, dtype=options.dtype).to(device)
+    loaded = load_models(options)
     names, steps = ["method", "beta", "top_k", "max_new_tokens", "temperature", "seed"], []
     list(
         generate_texts(
-            lm,
-            tokenizer,
-            [{"prompt": options.prompt}],
+            prompts=[{"prompt": options.prompt}],
             num_samples=options.sample + 1,
             done=[(0, earlier) for earlier in range(options.sample)],
             on_step=steps.append,
@@ -355,7 +340,7 @@ def trace(arguments: list[str]) -> None:
             **{name: getattr(options, name) for name in names},
         )
     )
-    seen = records(steps, token_names(tokenizer), shown=options.shown)
+    seen = records(steps, token_names(loaded["tokenizer"]), shown=options.shown)
     print(to_text(seen))
     if options.output:
         said = {name: value for name, value in vars(options).items() if name not in ("output", "shown", "device")}
