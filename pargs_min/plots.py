@@ -61,34 +61,6 @@ def save(drawing: Figure, path: str | Path) -> None:
     drawing.savefig(path, dpi=150)
 
 
-def reward_vs_kl(rows: Sequence[Mapping], frontier: Sequence[tuple[float, float]], title: str = "") -> Figure:
-    """Reward against KL to the reference: a curve a method over beta (or n), small marks for single reward models.
-
-    The axis is of the root of KL: it makes room at the left, and the optimum starts out as a straight line.
-
-    Args:
-        rows: {"method", "beta", "n", "gold", "kl", "models": [{"gold", "kl"}, ...]}.
-        frontier: (kl, reward) of the RLHF policies of the reference, the best that any policy can do.
-    """
-    drawing, axes = figure("KL to the reference (nats a text)", "gold reward", title, (7.6, 4.8))
-    axes.plot(*zip(*frontier, strict=True), color=BLACK, linewidth=1.5, label="RLHF (the most at each KL)")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        ink, mark = INKS[method]
-        points = [row for row in rows if row["method"] == method]
-        singles = [single for row in points for single in row["models"]]
-        label = f"{method} (KL is a bound)" if method == "best-of-n" else method
-        line = "none" if method == "best-of-n" else "-"  # nothing lies between two values of n
-        kl, gold = [p["kl"] for p in points], [p["gold"] for p in points]
-        axes.plot(kl, gold, linestyle=line, color=ink, marker=mark, label=label, clip_on=False, zorder=3)
-        axes.scatter([s["kl"] for s in singles], [s["gold"] for s in singles], color=ink, marker=mark, s=9, alpha=0.6)
-        for p in points if method != "plain" else []:
-            name = f"{p['beta']:g}" if p["beta"] is not None else f"n={p['n']}"
-            axes.annotate(name, (p["kl"], p["gold"]), (5, -9), textcoords="offset points", fontsize=7, color=ink)
-    root_scale(axes, max(single["kl"] for row in rows for single in row["models"]))
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5), title="number: beta, or n")
-    return drawing
-
-
 def root_scale(axes: Axes, largest: float) -> None:
     """Make the first axis one of the root of KL, up to a little more than the largest."""
     axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))

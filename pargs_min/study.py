@@ -51,6 +51,7 @@ class Study:
     columns: tuple[str, ...]  # of the table
     labs: Callable[[Lab, bool], dict[str, Lab]] = lambda lab, quick: {"": lab}
     conclude: Callable[[Rows], Iterator[str]] = lambda rows: iter(())
+    each_seed: bool = False  # show the reward of each
 
 
 def run(name: str, lab: Lab, folder: Path, *, seeds: Sequence[int], processes: int = 2, quick: bool = False) -> str:
@@ -66,7 +67,9 @@ def run(name: str, lab: Lab, folder: Path, *, seeds: Sequence[int], processes: i
     cells = [cell for seed in seeds for cell in study.cells(lab, seed)]
     rows = gather(sweep(labs, cells, folder / f"{name}.jsonl", processes))
     rows = [row | rlhf_at_equal_kl(row, labs[row.get("lab", "")]) for row in rows]
-    text = "\n\n".join([f"{name}, seeds {seeds[0]} to {seeds[-1]}", table(rows, study.columns), *study.conclude(rows)])
+    text = "\n\n".join(
+        [f"{name}, seeds {seeds[0]} to {seeds[-1]}", table(rows, study.columns, study.each_seed), *study.conclude(rows)]
+    )
     (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     kept = {"study": name, "lab": asdict(lab), "seeds": list(seeds), "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(without_nan(kept), indent=1), encoding="utf-8")
@@ -294,22 +297,38 @@ def partial_vs_full_cells(lab: Lab, seed: int) -> Iterator[Cell]:
 
 
 def at_equal_kl(rows: Rows) -> Iterator[str]:
-    """PARGS less ARGS, at the KL that ARGS spent: read off the line through PARGS's betas, seed by seed."""
+    """PARGS less each other method, at the KL that the other spent, seed by seed: read off the line through its betas.
+
+    Where the other's KL is a bound, this is one, too: PARGS would have less at the KL itself.
+    """
     plain = next(row for row in rows if row["method"] == "plain")
     ours = [row for row in rows if row["method"] == "pargs"]
-    lines = ["PARGS less ARGS at equal KL (line through plain and PARGS's betas), and PARGS less plain:"]
+    lines = ["PARGS less others at equal KL (line through plain and PARGS's betas), and less plain:"]
     for row in rows:
-        if row["method"] == "args":
+        if row["method"] not in ("plain", "pargs") and not row["method"].endswith("-greedy"):
             ahead = [
                 _reward_at(seed, kl, [plain, *ours]) - reward
                 for seed, (kl, reward) in enumerate(zip(row["kl"]["seeds"], row["reward"]["seeds"], strict=True))
             ]
-            found = [gap for gap in ahead if gap is not None]
-            lines.append(f"- at the KL of ARGS, beta={row['beta']:g} ({row['kl']['mean']:.2f}): {_signed(found)}")
+            most = "at most " if row["method"] in BOUNDED else ""
+            lines.append(f"- at the KL of {method_name(row)} ({row['kl']['mean']:.2f}): {most}{_signed(ahead)}")
     for row in ours:
         both = zip(row["reward"]["seeds"], plain["reward"]["seeds"], strict=True)
         lines.append(f"- PARGS less plain, beta={row['beta']:g}: {_signed([a - b for a, b in both])}")
     yield "\n".join(lines)
+
+
+BOUNDED = ("best-of-n", "smc")  # methods whose KL is an upper bound
+
+
+def method_name(cell: Cell) -> str:
+    """A method and its setting in a few words.
+
+    >>> method_name({"method": "args", "beta": 2.0}), method_name({"method": "best-of-n", "n": 4})
+    ('args beta=2', 'best-of-n n=4')
+    """
+    named = (name for name in ("beta", "n", "particles") if cell.get(name) is not None)
+    return " ".join([cell["method"], *(f"{name}={cell[name]:g}" for name in named)])
 
 
 def _reward_at(seed: int, kl: float, rows: Rows) -> float:
@@ -325,7 +344,15 @@ def _signed(values: Sequence[float]) -> str:
 
 # ---- tables ----
 
-HEADS = {"beta": "beta", "top_k": "k", "n": "n", "particles": "particles", "lab": "world", "recipe": "reward model"}
+HEADS = {
+    "lab": "world",
+    "method": "method",
+    "beta": "beta",
+    "top_k": "k",
+    "n": "n",
+    "particles": "particles",
+    "recipe": "reward model",
+}
 FORMATS = {
     "reward": ("reward", 2),
     "prompt_error": ("± over prompts", 2),
@@ -343,18 +370,20 @@ FORMATS = {
 }
 
 
-def table(rows: Rows, columns: Sequence[str]) -> str:
-    """The rows as Markdown: what was varied, then means +- standard errors over seeds."""
-    varied = [name for name in ("lab", "method", *HEADS) if len({json.dumps(row.get(name)) for row in rows}) > 1]
-    varied = list(dict.fromkeys(varied))
+def table(rows: Rows, columns: Sequence[str], each_seed: bool = False) -> str:
+    """The rows as Markdown: what was varied, means ± standard errors over seeds, each seed's reward if asked for."""
+    varied = [name for name in HEADS if len({json.dumps(row.get(name)) for row in rows}) > 1]
     shown = [name for name in columns if any(name in row for row in rows)]
-    lines = [[HEADS.get(name, name) for name in varied] + [FORMATS[name][0] for name in shown]]
-    lines.append(["---"] * len(varied) + ["---:"] * len(shown))
+    lines = [[HEADS[name] for name in varied] + [FORMATS[name][0] for name in shown]]
+    lines[0] += ["each seed"] if each_seed else []
+    lines.append(["---"] * len(varied) + ["---:"] * (len(lines[0]) - len(varied)))
     for row in rows:
-        bound = "≤ " if row.get("method") in ("best-of-n", "smc") else ""
+        bound = "≤ " if row.get("method") in BOUNDED else ""
         cells = [_setting(row.get(name)) for name in varied]
         for name in shown:
             cells.append((bound if name == "kl" else "") + _number(row.get(name), FORMATS[name][1]))
+        if each_seed:
+            cells.append(" ".join(f"{value:.2f}" for value in row["reward"]["seeds"]))
         lines.append(cells)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -458,7 +487,7 @@ def reward_against_kl(axes: Axes, rows: Rows, lab: Lab) -> None:
     for method, some in by_method(rows):
         ink, mark = plots.INKS[method]
         line = "none" if method in ("best-of-n", "dpo", "ppo") else "-"
-        label = f"{method} (KL is a bound)" if method in ("best-of-n", "smc") else method
+        label = f"{method} (KL is a bound)" if method in BOUNDED else method
         curve(axes, some, lambda row: row["kl"]["mean"], "reward", label, ink, mark, linestyle=line)
         for row in some:
             axes.scatter(row["kl"]["seeds"], row["reward"]["seeds"], s=8, color=ink, marker=mark, alpha=0.5)
@@ -563,6 +592,7 @@ STUDIES = {
         draw_partial_vs_full,
         ("reward", "prompt_error", "rlhf", "kl", "calls", "distinct2", "off_grammar"),
         conclude=at_equal_kl,
+        each_seed=True,  # what a reward model of whole texts does depends on its seed
     ),
 }
 NAMES = (*STUDIES, "cost")

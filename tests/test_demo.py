@@ -1,53 +1,28 @@
-"""The demonstration: a miniature of it end to end, and what it says of its numbers."""
+"""The demonstration: a miniature of it end to end."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-
-from pargs_min import demo
-from pargs_min.demo import Size, run, verdicts
-
-
-def row(method, gold, kl, se=0.01, **more):
-    return {"method": method, "beta": 1.0, "n": None, "gold": gold, "gold_se": se, "kl": kl, **more}
-
-
-def test_who_is_ahead_is_read_off_the_curve_at_equal_kl():
-    rows = [
-        row("plain", -1.0, 0.0),
-        row("pargs", 1.0, 2.0),
-        row("args", -0.5, 1.0),
-        row("best-of-n", 0.99, 2.0, n=16),
-        row("best-of-n", 0.5, 1.0, n=4),
-        row("args", 0.0, 9.0),
-    ]
-    assert verdicts(rows) == [
-        "at 1.00 nats sampled PARGS (0.00) is ahead of args beta=1 (-0.50 at 1.00)",
-        "at 2.00 nats sampled PARGS (1.00) is level with best-of-16 (0.99 at 2.00)",
-        "at 1.00 nats sampled PARGS (0.00) is behind best-of-4 (0.50 at 1.00)",
-        "at 2.00 nats sampled PARGS (1.00) is ahead of args beta=1 (0.00 at 9.00)",
-    ]
+from pargs_min import lab, study
+from pargs_min.demo import run
 
 
 def test_the_whole_job_in_miniature(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "two_processes", lambda: ThreadPoolExecutor(1))
-    monkeypatch.setattr(demo, "QUICK", Size(5, 40, 20, 2, 2, 6, 40))
-    monkeypatch.setattr(demo, "BETAS", (1.0,))
-    monkeypatch.setattr(demo, "BEST_OF", (2,))
+    monkeypatch.setattr(lab, "workers", lambda processes: ThreadPoolExecutor(1))
+    monkeypatch.setattr(study, "BETAS", (0.5, 2.0))
     said = []
-    rows = run(tmp_path, quick=True, say=said.append)
-    assert json.loads((tmp_path / "results.json").read_text())["rows"] == rows
-    assert {"method", "beta", "gold", "gold_se", "kl", "distinct2", "off_grammar", "cost"} <= set(rows[0])
-    assert [r["method"] for r in rows] == ["plain", "args", "args-greedy", "pargs", "pargs-greedy", "best-of-n"]
-    assert [len(r["models"]) for r in rows] == [1, 2, 2, 2, 2, 2]  # every reward model is shown
-    assert rows[0]["kl"] == pytest.approx(0, abs=1e-5)
-    assert rows[0]["cost"] == 1
-    for picture in ("reward_vs_kl.png", "prefix_accuracy.png"):
+    run(tmp_path, quick=True, say=said.append)
+    assert said[0].startswith("reference: ")
+    texts = {words.split("\n")[1]: words.split("\n")[2:] for words in said[1:-1]}
+    assert {"plain", "args beta=2", "pargs beta=2", "pargs-greedy beta=2", "best-of-n n=16"} <= texts.keys()
+    assert all(len(some) == 3 for some in texts.values())
+    assert "| pargs | 2 |" in said[-1]
+    assert "PARGS less plain" in said[-1]
+    for picture in ("partial-vs-full.png", "prefix_accuracy.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
-    trained = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/model.safetensors")}
-    assert len(trained) == 5
-    again = run(tmp_path, quick=True, say=said.append)  # reuses what it trained, and writes the same texts
-    assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/model.safetensors")} == trained
-    assert [(r["gold"], r["kl"]) for r in again] == [(r["gold"], r["kl"]) for r in rows]
+    trained = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.safetensors")}
+    assert len(trained) == 4  # the reference and a reward model of each kind
+    again = []
+    run(tmp_path, quick=True, say=again.append)  # reuses what it trained, and says the same
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.safetensors")} == trained
+    assert again == said

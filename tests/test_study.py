@@ -66,17 +66,20 @@ def row(method, rewards, kls, beta=None):
     return {"method": method, "beta": beta, "reward": interval(rewards), "kl": interval(kls)}
 
 
-def test_pargs_and_args_are_compared_at_the_kl_of_args_seed_by_seed():
+def test_pargs_and_others_are_compared_at_the_kl_of_the_other_seed_by_seed():
     rows = [
         row("plain", [0.0, 1.0], [0.0, 0.0]),
         row("pargs", [2.0, 3.0], [1.0, 2.0], beta=1.0),
         row("args", [0.5, 1.0], [0.5, 1.0], beta=1.0),  # there PARGS has 1 and 2
         row("args", [0.0, 1.0], [9.0, 9.0], beta=2.0),  # beyond its largest KL: 2 and 3
+        row("best-of-n", [3.0, 3.0], [1.0, 1.0]) | {"n": 4},  # there PARGS has 2 and 2
+        row("args-greedy", [9.0, 9.0], [9.0, 9.0], beta=2.0),
     ]
     (text,) = at_equal_kl(rows)
-    _, first, second, plain = text.split("\n")
+    _, first, second, bound, plain = text.split("\n")
     assert "beta=1 (0.75): +0.75" in first  # .5 and 1
     assert "beta=2 (9.00): +2.00" in second
+    assert "best-of-n n=4 (1.00): at most -1.00" in bound
     assert "PARGS less plain, beta=1: +2.00, 95% [+2.00, +2.00] over 2 seeds" in plain
 
 
@@ -86,6 +89,9 @@ def test_the_table_names_what_was_varied_and_marks_bounds():
     assert head == "| method | n | reward | KL |"
     assert first == "| plain |  | 1.50 ± 0.50 | 0.00 ± 0.00 |"
     assert second == "| best-of-n | 4 | 3.25 ± 0.25 | ≤ 0.60 ± 0.00 |"
+    each = table(rows, ("reward",), each_seed=True).split("\n")
+    assert each[0].endswith("| reward | each seed |")
+    assert each[3].endswith("| 3.25 ± 0.25 | 3.00 3.50 |")
     assert without_nan({"a": [float("nan"), 1.0]}) == {"a": [None, 1.0]}
 
 
