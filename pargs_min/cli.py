@@ -509,7 +509,7 @@ class DemoOptions:
         default=None,
         metadata={"help": "Models, figures and results. Default: runs/demo, or runs/demo-quick with --quick."},
     )
-    quick: bool = field(default=False, metadata={"help": "So small that it shows nothing but that it runs."})
+    quick: bool = field(default=False, metadata={"help": "Everything much smaller: a minute, and numbers to match."})
     seed: int = field(
         default=0, metadata={"help": "Of the reference, the pairs, the first reward model and the texts."}
     )

@@ -83,16 +83,26 @@ class Lab:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def embedded(folder: Path, *, quick: bool = False, seed: int = 0, steps: int = 1500, **world) -> Lab:
+def embedded(
+    folder: Path,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    steps: int = 1500,
+    pairs: int = 8000,
+    held_out: int = 1000,
+    **world,
+) -> Lab:
     """The embedded world as a lab: its reference and its pairs, made now unless the folder has them.
 
     Args:
         quick: everything so small that nothing can be learned from it but that it runs.
         steps: of training the reference.
+        pairs, held_out: how many to train on and to test on.
         world: arguments of `Journey`.
     """
-    most, pairs, held_out = (60, 200, 20) if quick else (1500, 8000, 1000)
-    steps = min(steps, most)
+    if quick:
+        steps, pairs, held_out = 60, 200, 20
     journey = Journey(**world)
     lm, tokenizer = reference(folder / "reference", journey, seed=seed, steps=steps)
     for name, prompts, count in (("pairs", TRAIN_PROMPTS, pairs), ("held_out", HELD_OUT_PROMPTS, held_out)):

@@ -385,7 +385,9 @@ def table(rows: Rows, columns: Sequence[str], each_seed: bool = False) -> str:
         if each_seed:
             cells.append(" ".join(f"{value:.2f}" for value in row["reward"]["seeds"]))
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def _setting(value) -> str:
