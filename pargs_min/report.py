@@ -23,6 +23,9 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join([f"| {line} |" for line in text] + [""] + [f"- {note}" for note in comparison.notes])
 
 
+KL = "KL (nats; line from 0: at most)"
+
+
 def panels(comparison: Comparison) -> dict[str, dict[str, tuple[float, float, float]]]:
     """What the figure shows: for each measure, (value, low, high) of each file that has it."""
     found: dict[str, dict[str, tuple[float, float, float]]] = {}
@@ -31,11 +34,13 @@ def panels(comparison: Comparison) -> dict[str, dict[str, tuple[float, float, fl
         for name, judged in row["judges"].items():
             estimates[f"reward ({short[name]})"] = judged["reward"]
             estimates[f"share won ({short[name]})"] = judged["win_rate"]
-        estimates["KL ≤ (nats)" if row["kl_is_bound"] else "KL to the reference (nats)"] = row["kl"]
+        estimates[KL] = row["kl"]
         for name, estimate in estimates.items():
             if estimate:
                 value = estimate.get("mean", estimate.get("rate"))
                 ends = (value if estimate[end] is None else estimate[end] for end in ("low", "high"))
+                if name == KL and row["kl_is_bound"]:
+                    ends = 0.0, value  # it is somewhere up to there
                 found.setdefault(name, {})[row["file"]] = (value, *ends)
     return found
 
