@@ -424,9 +424,8 @@ def _text_measures(lab: Lab, cell: Cell, texts: list[dict]) -> dict:
     }
     if lab.judge == "toy":
         found["off_grammar"] = mean(float(reward == OFF_GRAMMAR) for reward in rewards)
-    if found_gap := rlhf_gap(lab, cell, found):
-        found["gap"] = found_gap
-    return found
+    gap = rlhf_gap(lab, cell, found)
+    return found if gap is None else found | {"gap": gap}
 
 
 def rlhf_gap(lab: Lab, cell: Cell, found: dict) -> float | None:
@@ -434,7 +433,7 @@ def rlhf_gap(lab: Lab, cell: Cell, found: dict) -> float | None:
 
         E_pi[log pi / pi_ref] - beta E_pi[R] + log Z,     Z = E_ref[exp(beta R)]
 
-    with log Z by the lab's own samples of the reference. Beta times this is by how much less the policy has of the
+    with log Z by the lab's own samples of the reference. Divided by beta, it is by how much less the policy has of the
     objective E[R] - KL / beta than the best. None for policies without beta, or where Z rests on fewer than 500
     effective samples.
     """
