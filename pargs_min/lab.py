@@ -19,6 +19,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -520,8 +521,10 @@ def sweep(labs: dict[str, Lab], cells: Sequence[Cell], file: Path, processes: in
     A record is {"cell": ..., "found": ...}; a cell with `lab` is measured on the lab of that name, else on "".
 
     Raises:
-        ValueError: if the file was made with other labs.
+        ValueError: if the file was made with other labs, or a cell needs what is not installed.
     """
+    if any(cell.get("method") == "dpo" for cell in cells) and find_spec("trl") is None:
+        raise ValueError("these cells train DPO, which is TRL's: pip install -e '.[baselines]' -c constraints.txt")
     done = _read(file, {name: asdict(lab) for name, lab in labs.items()})
     left = [cell for cell in cells if json.dumps(cell) not in done]
     stages: list[dict[str, tuple]] = [{}, {}]
