@@ -180,6 +180,7 @@ def train(arguments: list[str]) -> None:
         )
         print("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items()))
         print(f"saved {args.output_dir}")
+    leave_together()
 
 
 @dataclass(kw_only=True)
@@ -420,6 +421,7 @@ def dpo(arguments: list[str]) -> None:
             part.save_pretrained(args.output_dir)
         print("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items()))
         print(f"saved {args.output_dir}")
+    leave_together()
 
 
 @dataclass
@@ -762,6 +764,15 @@ def keep_options(args, options: dict) -> None:
     elif args.process_index == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(ours, indent=1), "utf-8")
+
+
+def leave_together() -> None:
+    """The end of training in several processes: none leaves while another still talks to it, or it may end badly."""
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 @contextmanager
