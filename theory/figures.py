@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers.utils import logging
 
-from pargs_min import exact
-from pargs_min.journey import PROMPTS, Journey
 from pargs_min.plots import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, STYLE, save
+from pargs_min.world import automaton as exact
+from pargs_min.world.journey import PROMPTS, Journey
 from theory.bradley_terry import partial_reward
 from theory.policies import best_of_n, max_value, reward_and_kl, rlhf, soft_value, tokenwise
 from theory.smc import enumerate_particles, sample_particles

@@ -1,18 +1,19 @@
 """The same statements at real length, where enumeration would need 100^24 strings.
 
 Prefixes of one length that lead to one state of a finite automaton have the same future, so the values of T4, T6 and
-T7 obey a backward recursion over (time, state): `pargs_min.exact`. It is checked against enumeration on random automata
-small enough for both, and then used on the embedded world at its full 25 tokens, in the variant with a safe exit (never
-leaving is worth 0): there T7 holds, more beta wins less (T8c), and on-policy rounds recover what was lost (T11).
+T7 obey a backward recursion over (time, state): `pargs_min.world.automaton`. It is checked against enumeration on
+random automata small enough for both, and then used on the embedded world at its full 25 tokens, in the variant with a
+safe exit (never leaving is worth 0): there T7 holds, more beta wins less (T8c), and on-policy rounds recover what was
+lost (T11).
 Falsified by a state whose value differs from that of an enumerated prefix, or a win rate below 1/2.
 """
 
 import numpy as np
 import pytest
 
-from pargs_min import exact
-from pargs_min.exact import Automaton
-from pargs_min.journey import HORIZON, PROMPTS, Journey
+from pargs_min.world import automaton as exact
+from pargs_min.world.automaton import Automaton
+from pargs_min.world.journey import HORIZON, PROMPTS, Journey
 from theory.bradley_terry import partial_reward, win_rates
 from theory.ledger import verify
 from theory.policies import reward_and_kl, soft_value, tokenwise

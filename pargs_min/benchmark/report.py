@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from pargs_min.cost import (
+from pargs_min.benchmark.ways import (
     Models,
     ideal_speed_up,
     interleaved,

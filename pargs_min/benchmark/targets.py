@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pargs_min.cost import (
+from pargs_min.benchmark.published import CopiedScorer, SeparateScorer, UncachedPolicy
+from pargs_min.benchmark.ways import (
     Models,
     cache_bytes,
     ideal_speed_up,
@@ -25,7 +26,6 @@ from pargs_min.cost import (
     weight_bytes,
 )
 from pargs_min.decode import ModelPolicy, generate
-from pargs_min.naive import CopiedScorer, SeparateScorer, UncachedPolicy
 from pargs_min.scoring import ReencodeScorer, SiblingScorer, VocabularyScorer, model_rewards
 
 K = 10

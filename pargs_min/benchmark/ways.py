@@ -30,10 +30,10 @@ from transformers import (
     StoppingCriteria,
 )
 
+from pargs_min.benchmark.published import CopiedScorer, SeparateScorer, UncachedPolicy
 from pargs_min.data import Pair, at_response_tokens, collate
 from pargs_min.decode import ModelPolicy, RewardGuidance, generate
 from pargs_min.losses import bradley_terry_loss, partial_bradley_terry_loss
-from pargs_min.naive import CopiedScorer, SeparateScorer, UncachedPolicy
 from pargs_min.reward_model import body_and_head, final_rewards, prefix_rewards
 from pargs_min.scoring import SiblingScorer, VocabularyScorer
 from pargs_min.static import StaticPolicy, StaticScorer

@@ -386,7 +386,7 @@ def dpo(arguments: list[str]) -> None:
     from pargs_min.train import last_checkpoint
 
     try:
-        from pargs_min.dpo import train_dpo
+        from pargs_min.baselines.dpo import train_dpo
     except ImportError as error:
         raise ValueError(f"DPO is TRL's ({error}): pip install 'pargs-min[baselines]'") from None
 
@@ -449,8 +449,8 @@ def ppo(arguments: list[str]) -> None:
     from tqdm.auto import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
+    from pargs_min.baselines.ppo import PPOSettings, train_ppo
     from pargs_min.data import encode_prompt
-    from pargs_min.ppo import PPOSettings, train_ppo
     from pargs_min.records import read_prompts
     from pargs_min.reward_model import load_reward_model
     from pargs_min.scoring import check_vocabularies, model_rewards
@@ -523,7 +523,7 @@ def demo(arguments: list[str]) -> None:
 
     from transformers import HfArgumentParser
 
-    from pargs_min.demo import run
+    from pargs_min.experiments.demo import run
 
     (options,) = HfArgumentParser(DemoOptions, prog="pargs demo", description=demo.__doc__).parse_args_into_dataclasses(
         arguments
@@ -541,11 +541,11 @@ def evaluate(arguments: list[str]) -> None:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pargs_min.compare import compare, file_labels, read_files, with_kl_to
-    from pargs_min.judges import load_judge
-    from pargs_min.lab import text_log_probs
+    from pargs_min.evaluation.compare import compare, file_labels, read_files, with_kl_to
+    from pargs_min.evaluation.judges import load_judge
+    from pargs_min.evaluation.tables import markdown, panels, write_comparison
+    from pargs_min.experiments.measure import text_log_probs
     from pargs_min.plots import intervals, save
-    from pargs_min.report import markdown, panels, write_comparison
 
     parser = ArgumentParser(prog="pargs evaluate", description=evaluate.__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="Texts of `pargs generate`, a file a method.")
@@ -632,11 +632,11 @@ def benchmark(arguments: list[str]) -> int:
     import torch
     from transformers import AutoModelForCausalLM, HfArgumentParser
 
-    from pargs_min.benchmark import draw, markdown, run
-    from pargs_min.cost import Models, models_of_shape, with_vocabulary_head
+    from pargs_min.benchmark.report import draw, markdown, run
+    from pargs_min.benchmark.targets import check
+    from pargs_min.benchmark.ways import Models, models_of_shape, with_vocabulary_head
     from pargs_min.plots import save
     from pargs_min.reward_model import load_reward_model
-    from pargs_min.targets import check
 
     (options,) = HfArgumentParser(
         BenchmarkOptions, prog="pargs benchmark", description=benchmark.__doc__
@@ -705,8 +705,8 @@ def study(arguments: list[str]) -> None:
     import torch
     from transformers import HfArgumentParser
 
-    from pargs_min import study as questions
-    from pargs_min.lab import Lab, embedded
+    from pargs_min.experiments import studies as questions
+    from pargs_min.experiments.measure import Lab, embedded
 
     name, *rest = arguments or ["--help"]
     parser = HfArgumentParser(

@@ -13,9 +13,16 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from pargs_min.evaluate import bootstrap_interval, count_outcomes, distinct_n, mean_and_error, outcome, wilson
-from pargs_min.journey import OFF_GRAMMAR
-from pargs_min.judges import Judge, is_number
+from pargs_min.evaluation.judges import Judge, is_number
+from pargs_min.evaluation.statistics import (
+    bootstrap_interval,
+    count_outcomes,
+    distinct_n,
+    mean_and_error,
+    outcome,
+    wilson,
+)
+from pargs_min.world.journey import OFF_GRAMMAR
 
 REQUIRED = {
     "prompt_number": int,

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from pargs_min.compare import Comparison
-from pargs_min.judges import is_number
+from pargs_min.evaluation.compare import Comparison
+from pargs_min.evaluation.judges import is_number
 
 
 def markdown(comparison: Comparison) -> str:

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pargs_min.data import encode_prompt
 from pargs_min.decode import ModelPolicy
-from pargs_min.exact import Array, sample, win_rates
-from pargs_min.journey import Journey
 from pargs_min.texts import choose_scorer, end_tokens, generate_texts, left_pad
+from pargs_min.world.automaton import Array, sample, win_rates
+from pargs_min.world.journey import Journey
 
 Score = Callable[[list[dict]], list]  # records of `generate_texts` -> one reward each
 

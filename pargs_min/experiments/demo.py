@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
-from pargs_min import plots, study
-from pargs_min.journey import Journey
-from pargs_min.lab import Cell, Lab, embedded, gather, sweep, write
-from pargs_min.toy import reference_gap
+from pargs_min import plots
+from pargs_min.experiments import studies as study
+from pargs_min.experiments.measure import Cell, Lab, embedded, gather, sweep, write
+from pargs_min.world.journey import Journey
+from pargs_min.world.reference import reference_gap
 
 MODELS = 3  # reward models of each kind
 SHOWN_BETA = 2.0  # whose texts are printed

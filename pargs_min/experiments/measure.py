@@ -39,18 +39,24 @@ from transformers import (
     set_seed,
 )
 
+from pargs_min.baselines.ppo import PPOSettings, token_log_probs, train_ppo
 from pargs_min.data import Pair, encode_preferences, encode_prompt, encode_texts, split_by_prompt
-from pargs_min.evaluate import distinct_n, mean_and_error, prompt_means
-from pargs_min.journey import HELD_OUT_PROMPTS, HORIZON, OFF_GRAMMAR, TRAIN_PROMPTS, Journey
-from pargs_min.judges import is_number, load_judge
-from pargs_min.ppo import PPOSettings, token_log_probs, train_ppo
+from pargs_min.evaluation.judges import is_number, load_judge
+from pargs_min.evaluation.statistics import distinct_n, mean_and_error, prompt_means
+from pargs_min.experiments.concordance import (
+    Siblings,
+    ceiling,
+    exact_siblings,
+    reward_model_concordance,
+    rollout_siblings,
+)
 from pargs_min.records import read_preferences, read_prompts, read_responses
 from pargs_min.reward_model import context_length, load_reward_model, prefix_rewards, save_reward_model
 from pargs_min.scoring import model_rewards
-from pargs_min.siblings import Siblings, ceiling, exact_siblings, reward_model_concordance, rollout_siblings
 from pargs_min.texts import end_tokens, generate_texts, left_pad
-from pargs_min.toy import reference, write_pairs
 from pargs_min.train import prefix_accuracy, rate, train_reward_model, train_value_model
+from pargs_min.world.journey import HELD_OUT_PROMPTS, HORIZON, OFF_GRAMMAR, TRAIN_PROMPTS, Journey
+from pargs_min.world.reference import reference, write_pairs
 
 Cell = dict[str, Any]  # what JSON can hold; see `measure`
 
@@ -286,7 +292,7 @@ def _rated_texts(lab: Lab, recipe: dict, seed: int) -> list:
 
 
 def _make_dpo(lab: Lab, recipe: dict, seed: int, folder: Path) -> None:
-    from pargs_min.dpo import train_dpo  # TRL is an extra
+    from pargs_min.baselines.dpo import train_dpo  # TRL is an extra
 
     set_seed(seed)
     tokenizer, model = AutoTokenizer.from_pretrained(lab.model), AutoModelForCausalLM.from_pretrained(lab.model)

@@ -1,4 +1,4 @@
-"""Attributes of texts of the embedded world, as judges: `--judge pargs_min.attributes:NAME`.
+"""Attributes of texts of the embedded world, as judges: `--judge pargs_min.world.attributes:NAME`.
 
 Guidance does not care what its reward stands for. Pairs labelled by an attribute, not by preference, train a reward
 model of that attribute, and the same loop controls it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pargs_min.journey import MOODS
+from pargs_min.world.journey import MOODS
 
 
 def style(prompts: Sequence[str], responses: Sequence[str]) -> list[int]:

@@ -22,7 +22,7 @@ from itertools import takewhile
 import numpy as np
 from numpy.typing import NDArray
 
-from pargs_min.exact import Array, Automaton, sample
+from pargs_min.world.automaton import Array, Automaton, sample
 
 PAD, END, UNKNOWN = "<pad>", "<end>", "<unk>"
 HORIZON = 25  # tokens in the longest journey, its end token included

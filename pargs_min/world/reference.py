@@ -34,8 +34,18 @@ from transformers import (
 from transformers.utils.logging import tqdm
 
 from pargs_min.decode import ModelPolicy, generate, row_uniforms
-from pargs_min.exact import Array, entropy, expected_length
-from pargs_min.journey import END, HELD_OUT_PROMPTS, HORIZON, OFF_GRAMMAR, PAD, PROMPTS, TRAIN_PROMPTS, UNKNOWN, Journey
+from pargs_min.world.automaton import Array, entropy, expected_length
+from pargs_min.world.journey import (
+    END,
+    HELD_OUT_PROMPTS,
+    HORIZON,
+    OFF_GRAMMAR,
+    PAD,
+    PROMPTS,
+    TRAIN_PROMPTS,
+    UNKNOWN,
+    Journey,
+)
 
 __all__ = [
     "HELD_OUT_PROMPTS",

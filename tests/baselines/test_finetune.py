@@ -20,9 +20,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from pargs_min.baselines.dpo import train_dpo
+from pargs_min.baselines.ppo import PPOSettings, clipped_policy_loss, clipped_value_loss, gae, rollout, train_ppo
 from pargs_min.data import Pair
-from pargs_min.dpo import train_dpo
-from pargs_min.ppo import PPOSettings, clipped_policy_loss, clipped_value_loss, gae, rollout, train_ppo
 from pargs_min.reward_model import prefix_rewards
 from tests.strategies import rows
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pargs_min import cost
-from pargs_min.cli import main
-from pargs_min.cost import (
+from pargs_min.benchmark import ways as cost
+from pargs_min.benchmark.published import CopiedScorer, SeparateScorer, UncachedPolicy
+from pargs_min.benchmark.targets import Target, check, fast_equals_slow
+from pargs_min.benchmark.ways import (
     Models,
     cache_bytes,
     ideal_speed_up,
@@ -20,11 +21,10 @@ from pargs_min.cost import (
     weight_bytes,
     with_vocabulary_head,
 )
+from pargs_min.cli import main
 from pargs_min.decode import ModelPolicy, generate, greedy, row_uniforms, sample
-from pargs_min.naive import CopiedScorer, SeparateScorer, UncachedPolicy
 from pargs_min.reward_model import has_vocabulary_head
 from pargs_min.scoring import SiblingScorer
-from pargs_min.targets import Target, check, fast_equals_slow
 from tests.strategies import left_padded, tiny_lm, tiny_reward_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -151,7 +151,7 @@ def test_a_target_holds_if_three_quarters_of_the_rounds_reach_it(at_most, values
 
 def test_the_check_fails_with_its_targets(monkeypatch, capsys):
     results = [Target("one", True, 1, [0.5]), Target("two", False, 1, [0.5])]
-    monkeypatch.setattr("pargs_min.targets.targets", lambda rounds: iter(results))
+    monkeypatch.setattr("pargs_min.benchmark.targets.targets", lambda rounds: iter(results))
     assert not check()
     assert "1 missed" in capsys.readouterr().out
     assert main(["benchmark", "--check"]) == 1

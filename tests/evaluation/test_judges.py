@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
-from pargs_min.journey import PROMPTS, Journey
-from pargs_min.judges import ChatJudge, both_orders, load_judge
+from pargs_min.evaluation.judges import ChatJudge, both_orders, load_judge
 from pargs_min.reward_model import save_reward_model
 from pargs_min.texts import generate_texts
-from pargs_min.toy import word_tokenizer as toy_tokenizer
+from pargs_min.world.journey import PROMPTS, Journey
+from pargs_min.world.reference import word_tokenizer as toy_tokenizer
 from tests.strategies import tiny_config, tiny_lm, tiny_reward_model, tiny_tokenizer
 from tests.test_reward_model import word_tokenizer
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pargs_min.evaluate import (
+from pargs_min.evaluation.statistics import (
     bootstrap_interval,
     distinct_n,
     mean_and_error,

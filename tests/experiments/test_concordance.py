@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from pargs_min.journey import END, HELD_OUT_PROMPTS, Journey
+from pargs_min.experiments.concordance import Siblings, ceiling, concordance, exact_siblings, rollout_siblings, score
 from pargs_min.reward_model import final_rewards
-from pargs_min.siblings import Siblings, ceiling, concordance, exact_siblings, rollout_siblings, score
-from pargs_min.toy import word_tokenizer
+from pargs_min.world.journey import END, HELD_OUT_PROMPTS, Journey
+from pargs_min.world.reference import word_tokenizer
 from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
 
 

@@ -2,8 +2,10 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
-from pargs_min import demo, lab, study
-from pargs_min.demo import run
+from pargs_min.experiments import demo
+from pargs_min.experiments import measure as lab
+from pargs_min.experiments import studies as study
+from pargs_min.experiments.demo import run
 
 
 def test_the_whole_job_in_miniature(tmp_path, monkeypatch):

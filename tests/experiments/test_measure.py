@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pargs_min import lab as lab_module
-from pargs_min.lab import Lab, gather, measure, model_name, rlhf_gap, sweep, text_log_probs
+from pargs_min.experiments import measure as lab_module
+from pargs_min.experiments.measure import Lab, gather, measure, model_name, rlhf_gap, sweep, text_log_probs
 from pargs_min.texts import generate_texts
 from tests.strategies import tiny_lm, tiny_tokenizer
 

@@ -9,11 +9,13 @@ from dataclasses import replace
 import pytest
 from transformers import AutoTokenizer
 
-from pargs_min import cost, lab, study
+from pargs_min.benchmark import ways as cost
 from pargs_min.cli import main
-from pargs_min.lab import embedded, interval
+from pargs_min.experiments import measure as lab
+from pargs_min.experiments import studies as study
+from pargs_min.experiments.measure import embedded, interval
+from pargs_min.experiments.studies import NAMES, at_equal_kl, relabelled, run, table, without_nan
 from pargs_min.records import read_preferences
-from pargs_min.study import NAMES, at_equal_kl, relabelled, run, table, without_nan
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def test_cost_is_the_report_of_the_benchmark(world, tmp_path, monkeypatch):
 
 
 def test_pairs_are_labelled_anew_by_the_attribute(world):
-    other = relabelled(world, "brevity", "pargs_min.attributes:brevity")
+    other = relabelled(world, "brevity", "pargs_min.world.attributes:brevity")
     before, after = read_preferences(world.pairs), read_preferences(other.pairs)
     tokenizer = AutoTokenizer.from_pretrained(world.model)
 
@@ -100,7 +102,7 @@ def test_the_table_names_what_was_varied_and_marks_bounds():
 def test_a_study_of_a_model_of_ones_own(world, tmp_path, capsys):
     """The world's files as if they were anybody's: held-out pairs are split off, win rates come from rollouts."""
     given = ["--model", world.model, "--dataset", world.pairs, "--prompts", world.prompts]
-    given += ["--judge", "pargs_min.attributes:style", "--max-new-tokens", "16", "--samples", "2", "--seeds", "1"]
+    given += ["--judge", "pargs_min.world.attributes:style", "--max-new-tokens", "16", "--samples", "2", "--seeds", "1"]
     given += ["--pairs-per-step", "32", "--epochs", "0.3", "--learning-rate", "1e-3", "--output-dir", str(tmp_path)]
     assert main(["study", "data-size", *given]) == 0
     rows = json.loads((tmp_path / "data-size.json").read_text())["rows"]

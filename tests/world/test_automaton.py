@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, logsumexp
 
-from pargs_min import exact
-from pargs_min.exact import Automaton
+from pargs_min.world import automaton as exact
+from pargs_min.world.automaton import Automaton
 
 END = 0
 CLOSE = dict(rtol=1e-11, atol=1e-11)

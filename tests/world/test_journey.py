@@ -10,8 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pargs_min import exact, journey
-from pargs_min.journey import END, HELD_OUT_PROMPTS, HORIZON, OFF_GRAMMAR, PAD, PROMPTS, TRAIN_PROMPTS, UNKNOWN, Journey
+from pargs_min.world import automaton as exact
+from pargs_min.world import journey
+from pargs_min.world.journey import (
+    END,
+    HELD_OUT_PROMPTS,
+    HORIZON,
+    OFF_GRAMMAR,
+    PAD,
+    PROMPTS,
+    TRAIN_PROMPTS,
+    UNKNOWN,
+    Journey,
+)
 
 WORLD = Journey()
 ISLAND = "the sailor leaves for the island :"

@@ -11,9 +11,10 @@ import torch
 from scipy.special import expit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pargs_min import exact, toy
 from pargs_min.decode import row_uniforms
-from pargs_min.toy import HELD_OUT_PROMPTS, HORIZON, PROMPTS, TRAIN_PROMPTS, Journey
+from pargs_min.world import automaton as exact
+from pargs_min.world import reference as toy
+from pargs_min.world.reference import HELD_OUT_PROMPTS, HORIZON, PROMPTS, TRAIN_PROMPTS, Journey
 
 WORLD = Journey()
 STEPS = 60  # enough for texts that end

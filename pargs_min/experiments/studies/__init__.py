@@ -28,11 +28,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pargs_min import benchmark, cost, plots
-from pargs_min.lab import Cell, Lab, device, embedded, gather, interval, judged, plain_rewards, sweep
+from pargs_min import plots
+from pargs_min.benchmark import report as benchmark
+from pargs_min.benchmark import ways as cost
+from pargs_min.experiments.measure import Cell, Lab, device, embedded, gather, interval, judged, plain_rewards, sweep
 from pargs_min.records import is_messages, read_preferences
 from pargs_min.reward_model import load_reward_model
-from pargs_min.toy import FrontierPoint, frontier
+from pargs_min.world.reference import FrontierPoint, frontier
 
 PARTIAL, FULL, VALUE = {"objective": "partial"}, {"objective": "full"}, {"objective": "value"}
 BETAS = (0.5, 1.0, 2.0, 3.0)
@@ -198,7 +200,7 @@ def attribute_labs(lab: Lab, quick: bool) -> dict[str, Lab]:
     """The same texts, labelled anew by the attribute that is the judge, too."""
     if lab.world is None:
         return {"": relabelled(lab, "attribute", lab.judge)}
-    return {name: relabelled(lab, name, f"pargs_min.attributes:{name}") for name in ATTRIBUTES}
+    return {name: relabelled(lab, name, f"pargs_min.world.attributes:{name}") for name in ATTRIBUTES}
 
 
 def relabelled(lab: Lab, name: str, judge: str) -> Lab:

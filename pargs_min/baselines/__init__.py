@@ -1,0 +1,1 @@
+"""Rivals that fine-tune the language model."""

@@ -1,0 +1,1 @@
+"""What texts are worth: statistics, judges, comparisons."""

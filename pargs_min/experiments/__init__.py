@@ -1,0 +1,1 @@
+"""Grids of experiments, and the questions that they answer."""
