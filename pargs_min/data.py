@@ -1,14 +1,10 @@
-"""From preference records to batches: format and tokenise, split by prompt, collate.
-
-Prompt and response are tokenised apart and joined as ids. A model that decodes continues ids; tokenising the joined
-text can merge tokens across the boundary, into ids that decoding never meets.
-"""
+"""From records to batches: tokenise preference pairs and texts, split them by prompt, collate."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from pargs_min.records import ASSISTANT, Messages, Preference, Response, is_messages
+from pargs_min.codec import check_ids, cut_left, encode_prompt, encode_responses
+from pargs_min.records import Preference, Response
 
 
 class Pair(NamedTuple):
@@ -33,105 +30,6 @@ class Text(NamedTuple):
     prompt_ids: list[int]
     response_ids: list[int]
     reward: float = math.nan
-
-
-def prompt_format(prompts: Iterable[str | Messages | list[int]]) -> str:
-    """The form that all prompts have: "text", "dialogue" (ends in "Assistant:", as in HH-RLHF), "chat" or "ids".
-
-    Training records it with the reward model, and decoding applies it: a reward model judges what it was trained on.
-
-    Raises:
-        ValueError: if the forms differ.
-
-    >>> prompt_format(["Once upon a time", "One day"])
-    'text'
-    """
-    formats = {_form(prompt) for prompt in prompts}
-    if len(formats) != 1:
-        raise ValueError(
-            f"prompts must all have one form, got {', '.join(sorted(formats)) or 'no prompt'}: a reward model is "
-            "trained on one form; split the data"
-        )
-    return formats.pop()
-
-
-def _form(prompt: str | Messages | list[int]) -> str:
-    if isinstance(prompt, str):
-        return "dialogue" if prompt.endswith(ASSISTANT) else "text"
-    return "chat" if is_messages(prompt) else "ids"
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str | Messages | list[int],
-    prompt_format: str | None = None,
-    max_length: int | None = None,
-) -> list[int]:
-    """Token ids of a prompt: the one function that training and decoding share.
-
-    Text gets the tokenizer's own start token, if it has one; messages go through its chat template, which writes its
-    own; token ids stay as they are.
-
-    Args:
-        prompt: text, messages {role, content}, or token ids.
-        prompt_format: what the reward model was trained on. "chat" makes text the message of a user, "dialogue" makes
-            it the turn of a human; with any other the prompt is taken as it is.
-        max_length: keep the last so many tokens; a start token counts, and stays in front.
-
-    Raises:
-        ValueError: if messages are given but the tokenizer has no chat template, or the reward model was trained on
-            text; if the prompt has no token at all, or one that the tokenizer does not know.
-    """
-    if isinstance(prompt, str) and prompt_format == "chat":
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, str) and prompt_format == "dialogue" and not prompt.endswith(ASSISTANT):
-        prompt = f"\n\nHuman: {prompt}{ASSISTANT}"
-    if is_messages(prompt):
-        ids = _encode_messages(tokenizer, prompt, prompt_format)
-    else:
-        ids = _encode_text(tokenizer, prompt) if isinstance(prompt, str) else prompt
-    if not ids:
-        raise ValueError(f"prompt {prompt!r} has no token, and the tokenizer adds no start token; give some text")
-    _check_ids(tokenizer, ids)
-    return ids if max_length is None else _cut_left(ids, max_length, tokenizer.bos_token_id)
-
-
-def _encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt_format: str | None) -> list[int]:
-    if prompt_format in ("text", "dialogue"):
-        raise ValueError(f"prompt is a list of messages, but the reward model was trained on {prompt_format} prompts")
-    if not tokenizer.chat_template:
-        raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; give it as text")
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-
-
-def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """With the tokenizer's start tokens, but without the end token that some tokenizers add: the text goes on."""
-    ids, bare = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
-    end = next(end for end in range(len(bare), len(ids) + 1) if ids[end - len(bare) : end] == bare)
-    return ids[:end] if bare else [i for i in ids if i == tokenizer.bos_token_id]
-
-
-def _cut_left(ids: list[int], length: int, start_token: int | None) -> list[int]:
-    """The last `length` >= 1 tokens; a start token counts, and stays in front.
-
-    >>> _cut_left([1, 5, 6, 7], 3, start_token=1)
-    [1, 6, 7]
-    """
-    kept = 1 if ids[0] == start_token else 0
-    return ids if len(ids) <= length else ids[:kept] + ids[len(ids) - length + kept :]
-
-
-def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str | list[int]]) -> list[list[int]]:
-    """Token ids of responses, without start or end token. Blank text has none; token ids stay as they are.
-
-    Tokenizers of the SentencePiece kind begin every text with a space of their own. With those, the space that a
-    response begins with (after "Assistant:", say) is dropped, or there would be two.
-    """
-    own_space = any(token.startswith("▁") for token in tokenizer.tokenize("a"))
-    texts = [text if text.strip() else "" for text in responses if isinstance(text, str)]
-    texts = [text.removeprefix(" ") if own_space else text for text in texts]
-    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
-    return [next(encoded) if isinstance(response, str) else response for response in responses]
 
 
 def encode_preferences(
@@ -180,7 +78,7 @@ def encode_preferences(
         else:
             counts["kept"] += 1
             counts["prompts_cut"] += len(prompt_ids) > room
-            pairs.append(Pair(_cut_left(prompt_ids, room, tokenizer.bos_token_id), *responses))
+            pairs.append(Pair(cut_left(prompt_ids, room, tokenizer.bos_token_id), *responses))
     if not pairs:
         raise ValueError(_nothing_left(preferences, counts, max_length))
     return pairs, counts
@@ -213,7 +111,7 @@ def encode_texts(
         else:
             counts["kept"] += 1
             counts["prompts_cut"] += len(prompt_ids) > room
-            texts.append(Text(_cut_left(prompt_ids, room, tokenizer.bos_token_id), ids))
+            texts.append(Text(cut_left(prompt_ids, room, tokenizer.bos_token_id), ids))
     if not texts:
         raise ValueError(
             f"{responses[0].source if responses else 'no texts given'} and all that follow: no text left of "
@@ -227,18 +125,10 @@ def _encode_checked(
 ) -> list[int]:
     try:
         for ids in responses:
-            _check_ids(tokenizer, ids)
+            check_ids(tokenizer, ids)
         return encode_prompt(tokenizer, record.prompt)
     except ValueError as error:
         raise ValueError(f"{record.source}: {error}") from None
-
-
-def _check_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
-    if max(ids, default=0) >= len(tokenizer):
-        raise ValueError(
-            f"token id {max(ids)} is outside the tokenizer's vocabulary of {len(tokenizer)}; "
-            "the ids were made with another tokenizer"
-        )
 
 
 def _nothing_left(preferences: Sequence[Preference], counts: dict[str, int], max_length: int | None) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from pargs_min.policy import guided_log_probs, top_k_candidates
-from pargs_min.reward_model import context_length, position_arguments, token_positions
+from pargs_min.reward_model import position_arguments, token_positions
+from pargs_min.scoring import CachedText, RewardFn
 
 CHECK_EVERY = 16  # steps between two looks at device flags, where a look makes the CPU wait for the device
 
@@ -78,7 +79,7 @@ def row_uniforms(seed: int, prompts: Iterable[int], samples: Iterable[int], step
     return torch.from_numpy(np.stack([stream.random(steps) for stream in streams]))
 
 
-class ModelPolicy:
+class ModelPolicy(CachedText):
     """A causal language model of transformers as a policy stepper, with its own key-value cache.
 
     Args:
@@ -88,40 +89,14 @@ class ModelPolicy:
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: int | None = None):
-        self.model, self.vocabulary = model, vocabulary
-        self.max_length = context_length(model)
-
-    def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
-        """Take the prompts: (B, P) ids, padded on the left, and their mask."""
-        if self.model.training:
-            raise ValueError("the language model is in training mode (dropout would change it): call .eval()")
-        self.cache = None
-        self.ids, self.mask, self.positions = prompt_ids, mask, token_positions(mask)
+        super().__init__(model, model)
+        self.vocabulary = vocabulary
 
     @torch.inference_mode()
     def log_probs(self) -> Tensor:
         """(B, V) log pi_ref of the next token in nats, in float32 or wider."""
-        output = self.model(
-            input_ids=self.ids,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **position_arguments(self.model, self.positions),
-        )
-        self.cache = output.past_key_values
-        logits = output.logits[:, -1, : self.vocabulary]
+        logits = self.read(logits_to_keep=1).logits[:, -1, : self.vocabulary]
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-    def push(self, tokens: Tensor) -> None:
-        """Append the (B,) tokens that were drawn."""
-        self.ids, self.positions = tokens[:, None], self.positions[:, -1:] + 1
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-
-    def select(self, rows: Tensor) -> None:
-        """Let row i go on from what row rows[i] has read; (B,) ints."""
-        self.cache.reorder_cache(rows)
-        self.ids, self.mask, self.positions = self.ids[rows], self.mask[rows], self.positions[rows]
 
 
 @dataclass(frozen=True)
@@ -245,6 +220,39 @@ def generate(
     lengths = _lengths(tokens, ends)
     longest = int(lengths.max())
     return Generation(tokens[:, :longest], lengths, *(x[:, :longest] for x in (ref_log_probs, log_probs, rewards)))
+
+
+@torch.no_grad()
+def response_rewards(reward_fn: RewardFn, prompt_ids: Tensor, mask: Tensor, generation: Generation) -> Tensor:
+    """(B,) rewards of the whole responses, end token included, each behind its prompt.
+
+    Raises:
+        FloatingPointError: if a reward is not finite, with its row: nan would be the greatest of all.
+    """
+    tokens, lengths = generation.tokens, generation.lengths
+    written = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    rewards = reward_fn(torch.cat([prompt_ids, tokens], 1), torch.cat([mask, written.to(mask.dtype)], 1))
+    if not rewards.isfinite().all():
+        raise FloatingPointError(f"row {int((~rewards.isfinite()).nonzero()[0])}: the reward of a text is not finite")
+    return rewards
+
+
+def response_log_probs(model: PreTrainedModel, ids: Tensor, mask: Tensor, responses: int) -> Tensor:
+    """(B, N) log pi of each token of the responses in nats, by a model that need not have written them; with gradient.
+
+    Args:
+        ids, mask: (B, P + N) prompts padded on the left, then responses padded on the right.
+        responses: N, the width of the responses.
+    """
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        use_cache=False,
+        logits_to_keep=responses + 1,
+        **position_arguments(model, token_positions(mask)),
+    ).logits[:, :-1]
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return log_probs.gather(2, ids[:, -responses:, None])[..., 0]
 
 
 def _lengths(tokens: Tensor, ends: Tensor) -> Tensor:

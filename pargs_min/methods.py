@@ -1,30 +1,95 @@
-"""The named methods: each is one call of `generate`, and they differ only in its arguments.
+"""The named methods, in one table: each is one call of the loop, and they differ only in its arguments.
 
-plain          the reference itself
-pargs          guided by a reward model of prefixes, sampled (arXiv 2406.07780)
-pargs-greedy   the same, always the most likely candidate
-args           guided by a full-sequence reward model, sampled
-args-greedy    the same, always the most likely candidate (arXiv 2402.01694)
-cd             guided by a value model: controlled decoding (arXiv 2310.17022)
-best-of-n      n samples of the reference, the best by a reward of whole texts
-smc            particles guided like pargs and resampled towards the RLHF policy of whole texts (`smc.py`)
+Whoever needs to know something of a method (what trains its reward, how its KL is known) reads it here.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from pargs_min.decode import Generation, PolicyStepper, RewardScorer, generate, greedy, sample
+from pargs_min.decode import Draw, Generation, PolicyStepper, RewardScorer, generate, greedy, response_rewards, sample
+from pargs_min.scoring import RewardFn
+from pargs_min.smc import smc
 
-METHODS = ("plain", "pargs", "pargs-greedy", "args", "args-greedy", "cd", "best-of-n", "smc")
-GUIDED = ("pargs", "pargs-greedy", "args", "args-greedy", "cd", "smc")
 
-RewardFn = Callable[[Tensor, Tensor], Tensor]  # whole texts (N, T) and their mask -> (N,)
+@dataclass(frozen=True)
+class Run:
+    """A batch of B prompts, and all that a method may need to write one response to each.
+
+    A method with several `rows` behind each response has `uniforms` (B * rows, N), the rows of a prompt together.
+    """
+
+    policy: PolicyStepper
+    prompt_ids: Tensor  # (B, P), padded on the left
+    mask: Tensor
+    settings: dict  # of `generate`: top_k, max_new_tokens, temperature, eos, uniforms, on_step
+    beta: float = 0.0
+    scorer: RewardScorer | None = None  # reward of prefixes
+    reward_fn: RewardFn | None = None  # reward of whole texts
+    rows: int = 1
+    final: RewardFn | None = None  # smc: what whole texts are weighed by; None takes the scorer's last reward
+    choices: Tensor | None = None  # smc: (B, N + 1) uniforms that choose among particles
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table."""
+
+    name: str
+    does: str
+    write: Callable[[Method, Run], tuple[Generation, Tensor]]  # B responses, and the (B,) kl of each in nats
+    guided: bool = False  # the reward enters at every token
+    draw: Draw = sample
+    objective: str | None = None  # what its reward model must be trained with; None: any will do
+    rows: str | None = None  # the setting that says how many rows are written for each response
+    kl: Callable[[Generation, int], Tensor] | None = None  # from the paths of n rows; None: `write` alone knows
+    bound: str | None = None  # its kl is an upper bound in the mean, by this much; None: it is the divergence itself
+
+    @property
+    def greedy(self) -> bool:
+        """Whether it can write only one text for a prompt."""
+        return self.draw is greedy
+
+    @property
+    def needs_reward(self) -> bool:
+        return self.guided or self.rows is not None
+
+
+# ---- how the KL of a response is known: (B,) nats whose mean over responses estimates the divergence ----
+
+
+def sampled_kl(generation: Generation, n: int = 1) -> Tensor:
+    """sum_i log pi(y_i | y_<i) - log pi_ref(y_i | y_<i); 0 for the reference itself, but not for its top k."""
+    return (generation.log_probs - generation.ref_log_probs).sum(-1)
+
+
+def greedy_kl(generation: Generation, n: int = 1) -> Tensor:
+    """-sum_i log pi_ref(y_i | y_<i): the divergence of a policy that can write nothing else."""
+    return -generation.ref_log_probs.sum(-1)
+
+
+def selected_kl(generation: Generation, n: int = 1) -> Tensor:
+    """log n - (n - 1) / n more than that of a sample: an upper bound (Beirami et al., arXiv 2401.01879)."""
+    return sampled_kl(generation) + math.log(n) - (n - 1) / n
+
+
+def path_kl(method: str, generation: Generation, n: int = 1) -> Tensor:
+    """(B,) nats of each response from the untruncated reference, by the rule of its method.
+
+    Raises:
+        ValueError: for smc, whose paths do not tell.
+    """
+    if (kl := METHODS[method].kl) is None:
+        raise ValueError(f"the paths of {method} do not tell its divergence: take the kl that `{method}` returns")
+    return kl(generation, n)
+
+
+# ---- the methods ----
 
 
 def plain(policy: PolicyStepper, prompt_ids: Tensor, mask: Tensor, **settings) -> Generation:
@@ -40,10 +105,9 @@ def guided(
     Raises:
         ValueError: if `method` is none of these.
     """
-    if method not in (names := [name for name in GUIDED if name != "smc"]):
+    if method not in (names := [name for name in GUIDED if METHODS[name].rows is None]):
         raise ValueError(f"method must be one of {', '.join(names)}, got {method!r}")
-    draw = greedy if method.endswith("-greedy") else sample
-    return generate(policy, reward, prompt_ids, mask, draw=draw, **settings)
+    return generate(policy, reward, prompt_ids, mask, draw=METHODS[method].draw, **settings)
 
 
 def best_of_n(
@@ -69,33 +133,78 @@ def best_of_n(
     return Generation(*(getattr(samples, field.name)[best] for field in fields(samples)))
 
 
-@torch.no_grad()
-def response_rewards(reward_fn: RewardFn, prompt_ids: Tensor, mask: Tensor, generation: Generation) -> Tensor:
-    """(B,) rewards of the whole responses, end token included, each behind its prompt.
+def _plain(method: Method, run: Run) -> tuple[Generation, Tensor]:
+    generation = plain(run.policy, run.prompt_ids, run.mask, **run.settings)
+    return generation, path_kl(method.name, generation)
 
-    Raises:
-        FloatingPointError: if a reward is not finite, with its row: nan would be the greatest of all.
+
+def _guided(method: Method, run: Run) -> tuple[Generation, Tensor]:
+    generation = guided(method.name, run.policy, run.scorer, run.prompt_ids, run.mask, beta=run.beta, **run.settings)
+    return generation, path_kl(method.name, generation)
+
+
+def _best_of_n(method: Method, run: Run) -> tuple[Generation, Tensor]:
+    generation = best_of_n(run.policy, run.reward_fn, run.prompt_ids, run.mask, n=run.rows, **run.settings)
+    return generation, path_kl(method.name, generation, run.rows)
+
+
+def _smc(method: Method, run: Run) -> tuple[Generation, Tensor]:
+    choices, last = run.choices[:, :-1], run.choices[:, -1]
+    weighted = dict(n=run.rows, beta=run.beta, final=run.final, choices=choices)
+    return smc(run.policy, run.scorer, run.prompt_ids, run.mask, **weighted, **run.settings).pick(last)
+
+
+PARTIAL = dict(write=_guided, guided=True, objective="partial")
+FULL = dict(write=_guided, guided=True, objective="full")
+SAMPLED, GREEDY = dict(draw=sample, kl=sampled_kl), dict(draw=greedy, kl=greedy_kl)
+TABLE = (
+    Method("plain", "the reference itself", write=_plain, kl=sampled_kl),
+    Method("pargs", "guided by a reward model of prefixes, sampled (arXiv 2406.07780)", **PARTIAL, **SAMPLED),
+    Method("pargs-greedy", "the same, always the most likely candidate", **PARTIAL, **GREEDY),
+    Method("args", "guided by a full-sequence reward model, sampled", **FULL, **SAMPLED),
+    Method("args-greedy", "the same, always the most likely candidate (arXiv 2402.01694)", **FULL, **GREEDY),
+    Method(
+        "cd",
+        "guided by a value model: controlled decoding (arXiv 2310.17022)",
+        write=_guided,
+        guided=True,
+        objective="value",
+        **SAMPLED,
+    ),
+    Method(
+        "best-of-n",
+        "n samples of the reference, the best by a reward of whole texts",
+        write=_best_of_n,
+        rows="n",
+        kl=selected_kl,
+        bound="log n - (n - 1)/n more than that of its samples",
+    ),
+    Method(
+        "smc",
+        "particles guided like pargs, resampled towards the RLHF policy of whole texts (`smc.py`)",
+        write=_smc,
+        guided=True,
+        rows="particles",
+        bound="what all its particles tell, not the text alone",
+    ),
+)
+METHODS = {method.name: method for method in TABLE}
+GUIDED = tuple(method.name for method in TABLE if method.guided)
+BOUNDED = tuple(method.name for method in TABLE if method.bound)
+FINE_TUNED = ("dpo", "ppo")  # language models of `baselines/`, which write as `plain` does
+
+# What a reward model is, by the objective it was trained with.
+OBJECTIVES = {
+    "partial": "a reward model of prefixes",
+    "full": "a reward model of whole responses, whose scores of prefixes mean nothing,",
+    "value": "a value model",
+}
+
+
+def guided_by(objective: str) -> str:
+    """The method, sampled, that a reward model of this objective makes of guidance.
+
+    >>> guided_by("partial")
+    'pargs'
     """
-    tokens, lengths = generation.tokens, generation.lengths
-    written = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    rewards = reward_fn(torch.cat([prompt_ids, tokens], 1), torch.cat([mask, written.to(mask.dtype)], 1))
-    if not rewards.isfinite().all():
-        raise FloatingPointError(f"row {int((~rewards.isfinite()).nonzero()[0])}: the reward of a text is not finite")
-    return rewards
-
-
-def path_kl(method: str, generation: Generation, n: int = 1) -> Tensor:
-    """(B,) nats of each response from the untruncated reference; the mean over responses estimates the divergence.
-
-    sampled      sum_i log pi(y_i | y_<i) - log pi_ref(y_i | y_<i)
-    greedy       -sum_i log pi_ref(y_i | y_<i): the divergence of a policy that can write nothing else
-    best-of-n    log n - (n - 1) / n more than that of a sample: an upper bound (Beirami et al., arXiv 2401.01879)
-
-    Samples of the reference itself have none; those of its top k, or at a temperature, do.
-    """
-    if method == "smc":
-        raise ValueError("the paths of smc do not tell its divergence: take the kl that `smc` returns")
-    if method.endswith("-greedy"):
-        return -generation.ref_log_probs.sum(-1)
-    selection = math.log(n) - (n - 1) / n if method == "best-of-n" else 0.0
-    return (generation.log_probs - generation.ref_log_probs).sum(-1) + selection
+    return next(method.name for method in TABLE if method.objective == objective)

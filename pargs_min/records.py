@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,7 +41,7 @@ def read_preferences(name: str | os.PathLike) -> list[Preference]:
     """
     name = str(name)
     is_file = os.path.exists(name) or name.count("/") != 1 or name.endswith((".json", ".jsonl", ".gz"))
-    preferences = [check_preference(*row) for row in (_read_jsonl(name) if is_file else _read_hub(name))]
+    preferences = [check_preference(*row) for row in (read_jsonl(name) if is_file else _read_hub(name))]
     if not preferences:
         raise ValueError(f"{name} holds no records; expected one preference per line")
     return preferences
@@ -63,7 +64,7 @@ def read_responses(path: str | os.PathLike) -> list[Response]:
         OSError: if there is no such file.
     """
     responses = []
-    for record, source in _read_jsonl(path):
+    for record, source in read_jsonl(path):
         finished = record.get("finished", True)
         if not isinstance(finished, bool):
             raise ValueError(f"{source}: `finished` must be true or false, got {json.dumps(finished)[:60]}")
@@ -71,6 +72,41 @@ def read_responses(path: str | os.PathLike) -> list[Response]:
     if not responses:
         raise ValueError(f"{path} holds no records; expected one text per line")
     return responses
+
+
+# The fields of a record of `pargs generate`, with their types; the first must be there.
+REQUIRED = {
+    "prompt_number": int,
+    "sample": int,
+    "prompt": (str, list, type(None)),
+    "response": str,
+    "response_ids": list,
+}
+OPTIONAL = {"kl": (int, float), "finished": bool, "method": str, "cost": dict, "settings": dict}
+
+
+def read_texts(path: str | os.PathLike) -> list[dict]:
+    """Records of `pargs generate`, sorted by prompt and sample.
+
+    Raises:
+        ValueError: naming file and line, at the first that is no such record or repeats one; if there are none.
+        OSError: if there is no such file.
+    """
+    texts: dict[tuple[int, int], dict] = {}
+    for record, source in read_jsonl(path):
+        text = {"prompt": None} | record if "prompt_ids" in record else record
+        if missing := REQUIRED.keys() - text.keys():
+            raise ValueError(f"{source}: not a record of `pargs generate`: no field `{min(missing)}`")
+        kinds = {name: kind for name, kind in (REQUIRED | OPTIONAL).items() if name in text}
+        wrong = [name for name, kind in kinds.items() if not isinstance(text[name], kind)]
+        wrong += ["kl"] if not wrong and not math.isfinite(text.get("kl", 0)) else []
+        if wrong:
+            raise ValueError(f"{source}: `{wrong[0]}` must not be {json.dumps(text[wrong[0]])[:60]}")
+        if texts.setdefault((text["prompt_number"], text["sample"]), text) is not text:
+            raise ValueError(f"{source}: prompt {text['prompt_number']} has sample {text['sample']} already")
+    if not texts:
+        raise ValueError(f"{path} holds no texts; write some with `pargs generate`")
+    return [texts[key] for key in sorted(texts)]
 
 
 def read_prompts(path: str | os.PathLike) -> list[dict]:
@@ -85,7 +121,7 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
     """
     if str(path).endswith((".json", ".jsonl", ".gz")):
         prompts = []
-        for record, source in _read_jsonl(path):
+        for record, source in read_jsonl(path):
             _field(record, "prompt", source)
             prompts.append(record)
     else:
@@ -99,11 +135,20 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
     return prompts
 
 
-def _read_jsonl(path: str | os.PathLike) -> Iterator[tuple[dict, str]]:
+def read_jsonl(path: str | os.PathLike, *, growing: bool = False) -> Iterator[tuple[dict, str]]:
+    """The objects of a JSONL file, gzipped if its name ends in .gz, each with its `file:line`; blank lines are skipped.
+
+    Args:
+        growing: the file may end in half a line, which an interrupted run left (`store.appending`): it is skipped.
+
+    Raises:
+        ValueError: naming file and line, where a line is no JSON object; if the gzip stream is cut.
+        OSError: if there is no such file.
+    """
     with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as lines:
         try:
             for number, line in enumerate(lines, 1):
-                if line.strip():
+                if line.strip() and not (growing and not line.endswith(b"\n")):
                     yield _json_object(line, f"{path}:{number}"), f"{path}:{number}"
         except EOFError:
             raise ValueError(f"{path} ends in the middle of its gzip stream; copy or download it again") from None
@@ -115,9 +160,7 @@ def _json_object(line: bytes, source: str) -> dict:
     except ValueError as error:
         raise ValueError(f"{source}: not JSON ({error}); expected one object per line") from None
     if not isinstance(record, dict):
-        raise ValueError(
-            f"{source}: expected a JSON object with prompt, chosen and rejected, got {json.dumps(record)[:60]}"
-        )
+        raise ValueError(f"{source}: expected a JSON object, got {json.dumps(record)[:60]}")
     return record
 
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 
 def prefix_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
@@ -138,90 +137,7 @@ def context_length(model: PreTrainedModel) -> int | None:
     return limit if limit is None or padding is None else limit - padding - 1
 
 
-def load_reward_model(
-    name_or_path: str | os.PathLike,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    dtype: torch.dtype | str = torch.float32,
-    head: str = "scalar",
-) -> PreTrainedModel:
-    """Load a reward model from a hub id or a folder; a plain language model gets a fresh head.
-
-    Args:
-        name_or_path: what `from_pretrained` takes. A language model's backbone is kept, and a new scalar head is drawn
-            from torch's global random stream (call `torch.manual_seed` first to fix it).
-        tokenizer: given when the model is to be trained and saved: it gets a padding token that is not its end token
-            (see `separate_pad_token`), and the model a row for it where one is needed.
-        dtype: float32 to train, whatever the checkpoint holds; "auto" or bfloat16 to decode.
-        head: what a plain language model gets, "scalar" or "vocab". The latter begins at zero, so that a token which
-            training never meets keeps the reward 0. A reward model keeps the head that it has.
-
-    Raises:
-        ValueError: if the checkpoint is a classifier with several labels, if `head` is unknown, or if it is "vocab" and
-            the checkpoint has a scalar head.
-        OSError: transformers' own, if there is no such model.
-    """
-    if head not in ("scalar", "vocab"):
-        raise ValueError(f'head must be "scalar" or "vocab", got {head!r}')
-    config = AutoConfig.from_pretrained(name_or_path)
-    trained = _is_classifier(config)
-    if trained:
-        if config.num_labels not in (1, config.get_text_config().vocab_size):
-            raise ValueError(
-                f"{name_or_path} is a classifier with {config.num_labels} labels; a reward model has one "
-                "(num_labels=1), or one for each token"
-            )
-        if head == "vocab" and config.num_labels == 1:
-            raise ValueError(f"{name_or_path} has a scalar head; start a vocabulary head from a language model")
-        model = AutoModelForSequenceClassification.from_pretrained(name_or_path, dtype=dtype)
-    else:
-        model = AutoModelForSequenceClassification.from_pretrained(name_or_path, num_labels=1, dtype=dtype)
-    if tokenizer is not None:
-        separate_pad_token(model, tokenizer)
-    if head == "vocab" and not trained:
-        _give_vocabulary_head(model)
-    return model
-
-
-def _give_vocabulary_head(model: PreTrainedModel) -> None:
-    rows, old = model.get_input_embeddings().num_embeddings, model.score.weight
-    model.config.num_labels = model.num_labels = rows
-    model.score = nn.Linear(old.shape[1], rows, bias=False, dtype=old.dtype, device=old.device)
-    nn.init.zeros_(model.score.weight)
-
-
-def _is_classifier(config) -> bool:
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-
-
-def separate_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give tokenizer and model a padding token that is not the end token.
-
-    transformers' own pooling takes the last token that differs from padding: where padding is the end token, as is
-    usual for language models, it reads r(response) without its end. The tokenizer's own padding is kept where it
-    differs, else its unknown token serves, else one token is added.
-    """
-    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        if tokenizer.unk_token is not None and tokenizer.unk_token_id != tokenizer.eos_token_id:
-            tokenizer.pad_token = tokenizer.unk_token
-        else:
-            tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
-    if tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(tokenizer.pad_token_id + 1, mean_resizing=False)
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id
-
-
-def save_reward_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike, **settings
-) -> None:
-    """Save model (safetensors) and tokenizer so that transformers' own loader and pipeline give our numbers.
-
-    Args:
-        settings: how it was trained (objective, tail, append_eos, prompt format): kept as `config.pargs`, where
-            decoding finds them.
-    """
-    model.config.problem_type = "regression"  # or the pipeline would squash the reward through a sigmoid
-    model.config.pargs = settings
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def check_evaluating(model: PreTrainedModel) -> None:
+    """Raises ValueError if a model is in training mode."""
+    if model.training:
+        raise ValueError(f"{type(model).__name__} is in training mode (dropout would change it): call .eval()")

@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from pargs_min.reward_model import (
     body_and_head,
+    check_evaluating,
     context_length,
     final_rewards,
     has_vocabulary_head,
@@ -27,7 +28,9 @@ from pargs_min.reward_model import (
     token_rewards,
 )
 
-WAY_OUT = "use ReencodeScorer, which works with every reward model at the cost of k passes a token"
+WAY_OUT = "use ReencodeScorer, which works with every reward model at the cost of k passes per token"
+
+RewardFn = Callable[[Tensor, Tensor], Tensor]  # whole texts (N, T) and their mask -> (N,)
 
 
 class SiblingScorer:
@@ -59,8 +62,7 @@ class SiblingScorer:
     @torch.inference_mode()
     def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
         """Read the prompts: (B, P) ids, padded on the left, and their mask."""
-        if self.model.training:
-            raise ValueError("the reward model is in training mode (dropout would change its rewards): call .eval()")
+        check_evaluating(self.model)
         self.cache = DynamicCache()  # without a config it keeps every position, whatever the layer
         self.mask, self.last = mask[:, :-1], prompt_ids[:, -1:]
         self.position = mask.sum(-1, keepdim=True)
@@ -176,8 +178,45 @@ def _second_step(scorer, prompt_ids: Tensor, mask: Tensor, candidates: Tensor, d
     return scorer.score(candidates)
 
 
-class VocabularyScorer:
-    """r(prefix + candidate) for any number of candidates, up to the whole vocabulary, by one query a step.
+class CachedText:
+    """B texts that a causal model reads token by token, behind a key-value cache of its own: the prompts at first, then
+    one token per row and step."""
+
+    def __init__(self, model: PreTrainedModel, body: PreTrainedModel):
+        self.model, self.body, self.max_length = model, body, context_length(model)
+
+    def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
+        """Take the prompts: (B, P) ids, padded on the left, and their mask."""
+        check_evaluating(self.model)
+        self.cache, self.ids, self.mask, self.positions = None, prompt_ids, mask, token_positions(mask)
+
+    @torch.inference_mode()
+    def read(self, **settings):
+        """The body's output on what it has not read yet; once per step."""
+        output = self.body(
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            **position_arguments(self.body, self.positions),
+            **settings,
+        )
+        self.cache = output.past_key_values
+        return output
+
+    def push(self, tokens: Tensor) -> None:
+        """Append the (B,) tokens that were drawn."""
+        self.ids, self.positions = tokens[:, None], self.positions[:, -1:] + 1
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+
+    def select(self, rows: Tensor) -> None:
+        """Let row i go on from what row rows[i] has read; (B,) ints, after `read` and before `push`."""
+        self.cache.reorder_cache(rows)
+        self.ids, self.mask, self.positions = self.ids[rows], self.mask[rows], self.positions[rows]
+
+
+class VocabularyScorer(CachedText):
+    """r(prefix + candidate) for any number of candidates, up to the whole vocabulary, by one query per step.
 
     Args:
         model: a causal reward model with a vocabulary head (`load_reward_model(..., head="vocab")`), of any family.
@@ -189,39 +228,15 @@ class VocabularyScorer:
     def __init__(self, model: PreTrainedModel):
         if not has_vocabulary_head(model):
             raise ValueError(f"{type(model).__name__} has no head with a number for each token; use SiblingScorer")
-        self.model, self.max_length = model, context_length(model)
-        self.body, head = body_and_head(model)
+        body, head = body_and_head(model)
+        super().__init__(model, body)
         self.weight = head.weight.to(torch.promote_types(head.weight.dtype, torch.float32))
-
-    def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
-        """Take the prompts: (B, P) ids, padded on the left, and their mask."""
-        if self.model.training:
-            raise ValueError("the reward model is in training mode (dropout would change its rewards): call .eval()")
-        self.cache, self.ids, self.mask, self.positions = None, prompt_ids, mask, token_positions(mask)
 
     @torch.inference_mode()
     def score(self, candidates: Tensor) -> Tensor:
         """(B, K) rewards of the prefixes that end in each of the (B, K) candidates."""
-        output = self.body(
-            input_ids=self.ids,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **position_arguments(self.body, self.positions),
-        )
-        self.cache = output.past_key_values
-        rewards = F.linear(output.last_hidden_state[:, -1].to(self.weight.dtype), self.weight)
-        return rewards.gather(1, candidates)
-
-    def push(self, tokens: Tensor) -> None:
-        """Append the (B,) tokens that were drawn."""
-        self.ids, self.positions = tokens[:, None], self.positions[:, -1:] + 1
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-
-    def select(self, rows: Tensor) -> None:
-        """Let row i go on from what row rows[i] has read; (B,) ints, after `score` and before `push`."""
-        self.cache.reorder_cache(rows)
-        self.ids, self.mask, self.positions = self.ids[rows], self.mask[rows], self.positions[rows]
+        hidden = self.read().last_hidden_state[:, -1]
+        return F.linear(hidden.to(self.weight.dtype), self.weight).gather(1, candidates)
 
 
 class ReencodeScorer:
@@ -233,7 +248,7 @@ class ReencodeScorer:
         max_tokens: of a part, padding included; a longer text is a part by itself.
     """
 
-    def __init__(self, reward_fn: Callable[[Tensor, Tensor], Tensor], max_tokens: int = 2**14):
+    def __init__(self, reward_fn: RewardFn, max_tokens: int = 2**14):
         self.reward_fn, self.max_tokens = reward_fn, max_tokens
 
     def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
@@ -275,7 +290,7 @@ def length_buckets(lengths: list[int], max_tokens: int) -> Iterator[slice]:
     yield slice(start, len(lengths))
 
 
-def model_rewards(model: PreTrainedModel) -> Callable[[Tensor, Tensor], Tensor]:
+def model_rewards(model: PreTrainedModel) -> RewardFn:
     """The reward function of any one-label classifier that shares the language model's token ids."""
     return lambda ids, mask: final_rewards(model, ids, mask)
 
@@ -285,7 +300,7 @@ def text_rewards(
     tokenizer: PreTrainedTokenizerBase,
     lm_tokenizer: PreTrainedTokenizerBase,
     ends: Collection[int] | None = None,
-) -> Callable[[Tensor, Tensor], Tensor]:
+) -> RewardFn:
     """The reward function of a model with another tokenizer: texts are decoded by one and encoded by the other.
 
     A token that ends the language model's text becomes the reward model's own end token. Its other special tokens are
@@ -306,19 +321,3 @@ def text_rewards(
         return final_rewards(model, batch.input_ids, batch.attention_mask)
 
     return reward_fn
-
-
-def check_vocabularies(lm_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that every token id of the language model means the same to the reward model, which may know more.
-
-    Raises:
-        ValueError: naming the first ids that differ.
-    """
-    theirs = tokenizer.get_vocab()
-    differ = sorted((i, token) for token, i in lm_tokenizer.get_vocab().items() if theirs.get(token) != i)
-    if differ:
-        shown = ", ".join(f"{i} ({token!r})" for i, token in differ[:3])
-        raise ValueError(
-            f"the tokenizers of language model and reward model differ at {len(differ)} ids: {shown}; train the reward "
-            "model from the language model's own family, or score decoded texts (ReencodeScorer with text_rewards)"
-        )

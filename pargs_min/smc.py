@@ -22,8 +22,17 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from pargs_min.decode import Generation, PolicyStepper, RewardScorer, Step, generate, greedy, sample
-from pargs_min.methods import RewardFn, response_rewards
+from pargs_min.decode import (
+    Generation,
+    PolicyStepper,
+    RewardScorer,
+    Step,
+    generate,
+    greedy,
+    response_rewards,
+    sample,
+)
+from pargs_min.scoring import RewardFn
 
 # (B, n) log-weights, (B,) uniforms -> (B, n) particles to go on from; each is chosen n times its weight on average
 Resampler = Callable[[Tensor, Tensor], Tensor]

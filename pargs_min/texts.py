@@ -6,34 +6,64 @@ the texts of one that was not.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pargs_min.data import encode_prompt
-from pargs_min.decode import Generation, ModelPolicy, RewardScorer, Step, row_uniforms
+from pargs_min.codec import Codec, check_vocabularies, left_pad
+from pargs_min.decode import (
+    Generation,
+    ModelPolicy,
+    PolicyStepper,
+    RewardScorer,
+    Step,
+    response_log_probs,
+    response_rewards,
+    row_uniforms,
+)
 from pargs_min.memory import enough_memory
-from pargs_min.methods import GUIDED, METHODS, RewardFn, best_of_n, guided, path_kl, plain, response_rewards
+from pargs_min.methods import METHODS, OBJECTIVES, Method, Run, guided_by
+from pargs_min.models import recorded
+from pargs_min.records import read_jsonl
 from pargs_min.reward_model import context_length, has_vocabulary_head
 from pargs_min.scoring import (
     ReencodeScorer,
+    RewardFn,
     SiblingScorer,
     VocabularyScorer,
-    check_vocabularies,
     model_rewards,
     text_rewards,
 )
-from pargs_min.smc import smc
 from pargs_min.static import StaticPolicy, StaticScorer
+from pargs_min.store import appending
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How one text is written; the same for all texts of a run.
+
+    Args:
+        beta, max_new_tokens, temperature: as in `generate`.
+        top_k: candidates per step; by default 10 for guided methods and the whole vocabulary (0) for the others.
+        n: samples behind each text of best-of-n.
+        particles: behind each text of smc.
+    """
+
+    beta: float = 1.0
+    top_k: int | None = None
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    n: int = 10
+    particles: int = 8
 
 
 def generate_texts(
@@ -44,39 +74,31 @@ def generate_texts(
     method: str,
     reward_model: PreTrainedModel | None = None,
     reward_tokenizer: PreTrainedTokenizerBase | None = None,
-    beta: float = 1.0,
-    top_k: int | None = None,
-    max_new_tokens: int = 64,
-    temperature: float = 1.0,
-    num_samples: int = 1,
-    n: int = 10,
-    particles: int = 8,
     final_reward_model: PreTrainedModel | None = None,
     final_reward_tokenizer: PreTrainedTokenizerBase | None = None,
+    num_samples: int = 1,
     batch_size: int = 8,
     seed: int = 0,
     compiled: bool = False,
     shard: tuple[int, int] = (0, 1),
     done: Iterable[tuple[int, int]] = (),
     on_step: Callable[[Step], None] | None = None,
+    **settings,
 ) -> Iterator[dict]:
     """Yield one record per prompt and sample, in order.
 
     Args:
         prompts: records of `read_prompts`.
-        method: one of `METHODS`; all but "plain" need a reward model.
+        method: a name of `METHODS`; all but "plain" need a reward model.
         reward_tokenizer: the reward model's; None means that it is the language model's.
-        beta, max_new_tokens, temperature: as in `generate`.
-        top_k: candidates per step; by default 10 for guided methods and the whole vocabulary (0) for the others.
-        num_samples: texts per prompt.
-        n: samples behind each text of best-of-n.
-        particles: behind each text of smc.
         final_reward_model: what smc weighs whole texts by, and `reward` then reports; None means `reward_model`.
+        num_samples: texts per prompt.
         batch_size: rows decoded together.
         compiled: decode with the steppers of `pargs_min.static`, where there is one for the reward model's scorer.
         shard: (i, n) writes the texts of part i of n alone (`shard_range`), the same as all parts together would.
         done: (prompt number, sample number) of records that need not be made again.
         on_step: as in `generate`.
+        settings: the fields of `Decoding`.
 
     Yields:
         prompt and prompt_ids as given, prompt_number, sample, response (text), response_ids, finished (whether it
@@ -89,81 +111,138 @@ def generate_texts(
             before any text is generated.
         MemoryError: where a batch is too large, saying what to lower; the records before it have been yielded.
     """
-    if not prompts:
-        raise ValueError("prompts is empty; give at least one")
-    _check(method, reward_model, num_samples=num_samples, n=n, particles=particles, batch_size=batch_size)
-    if final_reward_model is not None and method != "smc":
+    how = Decoding(**settings)
+    _check(method, prompts, reward_model, num_samples=num_samples, n=how.n, particles=how.particles,
+           batch_size=batch_size)  # fmt: skip
+    if final_reward_model is not None and METHODS[method].rows != "particles":
         raise ValueError(f"final_reward_model (--final-reward-model) is for method smc alone, not for {method}")
-    if top_k is None:
-        top_k = min(10, len(tokenizer)) if method in GUIDED else 0
-    format_ = None if reward_model is None else _recorded(reward_model).get("prompt_format")
-    encoded = [_encode(tokenizer, prompt, number, format_) for number, prompt in enumerate(prompts)]
-    longest = _longest(encoded, max_new_tokens, lm, reward_model, final_reward_model)
-    ends = end_tokens(lm, tokenizer)
-    reward_fn, scorer = _reward(method, reward_model, reward_tokenizer, tokenizer, ends, longest)
-    if final_reward_model is not None:
-        reward_fn, _ = _reward("best-of-n", final_reward_model, final_reward_tokenizer, tokenizer, ends, longest)
-    policy = ModelPolicy(lm, vocabulary=len(tokenizer))
-    if compiled:
-        policy = StaticPolicy(lm, longest, vocabulary=len(tokenizer))
-        if isinstance(scorer, SiblingScorer):
-            scorer = StaticScorer(reward_model, longest + (top_k or len(tokenizer)))
-    static = [stepper for stepper in (policy, scorer) if isinstance(stepper, (StaticPolicy, StaticScorer))]
-    hooked = [m for m in (lm, reward_model, final_reward_model) if all(m is not stepper.model for stepper in static)]
-    skip, group = set(done), {"best-of-n": n, "smc": particles}.get(method, 1)
-    rows = [(p, s) for p in shard_range(len(prompts), shard) for s in range(num_samples) if (p, s) not in skip]
-    size = max(1, batch_size // group)
-    for batch in (rows[i : i + size] for i in range(0, len(rows), size)):
-        prompt_ids, mask = (x.to(lm.device) for x in left_pad([encoded[p] for p, _ in batch]))
-        streams = [(p, s * group + i) for p, s in batch for i in range(group)]
-        # The first max_new_tokens numbers of a row's stream draw its tokens; smc chooses among particles by the rest.
-        uniforms = row_uniforms(seed, *zip(*streams, strict=True), 2 * max_new_tokens + 1).to(lm.device)
-        uniforms, choices = uniforms[:, :max_new_tokens], uniforms[::group, max_new_tokens:]
-        settings = dict(
-            top_k=top_k,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            eos=ends,
-            uniforms=uniforms,
-            on_step=on_step,
+    codec = Codec.of(lm, tokenizer, None if reward_model is None else recorded(reward_model).get("prompt_format"))
+    reward = reward_model, reward_tokenizer
+    final = final_reward_model, final_reward_tokenizer
+    writer = _Writer(METHODS[method], how, codec, lm, prompts, reward, final, seed, compiled, on_step)
+
+    skip, numbers = set(done), shard_range(len(prompts), shard)
+    left = [(p, s) for p in numbers for s in range(num_samples) if (p, s) not in skip]
+    size = max(1, batch_size // writer.rows)
+    for start in range(0, len(left), size):
+        yield from writer.write(left[start : start + size])
+
+
+class _Writer:
+    """Writes batches of texts: what stays the same from batch to batch."""
+
+    def __init__(
+        self,
+        method: Method,
+        how: Decoding,
+        codec: Codec,
+        lm: PreTrainedModel,
+        prompts: list[dict],
+        reward: tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None],
+        final: tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None],
+        seed: int,
+        compiled: bool,
+        on_step: Callable[[Step], None] | None,
+    ):
+        self.method, self.how, self.codec, self.lm, self.seed, self.on_step = method, how, codec, lm, seed, on_step
+        self.prompts = prompts
+        self.encoded = [_encode(codec, prompt, number) for number, prompt in enumerate(prompts)]
+        self.rows = getattr(how, method.rows) if method.rows else 1
+        self.top_k = how.top_k
+        if self.top_k is None:
+            self.top_k = min(10, codec.vocabulary) if method.guided else 0
+
+        models = lm, reward[0], final[0]
+        longest = _longest(self.encoded, how.max_new_tokens, *models)
+        self.policy: PolicyStepper = ModelPolicy(lm, vocabulary=codec.vocabulary)
+        self.reward_fn, self.scorer = _reward(*reward, codec, longest, method.guided)
+        self.final = None
+        if final[0] is not None:
+            self.reward_fn, _ = _reward(*final, codec, longest, guided=False)
+            self.final = self.reward_fn
+        if compiled:
+            self.policy = StaticPolicy(lm, longest, vocabulary=codec.vocabulary)
+            if isinstance(self.scorer, SiblingScorer):
+                self.scorer = StaticScorer(self.scorer.model, longest + (self.top_k or codec.vocabulary))
+        # Passes are counted by hooks, but for compiled steps, which count their own.
+        self.static = [one for one in (self.policy, self.scorer) if isinstance(one, (StaticPolicy, StaticScorer))]
+        self.hooked = [one for one in models if all(one is not stepper.model for stepper in self.static)]
+        self.rated = models[1:]
+
+    def write(self, batch: list[tuple[int, int]]) -> Iterator[dict]:
+        """The records of a batch of (prompt number, sample number)."""
+        prompt_ids, mask = (x.to(self.lm.device) for x in left_pad([self.encoded[p] for p, _ in batch]))
+        run = Run(
+            self.policy,
+            prompt_ids,
+            mask,
+            beta=self.how.beta,
+            scorer=self.scorer,
+            reward_fn=self.reward_fn,
+            rows=self.rows,
+            final=self.final,
+            **self._randomness(batch),
         )
-        asked = _asked(batch, prompt_ids, max_new_tokens, method, group)
-        with enough_memory(*asked), counted_passes(*hooked) as passes:
+        with enough_memory(*self._asked(len(batch), prompt_ids.shape[1])):
             began = time.perf_counter()
-            if method == "smc":
-                settings |= dict(
-                    n=particles, beta=beta, final=final_reward_model and reward_fn, choices=choices[:, :-1]
-                )
-                generation, kl = smc(policy, scorer, prompt_ids, mask, **settings).pick(choices[:, -1])
-            elif method == "plain":
-                generation = plain(policy, prompt_ids, mask, **settings)
-            elif method == "best-of-n":
-                generation = best_of_n(policy, reward_fn, prompt_ids, mask, n=n, **settings)
-            else:
-                generation = guided(method, policy, scorer, prompt_ids, mask, beta=beta, **settings)
-            if method != "smc":
-                kl = path_kl(method, generation, n)
-        with enough_memory(*asked), counted_passes(reward_model, final_reward_model) as rated:
-            rewards = None if reward_fn is None else response_rewards(reward_fn, prompt_ids, mask, generation)
-        calls = passes.total() + rated.total() + sum(stepper.passes for stepper in static)
-        cost = {"seconds": time.perf_counter() - began, "model_calls": calls}
-        cost = {name: total / len(batch) for name, total in cost.items()}
-        yield from _records(batch, prompts, tokenizer, method, generation, kl, rewards, ends, cost)
+            with counted_passes(*self.hooked) as passes:
+                generation, kl = self.method.write(self.method, run)
+            with counted_passes(*self.rated) as rated:
+                rewards = self.reward_fn and response_rewards(self.reward_fn, prompt_ids, mask, generation)
+            seconds = time.perf_counter() - began
+        calls = passes.total() + rated.total() + sum(stepper.passes for stepper in self.static)
+        cost = {"seconds": seconds / len(batch), "model_calls": calls / len(batch)}
+        return self._records(batch, generation, kl, rewards, cost)
 
+    def _randomness(self, batch: list[tuple[int, int]]) -> dict:
+        """The first numbers of a row's stream draw its tokens; by the rest smc chooses among particles."""
+        tokens, rows = self.how.max_new_tokens, self.rows
+        streams = [(p, s * rows + i) for p, s in batch for i in range(rows)]
+        uniforms = row_uniforms(self.seed, *zip(*streams, strict=True), 2 * tokens + 1).to(self.lm.device)
+        settings = dict(
+            top_k=self.top_k,
+            max_new_tokens=tokens,
+            temperature=self.how.temperature,
+            eos=self.codec.ends,
+            uniforms=uniforms[:, :tokens],
+            on_step=self.on_step,
+        )
+        return dict(settings=settings, choices=uniforms[::rows, tokens:])
 
-def _asked(batch: list, prompt_ids: Tensor, max_new_tokens: int, method: str, group: int) -> tuple[str, str]:
-    """What a batch takes, and what to lower where that is too much."""
-    flag = {"best-of-n": "--n", "smc": "--particles"}.get(method)
-    doing = f"decoding {len(batch)} texts at once, prompts of up to {prompt_ids.shape[1]} tokens, --max-new-tokens "
-    doing += f"{max_new_tokens}" + (f", {flag} {group} rows a text" if flag else "")
-    if len(batch) > 1:
-        way_out = f"lower --batch-size (here to {len(batch) * group // 2} or less) and go on with --resume; the texts "
-        return doing, way_out + "so far are kept, and the others stay what they would be"
-    lower = (f"{flag}, " if flag else "") + "--max-new-tokens or the prompts' length"
-    return (
-        doing,
-        f"it is one text, so --batch-size cannot help; write another file with less {lower}, or --dtype bfloat16",
-    )
+    def _asked(self, texts: int, width: int) -> tuple[str, str]:
+        """What a batch takes, and what to lower where that is too much."""
+        flag, tokens = self.method.rows and f"--{self.method.rows}", self.how.max_new_tokens
+        doing = f"decoding {texts} texts at once, prompts of up to {width} tokens, --max-new-tokens {tokens}"
+        doing += f", {flag} {self.rows} rows per text" if flag else ""
+        if texts > 1:
+            way_out = (
+                f"lower --batch-size (here to {texts * self.rows // 2} or less) and go on with --resume; the texts "
+            )
+            return doing, way_out + "so far are kept, and the others stay what they would be"
+        lower = (f"{flag}, " if flag else "") + "--max-new-tokens or the prompts' length"
+        way_out = f"it is one text, so --batch-size cannot help; write another file with less {lower}"
+        return doing, f"{way_out}, or --dtype bfloat16"
+
+    def _records(
+        self, batch: list[tuple[int, int]], generation: Generation, kl: Tensor, rewards: Tensor | None, cost: dict
+    ) -> Iterator[dict]:
+        ref_log_probs = generation.ref_log_probs.sum(-1).tolist()
+        for i, (number, sample) in enumerate(batch):
+            ids = generation.tokens[i, : generation.lengths[i]].tolist()
+            asked = self.prompts[number]
+            record = {
+                **{name: asked[name] for name in ("prompt", "prompt_ids") if name in asked},
+                "prompt_number": number,
+                "sample": sample,
+                "response": self.codec.text(ids),
+                "response_ids": ids,
+                "finished": self.codec.finished(ids),
+                "method": self.method.name,
+                "ref_log_prob": ref_log_probs[i],
+                "kl": kl[i].item(),
+                "cost": cost,
+            }
+            yield record if rewards is None else record | {"reward": rewards[i].item()}
 
 
 def shard_range(prompts: int, shard: tuple[int, int]) -> range:
@@ -193,44 +272,32 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(i), int(n)
 
 
-# What a reward model makes of the tokenwise policy, by the objective it was trained with.
-GUIDES = {
-    "partial": ("pargs", "a reward model of prefixes"),
-    "full": ("args", "a reward model of whole responses, whose scores of prefixes mean nothing,"),
-    "value": ("cd", "a value model"),
-}
-
-
-def _check(method: str, reward_model, **counts: int) -> None:
+def _check(method: str, prompts: list[dict], reward_model: PreTrainedModel | None, **counts: int) -> None:
+    if not prompts:
+        raise ValueError("prompts is empty; give at least one")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if method == "plain":
+    if not METHODS[method].needs_reward:
         return
     if reward_model is None:
         raise ValueError(f"method {method} needs a reward model (--reward-model)")
-    objective = _recorded(reward_model).get("objective", "full")
-    wanted = next((name for name, (its, _) in GUIDES.items() if its == method.removesuffix("-greedy")), objective)
-    if objective != wanted:
-        its, what = GUIDES[objective]
-        warnings.warn(f"{method} with {what} is {its}; train one with --objective {wanted}", stacklevel=3)
-    if not _recorded(reward_model).get("append_eos", True):
+    objective, wanted = recorded(reward_model).get("objective", "full"), METHODS[method].objective
+    if wanted not in (None, objective):
+        what = f"{OBJECTIVES[objective]} is {guided_by(objective)}"
+        warnings.warn(f"{method} with {what}; train one with --objective {wanted}", stacklevel=3)
+    if not recorded(reward_model).get("append_eos", True):
         warnings.warn(
             "this reward model was trained on responses without an end token: its reward of ending is extrapolation",
             stacklevel=3,
         )
 
 
-def _recorded(reward_model: PreTrainedModel) -> dict:
-    """What training recorded with the reward model; nothing for one from elsewhere, which is full-sequence."""
-    return getattr(reward_model.config, "pargs", None) or {}
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: dict, number: int, prompt_format: str | None) -> list[int]:
+def _encode(codec: Codec, prompt: dict, number: int) -> list[int]:
     try:
-        return encode_prompt(tokenizer, prompt.get("prompt_ids", prompt.get("prompt")), prompt_format)
+        return codec.prompt(prompt)
     except ValueError as error:
         raise ValueError(f"prompt number {number}: {error}") from None
 
@@ -250,26 +317,23 @@ def _longest(encoded: list[list[int]], max_new_tokens: int, *models: PreTrainedM
 
 
 def _reward(
-    method: str,
     model: PreTrainedModel | None,
-    tokenizer,
-    lm_tokenizer: PreTrainedTokenizerBase,
-    ends: list[int],
+    tokenizer: PreTrainedTokenizerBase | None,
+    codec: Codec,
     longest: int,
+    guided: bool,
 ) -> tuple[RewardFn | None, RewardScorer | None]:
     """The fastest right way to ask this reward model: of whole texts, and of the candidates of a step."""
     if model is None:
         return None, None
-    try:
-        check_vocabularies(lm_tokenizer, tokenizer or lm_tokenizer)
-        reward_fn = model_rewards(model)
-    except ValueError as error:
-        warnings.warn(f"{error}. Falling back to the latter: {_reencoding(longest)}", stacklevel=3)
-        reward_fn = text_rewards(model, tokenizer, lm_tokenizer, ends)
-        return reward_fn, ReencodeScorer(reward_fn)
-    if method not in GUIDED:
-        return reward_fn, None
-    return reward_fn, choose_scorer(model, longest)
+    if tokenizer is not None:
+        try:
+            check_vocabularies(codec.tokenizer, tokenizer)
+        except ValueError as error:
+            warnings.warn(f"{error}. Falling back to the latter: {_reencoding(longest)}", stacklevel=3)
+            reward_fn = text_rewards(model, tokenizer, codec.tokenizer, codec.ends)
+            return reward_fn, ReencodeScorer(reward_fn)
+    return model_rewards(model), choose_scorer(model, longest) if guided else None
 
 
 def choose_scorer(model: PreTrainedModel, longest: int) -> RewardScorer:
@@ -298,13 +362,6 @@ def _reencoding(longest: int) -> str:
     )
 
 
-def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a response: the tokenizer's end token first, then those of the generation configuration."""
-    configured = lm.generation_config.eos_token_id
-    ends = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
-    return list(dict.fromkeys(end for end in ends if end is not None))
-
-
 @contextmanager
 def counted_passes(*models: PreTrainedModel | None) -> Iterator[Counter]:
     """Count the forward passes of the models' backbones, a row each, while this is open.
@@ -324,74 +381,50 @@ def counted_passes(*models: PreTrainedModel | None) -> Iterator[Counter]:
             hook.remove()
 
 
-def left_pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both (B, P), of token lists padded on the left (with id 0, which the mask hides).
-
-    >>> left_pad([[5, 6], [7]])[0]
-    tensor([[5, 6],
-            [0, 7]])
-    """
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    return ids, (torch.arange(width) >= torch.tensor([[width - len(row)] for row in rows])).long()
-
-
-def _records(batch, prompts, tokenizer, method, generation: Generation, kl, rewards, ends, cost) -> Iterator[dict]:
-    ref_log_probs = generation.ref_log_probs.sum(-1).tolist()
-    for i, (number, sample) in enumerate(batch):
-        ids = generation.tokens[i, : generation.lengths[i]].tolist()
-        record = {
-            **{name: prompts[number][name] for name in ("prompt", "prompt_ids") if name in prompts[number]},
-            "prompt_number": number,
-            "sample": sample,
-            "response": tokenizer.decode(ids, skip_special_tokens=True),
-            "response_ids": ids,
-            "finished": ids[-1] in ends,
-            "method": method,
-            "ref_log_prob": ref_log_probs[i],
-            "kl": kl[i].item(),
-            "cost": cost,
-        }
-        yield record if rewards is None else record | {"reward": rewards[i].item()}
+@torch.no_grad()
+def text_log_probs(lm: PreTrainedModel, codec: Codec, texts: Sequence[dict], batch_size: int = 32) -> list[float]:
+    """log pi(response | prompt) in nats of records of `generate_texts`, by a model that need not have written them."""
+    totals = []
+    for some in (texts[i : i + batch_size] for i in range(0, len(texts), batch_size)):
+        prompt_ids, mask = left_pad([codec.prompt(text) for text in some])
+        responses, written = (x.flip(1) for x in left_pad([text["response_ids"][::-1] for text in some]))
+        ids, mask = torch.cat([prompt_ids, responses], 1).to(lm.device), torch.cat([mask, written], 1).to(lm.device)
+        log_probs = response_log_probs(lm, ids, mask, responses.shape[1])
+        totals += (log_probs.double() * written.to(lm.device)).sum(1).tolist()
+    return totals
 
 
 def write_records(path: str | os.PathLike, records: Iterable[dict], settings: dict) -> Iterator[dict]:
     """Append each record, with the run's settings, to a JSONL file as it comes, and pass it on."""
-    with open(path, "a", encoding="utf-8") as file:
+    with appending(path) as append:
         for record in records:
-            file.write(json.dumps(record | {"settings": settings}, ensure_ascii=False) + "\n")
-            file.flush()
+            append(record | {"settings": settings})
             yield record
 
 
 def read_done(path: str | os.PathLike, settings: dict, prompts: list[dict]) -> set[tuple[int, int]]:
-    """(prompt number, sample number) of the records that an interrupted run left; a half-written last line is removed.
+    """(prompt number, sample number) of the records that an interrupted run left.
 
     Raises:
         ValueError: naming file and line, if they were made with other settings or for other prompts than these.
     """
-    path, done = Path(path), set()
-    if not path.exists():
-        return done
-    whole, _, broken = path.read_bytes().rpartition(b"\n")
-    if broken:
-        os.truncate(path, len(whole) + 1 if whole else 0)
-    for number, line in enumerate(whole.splitlines(), 1):
+    if not Path(path).exists():
+        return set()
+    done = set()
+    for record, source in read_jsonl(path, growing=True):
         try:
-            record = json.loads(line)
-            prompt_number, theirs = record["prompt_number"], record["settings"]
-            done.add((prompt_number, record["sample"]))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}:{number}: not a record of `pargs generate` ({error!r}); write to another file"
-            ) from None
-        if differ := differences(theirs, settings):
-            raise ValueError(f"{path}:{number} was made with other settings ({differ}); write to another file")
-        asked = prompts[prompt_number] if prompt_number < len(prompts) else {}
+            number, sample, theirs = record["prompt_number"], record["sample"], record["settings"]
+            differ = differences(theirs, settings)
+            done.add((number, sample))
+            asked = prompts[number] if number < len(prompts) else {}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{source}: not a record of `pargs generate` ({error!r}); write to another file") from None
+        if differ:
+            raise ValueError(f"{source} was made with other settings ({differ}); write to another file")
         if any(record.get(name) != asked.get(name) for name in ("prompt", "prompt_ids")):
             raise ValueError(
-                f"{path}:{number} was written for another prompt number {prompt_number}: the prompts have changed "
-                "since; write to another file"
+                f"{source} was written for another prompt number {number}: the prompts have changed since; write to "
+                "another file"
             )
     return done
 

@@ -34,6 +34,7 @@ from pargs_min.data import Pair, Text, at_response_tokens, collate, collate_text
 from pargs_min.losses import bradley_terry_loss, compared_prefixes, partial_bradley_terry_loss, prefix_value_loss
 from pargs_min.memory import enough_memory
 from pargs_min.reward_model import is_causal, prefix_rewards
+from pargs_min.scoring import RewardFn
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the longer response of a pair; 1 is the usual accuracy of a reward model
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # in tokens
@@ -121,9 +122,6 @@ def train_value_model(
 
     parts = dict(data_collator=collate_with_items, compute_metrics=value_metrics, loss=prefix_value_loss)
     return _fit(ValueTrainer, model, texts, eval_texts, args, lora_rank, resume, **parts)
-
-
-RewardFn = Callable[[Tensor, Tensor], Tensor]  # whole texts (N, T) and their mask -> (N,)
 
 
 @torch.no_grad()

@@ -9,16 +9,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from pargs_min.data import (
-    Pair,
-    at_response_tokens,
-    collate,
-    encode_preferences,
-    encode_prompt,
-    encode_responses,
-    prompt_format,
-    split_by_prompt,
-)
+from pargs_min.codec import encode_prompt, encode_responses, prompt_format
+from pargs_min.data import Pair, at_response_tokens, collate, encode_preferences, split_by_prompt
 from pargs_min.records import Preference
 
 from .strategies import tiny_tokenizer, token_pairs

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pargs_min.cli import main
 from pargs_min.data import encode_preferences
 from pargs_min.decode import ModelPolicy, generate
+from pargs_min.models import load_reward_model
 from pargs_min.records import read_preferences
-from pargs_min.reward_model import final_rewards, load_reward_model
+from pargs_min.reward_model import final_rewards
 from pargs_min.scoring import SiblingScorer
 
 pytestmark = pytest.mark.real

@@ -105,7 +105,7 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"bad.jsonl:1: not JSON"):
         read_preferences(tmp_path / "bad.jsonl")
     (tmp_path / "bad.jsonl").write_bytes('["UTF-16"]'.encode("utf-16"))
-    with pytest.raises(ValueError, match=r"bad.jsonl:1: expected a JSON object .*UTF-16"):
+    with pytest.raises(ValueError, match=r"bad.jsonl:1: expected a JSON object, got .*UTF-16"):
         read_preferences(tmp_path / "bad.jsonl")
 
 

@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from pargs_min.losses import partial_bradley_terry_loss
-from pargs_min.reward_model import context_length, final_rewards, load_reward_model, prefix_rewards, save_reward_model
+from pargs_min.models import load_reward_model, save_reward_model
+from pargs_min.reward_model import context_length, final_rewards, prefix_rewards
 from tests.strategies import SHAPES, left_padded, tiny_lm, tiny_reward_model
 
 EXACT = dict(rtol=0, atol=1e-12)

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification
 
+from pargs_min.codec import check_vocabularies
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import (
     ReencodeScorer,
     SiblingScorer,
     attention_window,
-    check_vocabularies,
     length_buckets,
     model_rewards,
     text_rewards,

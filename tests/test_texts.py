@@ -4,24 +4,26 @@ import itertools
 import json
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pargs_min.codec import Codec, end_tokens
 from pargs_min.memory import is_out_of_memory
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import ReencodeScorer, SiblingScorer
 from pargs_min.texts import (
     choose_scorer,
-    end_tokens,
     generate_texts,
     parse_shard,
     read_done,
     shard_range,
+    text_log_probs,
     write_records,
 )
-from tests.strategies import tiny_lm, tiny_reward_model
+from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
 from tests.test_reward_model import word_tokenizer
 
 WORDS = "<pad> <end> a b c d e f g h i"
@@ -340,3 +342,15 @@ def test_prompts_are_never_mixed_in_one_file(tmp_path, prompts, line):
     with pytest.raises(ValueError, match=rf"out.jsonl:{line} was written for another prompt number {line - 1}"):
         read_done(path, {}, prompts)
     assert read_done(path, {}, [*PROMPTS, {"prompt": "g"}]) == {(0, 0), (1, 0), (2, 0)}
+
+
+def test_a_text_has_the_log_probability_with_which_it_was_drawn():
+    """Of unequal prompts and lengths, in batches; and another model gives it another one."""
+    lm, other, tokenizer = tiny_lm(vocabulary=14), tiny_lm(vocabulary=14, seed=5), tiny_tokenizer()
+    codec = Codec.of(lm, tokenizer)
+    prompts = [{"prompt": "a b c"}, {"prompt": "d"}]
+    texts = [*generate_texts(lm, tokenizer, prompts, method="plain", num_samples=5, max_new_tokens=6)]
+    assert len({len(text["response_ids"]) for text in texts}) > 1
+    drawn = [text["ref_log_prob"] for text in texts]
+    np.testing.assert_allclose(text_log_probs(lm, codec, texts, batch_size=3), drawn, rtol=0, atol=1e-10)
+    assert np.abs(np.subtract(text_log_probs(other, codec, texts), drawn)).min() > 1e-3

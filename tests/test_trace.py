@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pargs_min.cli import main
 from pargs_min.decode import ModelPolicy, Step, generate, row_uniforms
 from pargs_min.methods import path_kl
-from pargs_min.reward_model import save_reward_model
+from pargs_min.models import save_reward_model
 from pargs_min.scoring import SiblingScorer
 from pargs_min.trace import drawn, records, to_html, to_text, token_names, visible
 from tests.strategies import left_padded, tiny_lm, tiny_reward_model, tiny_tokenizer

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from pargs_min import train
 from pargs_min.data import Pair, Text, at_response_tokens, collate
 from pargs_min.losses import bradley_terry_loss, prefix_value_loss
-from pargs_min.reward_model import prefix_rewards, save_reward_model
+from pargs_min.models import save_reward_model
+from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import model_rewards
 from pargs_min.train import (
     last_checkpoint,

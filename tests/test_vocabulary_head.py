@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification
 from pargs_min.cli import main
 from pargs_min.decode import ModelPolicy, RewardGuidance, generate, greedy, row_uniforms, sample
 from pargs_min.losses import partial_bradley_terry_loss
-from pargs_min.reward_model import load_reward_model, prefix_rewards, save_reward_model
+from pargs_min.models import load_reward_model, save_reward_model
+from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import ReencodeScorer, SiblingScorer, VocabularyScorer, model_rewards
 from pargs_min.texts import choose_scorer
 from tests.strategies import left_padded, tiny_lm, tiny_reward_model, tiny_tokenizer

@@ -31,10 +31,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pargs_min.decode import ModelPolicy, row_uniforms
-from pargs_min.methods import RewardFn, plain, response_rewards
-from pargs_min.reward_model import position_arguments, prefix_rewards, token_positions
-from pargs_min.texts import left_pad
+from pargs_min.codec import left_pad
+from pargs_min.decode import ModelPolicy, response_log_probs, response_rewards, row_uniforms
+from pargs_min.methods import plain
+from pargs_min.reward_model import prefix_rewards
+from pargs_min.scoring import RewardFn
 
 
 def gae(rewards: Tensor, values: Tensor, written: Tensor, lam: float = 0.95, gamma: float = 1.0) -> Tensor:
@@ -205,8 +206,8 @@ def rollout(model, value_model, ref, reward_fn, prompts, ends, settings, update:
         "written": written,
         "scores": scores,
     }
-    old_log_probs, old_values = token_log_probs(model, batch), _values(value_model, batch)
-    log_ratios = (old_log_probs - token_log_probs(ref, batch)) * written
+    old_log_probs, old_values = _log_probs(model, batch), _values(value_model, batch)
+    log_ratios = (old_log_probs - _log_probs(ref, batch)) * written
     last = torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1
     advantages = gae(scores[:, None] * last - log_ratios / settings.beta, old_values, written, settings.lam)
     ours = advantages[written]
@@ -227,7 +228,7 @@ def _prompt_number(number: int, prompts: int, seed: int) -> int:
 
 
 def _loss(model, value_model, batch: dict[str, Tensor], settings: PPOSettings) -> tuple[Tensor, list[float]]:
-    written, log_probs = batch["written"], token_log_probs(model, batch)
+    written, log_probs = batch["written"], _log_probs(model, batch)
     policy = clipped_policy_loss(log_probs, batch["old_log_probs"], batch["advantages"], settings.clip)
     value = clipped_value_loss(_values(value_model, batch), batch["old_values"], batch["returns"], settings.clip)
     left = ((log_probs - batch["old_log_probs"]).exp() - 1).abs() > settings.clip
@@ -235,14 +236,8 @@ def _loss(model, value_model, batch: dict[str, Tensor], settings: PPOSettings) -
     return policy + settings.value_weight * value, [policy.item(), value.item(), left.item()]
 
 
-def token_log_probs(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """(B, T) log pi of each response token."""
-    n, ids, mask = batch["written"].shape[1], batch["ids"], batch["mask"]
-    positions = position_arguments(model, token_positions(mask))
-    output = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=n + 1, **positions)
-    logits = output.logits[:, :-1]
-    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    return log_probs.gather(2, ids[:, -n:, None])[..., 0]
+def _log_probs(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    return response_log_probs(model, batch["ids"], batch["mask"], batch["written"].shape[1])
 
 
 def _values(value_model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:

@@ -112,10 +112,12 @@ def train(arguments: list[str]) -> None:
     import torch
     from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 
-    from pargs_min.data import encode_preferences, encode_texts, prompt_format, split_by_prompt
+    from pargs_min.codec import check_vocabularies, prompt_format
+    from pargs_min.data import encode_preferences, encode_texts, split_by_prompt
+    from pargs_min.models import load_reward_model, save_reward_model
     from pargs_min.records import read_preferences, read_responses
-    from pargs_min.reward_model import context_length, load_reward_model, save_reward_model
-    from pargs_min.scoring import check_vocabularies, model_rewards
+    from pargs_min.reward_model import context_length
+    from pargs_min.scoring import model_rewards
     from pargs_min.train import last_checkpoint, lora_config, rate, train_reward_model, train_value_model
 
     parser = HfArgumentParser((TrainOptions, TrainingArguments), prog="pargs train", description=train.__doc__)
@@ -209,7 +211,7 @@ def load_models(options: DecodeOptions) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from pargs_min.memory import enough_memory
-    from pargs_min.reward_model import load_reward_model
+    from pargs_min.models import load_reward_model
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     smaller = f"take --dtype bfloat16 (it is {options.dtype}), smaller models, or --device cpu"
@@ -450,11 +452,10 @@ def ppo(arguments: list[str]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 
     from pargs_min.baselines.ppo import PPOSettings, train_ppo
-    from pargs_min.data import encode_prompt
+    from pargs_min.codec import check_vocabularies, encode_prompt, end_tokens
+    from pargs_min.models import load_reward_model
     from pargs_min.records import read_prompts
-    from pargs_min.reward_model import load_reward_model
-    from pargs_min.scoring import check_vocabularies, model_rewards
-    from pargs_min.texts import end_tokens
+    from pargs_min.scoring import model_rewards
 
     parser = HfArgumentParser((PPOOptions, PPOSettings), prog="pargs ppo", description=ppo.__doc__)
     options, settings = parser.parse_args_into_dataclasses(arguments)
@@ -541,11 +542,12 @@ def evaluate(arguments: list[str]) -> None:
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from pargs_min.codec import Codec
     from pargs_min.evaluation.compare import compare, file_labels, read_files, with_kl_to
     from pargs_min.evaluation.judges import load_judge
     from pargs_min.evaluation.tables import markdown, panels, write_comparison
-    from pargs_min.experiments.measure import text_log_probs
     from pargs_min.plots import intervals, save
+    from pargs_min.texts import text_log_probs
 
     parser = ArgumentParser(prog="pargs evaluate", description=evaluate.__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="Texts of `pargs generate`, a file a method.")
@@ -581,7 +583,7 @@ def evaluate(arguments: list[str]) -> None:
             tokenizer = AutoTokenizer.from_pretrained(options.reference)
             lm = AutoModelForCausalLM.from_pretrained(options.reference).eval()
         files = {
-            label: with_kl_to(options.reference, texts, text_log_probs(lm, tokenizer, texts))
+            label: with_kl_to(options.reference, texts, text_log_probs(lm, Codec.of(lm, tokenizer), texts))
             for label, texts in files.items()
         }
     judges = []
@@ -635,8 +637,8 @@ def benchmark(arguments: list[str]) -> int:
     from pargs_min.benchmark.report import draw, markdown, run
     from pargs_min.benchmark.targets import check
     from pargs_min.benchmark.ways import Models, models_of_shape, with_vocabulary_head
+    from pargs_min.models import load_reward_model
     from pargs_min.plots import save
-    from pargs_min.reward_model import load_reward_model
 
     (options,) = HfArgumentParser(
         BenchmarkOptions, prog="pargs benchmark", description=benchmark.__doc__

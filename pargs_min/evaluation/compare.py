@@ -5,7 +5,6 @@ read_files -> compare -> write_comparison, markdown, panels
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,16 +21,8 @@ from pargs_min.evaluation.statistics import (
     outcome,
     wilson,
 )
+from pargs_min.records import read_texts
 from pargs_min.world.journey import OFF_GRAMMAR
-
-REQUIRED = {
-    "prompt_number": int,
-    "sample": int,
-    "prompt": (str, list, type(None)),
-    "response": str,
-    "response_ids": list,
-}
-OPTIONAL = {"kl": (int, float), "finished": bool, "method": str, "cost": dict, "settings": dict}
 
 Files = Mapping[str, list[dict]]  # label -> records of `pargs generate`
 
@@ -64,34 +55,6 @@ def read_files(labels: Mapping[Path, str]) -> dict[str, list[dict]]:
     files = {label: read_texts(path) for path, label in labels.items()}
     check_same_prompts(files)
     return files
-
-
-def read_texts(path: str | os.PathLike) -> list[dict]:
-    """Records of `pargs generate`, sorted by prompt and sample.
-
-    Raises:
-        ValueError: naming file and line, at the first that is no such record or repeats one; if there are none.
-        OSError: if there is no such file.
-    """
-    texts: dict[tuple[int, int], dict] = {}
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)
-            text = {"prompt": None} | text if "prompt_ids" in text else text
-            wrong = [name for name, kind in REQUIRED.items() if not isinstance(text[name], kind)]
-            wrong += [name for name, kind in OPTIONAL.items() if name in text and not isinstance(text[name], kind)]
-            wrong += ["kl"] if not wrong and not math.isfinite(text.get("kl", 0)) else []
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: not a record of `pargs generate` ({error!r})") from None
-        if wrong:
-            raise ValueError(f"{path}:{number}: `{wrong[0]}` must not be {json.dumps(text[wrong[0]])[:60]}")
-        if texts.setdefault((text["prompt_number"], text["sample"]), text) is not text:
-            raise ValueError(f"{path}:{number}: prompt {text['prompt_number']} has sample {text['sample']} already")
-    if not texts:
-        raise ValueError(f"{path} holds no texts; write some with `pargs generate`")
-    return [texts[key] for key in sorted(texts)]
 
 
 def check_same_prompts(files: Files) -> None:

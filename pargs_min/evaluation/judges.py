@@ -31,10 +31,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from pargs_min.data import encode_prompt, encode_responses
+from pargs_min.codec import encode_prompt, encode_responses, left_pad
+from pargs_min.models import load_reward_model
 from pargs_min.records import Messages, is_messages
-from pargs_min.reward_model import context_length, final_rewards, is_causal, load_reward_model
-from pargs_min.texts import left_pad
+from pargs_min.reward_model import context_length, final_rewards, is_causal
 from pargs_min.world.journey import END, OFF_GRAMMAR, Journey
 
 Texts = Sequence[dict]  # records of `pargs generate`

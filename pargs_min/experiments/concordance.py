@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pargs_min.data import encode_prompt
+from pargs_min.codec import encode_prompt, end_tokens, left_pad
 from pargs_min.decode import ModelPolicy
-from pargs_min.texts import choose_scorer, end_tokens, generate_texts, left_pad
+from pargs_min.texts import choose_scorer, generate_texts
 from pargs_min.world.automaton import Array, sample, win_rates
 from pargs_min.world.journey import Journey
 

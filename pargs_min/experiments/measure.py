@@ -39,8 +39,9 @@ from transformers import (
     set_seed,
 )
 
-from pargs_min.baselines.ppo import PPOSettings, token_log_probs, train_ppo
-from pargs_min.data import Pair, encode_preferences, encode_prompt, encode_texts, split_by_prompt
+from pargs_min.baselines.ppo import PPOSettings, train_ppo
+from pargs_min.codec import Codec, encode_prompt, end_tokens
+from pargs_min.data import Pair, encode_preferences, encode_texts, split_by_prompt
 from pargs_min.evaluation.judges import is_number, load_judge
 from pargs_min.evaluation.statistics import distinct_n, mean_and_error, prompt_means
 from pargs_min.experiments.concordance import (
@@ -50,10 +51,11 @@ from pargs_min.experiments.concordance import (
     reward_model_concordance,
     rollout_siblings,
 )
+from pargs_min.models import load_reward_model, save_reward_model
 from pargs_min.records import read_preferences, read_prompts, read_responses
-from pargs_min.reward_model import context_length, load_reward_model, prefix_rewards, save_reward_model
+from pargs_min.reward_model import context_length, prefix_rewards
 from pargs_min.scoring import model_rewards
-from pargs_min.texts import end_tokens, generate_texts, left_pad
+from pargs_min.texts import generate_texts, text_log_probs
 from pargs_min.train import prefix_accuracy, rate, train_reward_model, train_value_model
 from pargs_min.world.journey import HELD_OUT_PROMPTS, HORIZON, OFF_GRAMMAR, TRAIN_PROMPTS, Journey
 from pargs_min.world.reference import reference, write_pairs
@@ -389,26 +391,9 @@ def write(lab: Lab, cell: Cell) -> list[dict]:
     settings |= dict(max_new_tokens=lab.max_new_tokens, num_samples=lab.samples, batch_size=lab.batch_size)
     texts = [*generate_texts(lm, made.tokenizer, made.prompts, method=method, seed=seed, **models, **settings)]
     if lm is not made.lm:
-        by_reference = text_log_probs(made.lm, made.tokenizer, texts, lab.batch_size)
+        by_reference = text_log_probs(made.lm, Codec.of(made.lm, made.tokenizer), texts, lab.batch_size)
         texts = [t | {"kl": t["ref_log_prob"] - other} for t, other in zip(texts, by_reference, strict=True)]
     return texts
-
-
-@torch.no_grad()
-def text_log_probs(
-    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[dict], batch_size: int = 32
-) -> list[float]:
-    """log pi(response | prompt) in nats of records of `generate_texts`, by a model that need not have written them."""
-    totals = []
-    for some in (texts[i : i + batch_size] for i in range(0, len(texts), batch_size)):
-        asked = [encode_prompt(tokenizer, text.get("prompt_ids", text.get("prompt"))) for text in some]
-        prompt_ids, mask = left_pad(asked)
-        responses, right = left_pad([text["response_ids"][::-1] for text in some])
-        responses, written = responses.flip(1), right.flip(1)
-        batch = {"ids": torch.cat([prompt_ids, responses], 1), "mask": torch.cat([mask, written], 1)}
-        batch = {name: t.to(lm.device) for name, t in (batch | {"written": written.bool()}).items()}
-        totals += (token_log_probs(lm, batch).double() * batch["written"]).sum(1).tolist()
-    return totals
 
 
 def _text_measures(lab: Lab, cell: Cell, texts: list[dict]) -> dict:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pargs_min import texts
+from pargs_min import methods
 from pargs_min.cli import main
 from pargs_min.reward_model import prefix_rewards
 from tests.strategies import tiny_lm, tiny_tokenizer
@@ -290,9 +290,9 @@ def test_out_of_memory_is_one_line_and_keeps_what_was_written(lm, prompts, tmp_p
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(policy, prompt_ids, mask, **settings)
 
-    plain, out, whole = texts.plain, tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    plain, out, whole = methods.plain, tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     assert generate(lm, prompts, whole, "--method", "plain") == 0
-    monkeypatch.setattr(texts, "plain", short_of_memory)
+    monkeypatch.setattr(methods, "plain", short_of_memory)
     assert generate(lm, prompts, out, "--method", "plain", "--batch-size", "1", "--shard", "0/3") == 0
     assert generate(lm, prompts, out, "--method", "plain", "--batch-size", "2", "--resume") == 2
     err = capsys.readouterr().err.splitlines()[-1]

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from pargs_min.cli import main
-from pargs_min.evaluation.compare import compare, distinct, file_labels, read_files, read_texts, rouge_l
+from pargs_min.evaluation.compare import compare, distinct, file_labels, read_files, rouge_l
 from pargs_min.evaluation.judges import Judge
 from pargs_min.evaluation.statistics import bootstrap_interval, mean_and_error, wilson, win_rate
 from pargs_min.evaluation.tables import KL, markdown, panels, write_comparison
+from pargs_min.records import read_texts
 from pargs_min.texts import generate_texts, write_records
 from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from pargs_min.evaluation.judges import ChatJudge, both_orders, load_judge
-from pargs_min.reward_model import save_reward_model
+from pargs_min.models import save_reward_model
 from pargs_min.texts import generate_texts
 from pargs_min.world.journey import PROMPTS, Journey
 from pargs_min.world.reference import word_tokenizer as toy_tokenizer

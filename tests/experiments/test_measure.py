@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from pargs_min.experiments import measure as lab_module
-from pargs_min.experiments.measure import Lab, gather, measure, model_name, rlhf_gap, sweep, text_log_probs
-from pargs_min.texts import generate_texts
+from pargs_min.experiments.measure import Lab, gather, measure, model_name, rlhf_gap, sweep
 from tests.strategies import tiny_lm, tiny_tokenizer
 
 WORDS = "abcdefg"
@@ -36,7 +35,7 @@ def lab(tmp_path) -> Lab:
     return Lab(
         folder=str(tmp_path),
         prompts=str(tmp_path / "prompts.jsonl"),
-        judge="tests.test_lab:vowels",
+        judge="tests.experiments.test_measure:vowels",
         max_new_tokens=8,
         samples=3,
         plain_samples=40,
@@ -142,17 +141,6 @@ def test_every_kind_of_cell_is_measured(lab):
     assert abs(measure(lab, plain(0))["kl"]) < 1e-5
 
 
-def test_a_text_has_the_log_probability_with_which_it_was_drawn():
-    """Of unequal prompts and lengths, in batches; and another model gives it another one."""
-    lm, other, tokenizer = tiny_lm(vocabulary=14), tiny_lm(vocabulary=14, seed=5), tiny_tokenizer()
-    prompts = [{"prompt": "a b c"}, {"prompt": "d"}]
-    texts = [*generate_texts(lm, tokenizer, prompts, method="plain", num_samples=5, max_new_tokens=6)]
-    assert len({len(text["response_ids"]) for text in texts}) > 1
-    drawn = [text["ref_log_prob"] for text in texts]
-    np.testing.assert_allclose(text_log_probs(lm, tokenizer, texts, batch_size=3), drawn, rtol=0, atol=1e-10)
-    assert np.abs(np.subtract(text_log_probs(other, tokenizer, texts), drawn)).min() > 1e-3
-
-
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 def test_the_gap_to_the_rlhf_policy_is_a_divergence(lab, monkeypatch, beta):
     """Two texts, rewards 0 and 1, equally likely: zero for the RLHF policy itself, KL(p || p*) for any other p."""
@@ -184,7 +172,7 @@ def test_rows_gather_the_seeds_of_a_cell():
 
 def test_a_judge_that_gives_no_number_is_named(lab):
     with pytest.raises(ValueError, match="answers None"):
-        measure(replace(lab, judge="tests.test_lab:silent"), plain(0))
+        measure(replace(lab, judge="tests.experiments.test_measure:silent"), plain(0))
 
 
 def silent(prompts, responses):

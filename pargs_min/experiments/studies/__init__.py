@@ -32,8 +32,8 @@ from pargs_min import plots
 from pargs_min.benchmark import report as benchmark
 from pargs_min.benchmark import ways as cost
 from pargs_min.experiments.measure import Cell, Lab, device, embedded, gather, interval, judged, plain_rewards, sweep
+from pargs_min.models import load_reward_model
 from pargs_min.records import is_messages, read_preferences
-from pargs_min.reward_model import load_reward_model
 from pargs_min.world.reference import FrontierPoint, frontier
 
 PARTIAL, FULL, VALUE = {"objective": "partial"}, {"objective": "full"}, {"objective": "value"}
