@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from pargs_min.codec import check_ids, cut_left, encode_prompt, encode_responses
 from pargs_min.records import Preference, Response
+
+
+Record = Preference | Response
 
 
 class Pair(NamedTuple):
@@ -55,33 +58,8 @@ def encode_preferences(
     """
     if append_eos and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token; set its eos_token, or train with append_eos=False")
-    counts = dict.fromkeys(("read", "kept", "too_long", "empty", "identical", "prompts_cut"), 0)
-    pairs = []
-    for preference, *responses in zip(
-        preferences,
-        encode_responses(tokenizer, [p.chosen for p in preferences]),
-        encode_responses(tokenizer, [p.rejected for p in preferences]),
-        strict=True,
-    ):
-        prompt_ids = _encode_checked(preference, tokenizer, responses)
-        if append_eos:
-            end = [tokenizer.eos_token_id]
-            responses = [ids if ids[-1:] == end else ids + end for ids in responses]
-        room = len(prompt_ids) if max_length is None else max_length - max(map(len, responses))
-        counts["read"] += 1
-        if responses[0] == responses[1]:
-            counts["identical"] += 1
-        elif not all(responses):
-            counts["empty"] += 1
-        elif room < 1:
-            counts["too_long"] += 1
-        else:
-            counts["kept"] += 1
-            counts["prompts_cut"] += len(prompt_ids) > room
-            pairs.append(Pair(cut_left(prompt_ids, room, tokenizer.bos_token_id), *responses))
-    if not pairs:
-        raise ValueError(_nothing_left(preferences, counts, max_length))
-    return pairs, counts
+    rows, counts = _encode(preferences, ("chosen", "rejected"), tokenizer, max_length, lambda _: append_eos)
+    return [Pair(*row) for row in rows], counts
 
 
 def encode_texts(
@@ -97,32 +75,43 @@ def encode_texts(
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token; set its eos_token")
-    counts = dict.fromkeys(("read", "kept", "too_long", "empty", "prompts_cut"), 0)
-    texts, end = [], [tokenizer.eos_token_id]
-    for response, ids in zip(responses, encode_responses(tokenizer, [r.response for r in responses]), strict=True):
-        ids = ids + end if response.finished and ids[-1:] != end else ids
-        prompt_ids = _encode_checked(response, tokenizer, [ids])
-        room = len(prompt_ids) if max_length is None else max_length - len(ids)
+    rows, counts = _encode(responses, ("response",), tokenizer, max_length, lambda response: response.finished)
+    return [Text(*row) for row in rows], counts
+
+
+def _encode(
+    records: Sequence[Record],
+    sides: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    ends: Callable[[Record], bool],
+) -> tuple[list[list[list[int]]], dict[str, int]]:
+    """[prompt_ids, response_ids of each side] of every record that can be trained on, and counts of all."""
+    names = ["read", "kept", "too_long", "empty", *["identical"] * (len(sides) > 1), "prompts_cut"]
+    counts, rows, end = dict.fromkeys(names, 0), [], [tokenizer.eos_token_id]
+    encoded = [encode_responses(tokenizer, [getattr(record, side) for record in records]) for side in sides]
+    for record, *responses in zip(records, *encoded, strict=True):
+        prompt_ids = _encode_prompt(record, responses, tokenizer)
+        if ends(record):
+            responses = [ids if ids[-1:] == end else ids + end for ids in responses]
+        room = len(prompt_ids) if max_length is None else max_length - max(map(len, responses))
         counts["read"] += 1
-        if not ids:
+        if responses[1:] == responses[:1]:
+            counts["identical"] += 1
+        elif not all(responses):
             counts["empty"] += 1
         elif room < 1:
             counts["too_long"] += 1
         else:
             counts["kept"] += 1
             counts["prompts_cut"] += len(prompt_ids) > room
-            texts.append(Text(cut_left(prompt_ids, room, tokenizer.bos_token_id), ids))
-    if not texts:
-        raise ValueError(
-            f"{responses[0].source if responses else 'no texts given'} and all that follow: no text left of "
-            f"{counts['read']}: {counts['too_long']} longer than max_length={max_length}, {counts['empty']} empty"
-        )
-    return texts, counts
+            rows.append([cut_left(prompt_ids, room, tokenizer.bos_token_id), *responses])
+    if not rows:
+        raise ValueError(_nothing_left(records, counts, max_length))
+    return rows, counts
 
 
-def _encode_checked(
-    record: Preference | Response, tokenizer: PreTrainedTokenizerBase, responses: list[list[int]]
-) -> list[int]:
+def _encode_prompt(record: Record, responses: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     try:
         for ids in responses:
             check_ids(tokenizer, ids)
@@ -131,14 +120,15 @@ def _encode_checked(
         raise ValueError(f"{record.source}: {error}") from None
 
 
-def _nothing_left(preferences: Sequence[Preference], counts: dict[str, int], max_length: int | None) -> str:
-    where = preferences[0].source if preferences else "no preferences given"
-    if counts["identical"] == counts["read"]:
+def _nothing_left(records: Sequence[Record], counts: dict[str, int], max_length: int | None) -> str:
+    what = "pair" if "identical" in counts else "text"
+    where = records[0].source if records else f"no {'preferences' if what == 'pair' else 'texts'} given"
+    if counts.get("identical") == counts["read"]:
         return f"{where} and all that follow: chosen equals rejected everywhere; there is no preference to learn"
     return (
-        f"{where} and all that follow: no pair left of {counts['read']}: {counts['too_long']} responses longer than "
-        f"max_length={max_length}, {counts['empty']} empty, {counts['identical']} identical; raise --max-length, or "
-        "append end tokens"
+        f"{where} and all that follow: no {what} left of {counts['read']}: {counts['too_long']} responses longer than "
+        f"max_length={max_length}, {counts['empty']} empty, {counts.get('identical', 0)} identical; raise --max-length, "
+        "or append end tokens"
     )
 
 
@@ -182,12 +172,12 @@ def collate(pairs: Sequence[Pair], pad_id: int, extend_with: int | None = None) 
     tensor([[1, 5, 6, 2],
             [1, 2, 2, 2]])
     """
-    rows = [
-        torch.tensor(pair.prompt_ids + response + extension)
-        for side in (1, 2)
-        for pair in pairs
-        for response, extension in [(pair[side], _extension(pair, pair[side], extend_with))]
-    ]
+
+    def row(pair: Pair, response: list[int]) -> list[int]:
+        missing = max(len(pair.chosen_ids), len(pair.rejected_ids)) - len(response)
+        return pair.prompt_ids + response + ([] if extend_with is None else [extend_with] * missing)
+
+    rows = [row(pair, pair.chosen_ids) for pair in pairs] + [row(pair, pair.rejected_ids) for pair in pairs]
     prompts, chosen, rejected = torch.tensor([[len(ids) for ids in pair] for pair in pairs]).unbind(1)
     return _right_padded(rows, pad_id) | {
         "prompt_lengths": prompts,
@@ -206,25 +196,20 @@ def collate_texts(texts: Sequence[Text], pad_id: int) -> dict[str, Tensor]:
     tensor([[1, 5, 2],
             [1, 2, 0]])
     """
-    return _right_padded([torch.tensor(text.prompt_ids + text.response_ids) for text in texts], pad_id) | {
+    return _right_padded([text.prompt_ids + text.response_ids for text in texts], pad_id) | {
         "prompt_lengths": torch.tensor([len(text.prompt_ids) for text in texts]),
         "response_lengths": torch.tensor([len(text.response_ids) for text in texts]),
         "rewards": torch.tensor([text.reward for text in texts]),
     }
 
 
-def _right_padded(rows: list[Tensor], pad_id: int) -> dict[str, Tensor]:
+def _right_padded(rows: Sequence[list[int]], pad_id: int) -> dict[str, Tensor]:
     lengths = torch.tensor([len(row) for row in rows])
-    input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id)
+    input_ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
     return {
         "input_ids": input_ids,
         "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
     }
-
-
-def _extension(pair: Pair, response: list[int], token: int | None) -> list[int]:
-    longest = max(len(pair.chosen_ids), len(pair.rejected_ids))
-    return [] if token is None else [token] * (longest - len(response))
 
 
 def at_response_tokens(values: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -238,7 +223,8 @@ def at_response_tokens(values: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor
     (tensor([[5, 6, 2]]), tensor([[7, 2, 0]]))
     """
     width = int(torch.maximum(batch["chosen_lengths"], batch["rejected_lengths"]).max())
-    return from_columns(values, batch["prompt_lengths"].repeat(2), width).chunk(2)
+    chosen, rejected = from_columns(values, batch["prompt_lengths"].repeat(2), width).chunk(2)
+    return chosen, rejected
 
 
 def from_columns(values: Tensor, first: Tensor, width: int) -> Tensor:

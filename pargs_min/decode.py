@@ -19,7 +19,8 @@ from pargs_min.policy import guided_log_probs, top_k_candidates
 from pargs_min.reward_model import position_arguments, token_positions
 from pargs_min.scoring import CachedText, RewardFn
 
-CHECK_EVERY = 16  # steps between two looks at device flags, where a look makes the CPU wait for the device
+CHECK_EVERY = 16  # steps between two looks at what a GPU has found
+NEVER = 2**31
 
 
 class PolicyStepper(Protocol):
@@ -32,6 +33,7 @@ class PolicyStepper(Protocol):
     def start(self, prompt_ids: Tensor, mask: Tensor) -> None: ...
     def log_probs(self) -> Tensor: ...  # (B, V)
     def push(self, tokens: Tensor) -> None: ...  # (B,)
+    def select(self, rows: Tensor) -> None: ...  # (B,)
 
 
 class RewardScorer(Protocol):
@@ -40,6 +42,7 @@ class RewardScorer(Protocol):
     def start(self, prompt_ids: Tensor, mask: Tensor) -> None: ...
     def score(self, candidates: Tensor) -> Tensor: ...  # (B, K) -> (B, K)
     def push(self, tokens: Tensor) -> None: ...  # (B,)
+    def select(self, rows: Tensor) -> None: ...  # (B,)
 
 
 Draw = Callable[[Tensor, Tensor], Tensor]  # (B, K) log-probabilities, (B,) uniforms -> (B,) index of the candidate
@@ -168,58 +171,104 @@ def generate(
     Source: arXiv 2406.07780, the decoding algorithm. With a full-sequence reward model it is ARGS (arXiv 2402.01694).
     """
     mask = torch.ones_like(prompt_ids) if mask is None else mask
-    batch, device = prompt_ids.shape[0], prompt_ids.device
+    reward = _NoReward() if reward is None else reward
+    uniforms = torch.rand(len(prompt_ids), max_new_tokens) if uniforms is None else uniforms
     _check_lengths(policy, reward, prompt_ids, mask, max_new_tokens)
-    if uniforms is None:
-        uniforms = torch.rand(batch, max_new_tokens)
-    if uniforms.shape != (batch, max_new_tokens):
-        raise ValueError(
-            f"uniforms must be ({batch}, {max_new_tokens}), a row and step each, got {tuple(uniforms.shape)}"
-        )
-    uniforms = uniforms.to(device)
-    ends = torch.tensor([] if eos is None else [eos] if isinstance(eos, int) else list(eos), dtype=torch.long).to(
-        device
-    )
-    padding = int(ends[0]) if pad is None and len(ends) else pad or 0
+    _check_uniforms(uniforms, len(prompt_ids), max_new_tokens)
+    texts = _Texts(len(prompt_ids), [] if eos is None else [eos] if isinstance(eos, int) else [*eos], pad, prompt_ids)
+    uniforms = uniforms.to(prompt_ids.device)
 
     policy.start(prompt_ids, mask)
-    if reward is not None:
-        reward.start(prompt_ids, mask)
-    alive = torch.ones(batch, dtype=torch.bool, device=device)
-    broken_at = torch.full((batch,), max_new_tokens, device=device)
-    steps = []
+    reward.start(prompt_ids, mask)
     for number in range(max_new_tokens):
+        # What may come next, what each candidate would be worth, and the equation that joins the two.
         ref_log_probs, candidates = top_k_candidates(policy.log_probs(), top_k)
-        rewards = torch.zeros_like(ref_log_probs) if reward is None else reward.score(candidates)
+        rewards = reward.score(candidates)
         log_probs = guided_log_probs(ref_log_probs, rewards, beta, temperature)
-        if resample is not None and (rows := resample(ref_log_probs, rewards, alive)) is not None:
-            for stepper in filter(None, (policy, reward)):
-                stepper.select(rows)
-            seen = (candidates, ref_log_probs, rewards, log_probs, alive, broken_at)
-            candidates, ref_log_probs, rewards, log_probs, alive, broken_at = (x[rows] for x in seen)
-            steps = [tuple(x[rows] for x in step) for step in steps]
-        index = draw(log_probs, uniforms[:, number])
-        if on_step is not None:
-            on_step(Step(number, candidates, ref_log_probs, rewards, log_probs, index, alive))
-        tokens, *numbers = (x.gather(1, index[:, None])[:, 0] for x in (candidates, ref_log_probs, log_probs, rewards))
-        tokens = tokens.where(alive, padding)
-        steps.append((tokens, *(x.where(alive, 0.0) for x in numbers)))
 
-        broken = alive & ~(rewards.isfinite() & ~ref_log_probs.isnan()).all(-1)
-        broken_at = broken_at.where(~broken, broken_at.clamp(max=number))
-        alive = alive & ~torch.isin(tokens, ends)
-        if device.type == "cpu" or number % CHECK_EVERY == CHECK_EVERY - 1:
-            _check_finite(broken_at, max_new_tokens)
-            if not alive.any():
-                break
+        # Particles only: rows go on from the rows that were chosen.
+        if resample is not None and (rows := resample(ref_log_probs, rewards, texts.alive)) is not None:
+            for stepper in (policy, reward, texts):
+                stepper.select(rows)
+            candidates, ref_log_probs, rewards, log_probs = (
+                of_all[rows] for of_all in (candidates, ref_log_probs, rewards, log_probs)
+            )
+
+        # One token for every row; rows that have ended are given padding.
+        index = draw(log_probs, uniforms[:, number])
+        step = Step(number, candidates, ref_log_probs, rewards, log_probs, index, texts.alive)
+        if on_step is not None:
+            on_step(step)
+        tokens = texts.append(step)
+        if texts.all_ended(number):
+            break
         policy.push(tokens)
-        if reward is not None:
-            reward.push(tokens)
-    _check_finite(broken_at, max_new_tokens)
-    tokens, ref_log_probs, log_probs, rewards = (torch.stack(x, 1) for x in zip(*steps, strict=True))
-    lengths = _lengths(tokens, ends)
-    longest = int(lengths.max())
-    return Generation(tokens[:, :longest], lengths, *(x[:, :longest] for x in (ref_log_probs, log_probs, rewards)))
+        reward.push(tokens)
+    return texts.generation()
+
+
+class _NoReward:
+    """The reward scorer of a reference that nothing guides."""
+
+    def start(self, prompt_ids: Tensor, mask: Tensor) -> None: ...
+    def push(self, tokens: Tensor) -> None: ...
+    def select(self, rows: Tensor) -> None: ...
+
+    def score(self, candidates: Tensor) -> Tensor:
+        return torch.zeros(candidates.shape, device=candidates.device)
+
+
+class _Texts:
+    """B responses as far as they have been written, and which of them go on."""
+
+    def __init__(self, batch: int, ends: list[int], pad: int | None, like: Tensor):
+        self.ends = torch.tensor(ends, dtype=torch.long, device=like.device)
+        self.padding = ends[0] if pad is None and ends else pad or 0
+        self.alive = torch.ones(batch, dtype=torch.bool, device=like.device)
+        self.broken_at = torch.full((batch,), NEVER, device=like.device)  # the first step with an impossible number
+        self.written: list[tuple[Tensor, ...]] = []  # of each step (B,) tokens, ref_log_probs, log_probs, rewards
+
+    def select(self, rows: Tensor) -> None:
+        """Let row i be what row rows[i] is."""
+        self.alive, self.broken_at = self.alive[rows], self.broken_at[rows]
+        self.written = [tuple(column[rows] for column in columns) for columns in self.written]
+
+    def append(self, step: Step) -> Tensor:
+        """Write what a step drew, and return its (B,) tokens."""
+        broken = self.alive & ~(step.rewards.isfinite() & ~step.ref_log_probs.isnan()).all(-1)
+        self.broken_at = self.broken_at.where(~broken, self.broken_at.clamp(max=step.number))
+        tokens, *numbers = (
+            column.gather(1, step.index[:, None])[:, 0]
+            for column in (step.candidates, step.ref_log_probs, step.log_probs, step.rewards)
+        )
+        tokens = tokens.where(self.alive, self.padding)
+        self.written.append((tokens, *(column.where(self.alive, 0.0) for column in numbers)))
+        self.alive = self.alive & ~torch.isin(tokens, self.ends)
+        return tokens
+
+    def all_ended(self, number: int) -> bool:
+        """Whether no row goes on. A GPU is asked now and then only, for an answer makes the CPU wait for it."""
+        if self.alive.device.type != "cpu" and number % CHECK_EVERY != CHECK_EVERY - 1:
+            return False
+        self._check_finite()
+        return not self.alive.any()
+
+    def generation(self) -> Generation:
+        self._check_finite()
+        tokens, *numbers = (torch.stack(columns, 1) for columns in zip(*self.written, strict=True))
+        ended_before = torch.isin(tokens, self.ends).cumsum(-1).roll(1, -1)
+        ended_before[:, 0] = 0
+        lengths = (ended_before == 0).sum(-1)  # up to the first end token, which counts
+        longest = int(lengths.max())
+        return Generation(tokens[:, :longest], lengths, *(columns[:, :longest] for columns in numbers))
+
+    def _check_finite(self) -> None:
+        if (self.broken_at < NEVER).any():
+            row = int(self.broken_at.argmin())
+            raise FloatingPointError(
+                f"row {row}, step {int(self.broken_at[row])}: a reward is not finite, or a log-probability is not a "
+                "number; the weights may be damaged, or the dtype too narrow (try float32)"
+            )
 
 
 @torch.no_grad()
@@ -255,20 +304,9 @@ def response_log_probs(model: PreTrainedModel, ids: Tensor, mask: Tensor, respon
     return log_probs.gather(2, ids[:, -responses:, None])[..., 0]
 
 
-def _lengths(tokens: Tensor, ends: Tensor) -> Tensor:
-    """(B,) tokens up to the first end token, which counts; all of them where there is none."""
-    ended_before = torch.isin(tokens, ends).cumsum(-1).roll(1, -1)
-    ended_before[:, 0] = 0
-    return (ended_before == 0).sum(-1)
-
-
-def _check_finite(broken_at: Tensor, never: int) -> None:
-    if (broken_at < never).any():
-        row = int(broken_at.argmin())
-        raise FloatingPointError(
-            f"row {row}, step {int(broken_at[row])}: a reward is not finite, or a log-probability is not a number; "
-            "the weights may be damaged, or the dtype too narrow (try float32)"
-        )
+def _check_uniforms(uniforms: Tensor, batch: int, steps: int) -> None:
+    if uniforms.shape != (batch, steps):
+        raise ValueError(f"uniforms must be ({batch}, {steps}), a row and step each, got {tuple(uniforms.shape)}")
 
 
 def _check_prompts(prompt_ids: Tensor, mask: Tensor) -> None:

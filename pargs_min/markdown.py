@@ -17,6 +17,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], align: st
     | floor    |  1.5 |
     | our loop |   12 |
     """
+    head, *rows = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (head, *rows))
     sides = align or "l" + "r" * (len(head) - 1)
     widths = [
         max(3, *map(len, column)) + (side == "r")
