@@ -544,8 +544,8 @@ def evaluate(arguments: list[str]) -> None:
 
     from pargs_min.codec import Codec
     from pargs_min.evaluation.compare import compare, file_labels, read_files, with_kl_to
-    from pargs_min.evaluation.judges import load_judge
     from pargs_min.evaluation.tables import markdown, panels, write_comparison
+    from pargs_min.experiments.judging import named_judge
     from pargs_min.plots import intervals, save
     from pargs_min.texts import text_log_probs
 
@@ -589,7 +589,7 @@ def evaluate(arguments: list[str]) -> None:
     judges = []
     for name in dict.fromkeys(options.judge):
         with loading(name):
-            judges.append(load_judge(name, folder / "verdicts.jsonl"))
+            judges.append(named_judge(name, folder / "verdicts.jsonl"))
     comparison = compare(files, judges, *(labels[Path(file)] for file in against))
     write_comparison(comparison, folder)
     if shown := panels(comparison):

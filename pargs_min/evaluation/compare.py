@@ -22,7 +22,6 @@ from pargs_min.evaluation.statistics import (
     wilson,
 )
 from pargs_min.records import read_texts
-from pargs_min.world.journey import OFF_GRAMMAR
 
 Files = Mapping[str, list[dict]]  # label -> records of `pargs generate`
 
@@ -100,7 +99,7 @@ def compare(files: Files, judges: Sequence[Judge] = (), against: str | None = No
             length          tokens a text, its end token included
             finished        share of texts that ended by themselves
             seconds, calls  cost a text (`cost` of the records: seconds, model_calls)
-            off_grammar     share of texts that the embedded world's grammar cannot have written (judge `toy`)
+            ...             the judges' further measures
 
     Raises:
         ValueError: if `against` is not among the files, or a judge that compares texts is given without it.
@@ -131,8 +130,9 @@ def compare(files: Files, judges: Sequence[Judge] = (), against: str | None = No
         for n in (1, 2):
             row[f"distinct_{n}"] = _among_samples(texts, lambda group, n=n: distinct(group[:samples], n))
         row["rouge_l"] = _among_samples(texts, rouge_l)
-        if "toy" in answers:
-            row["off_grammar"] = _estimate([float(a == OFF_GRAMMAR) for a in answers["toy"][label]], _groups(texts))
+        for judge in judges:
+            for name, measure in judge.measures.items():
+                row[name] = _estimate([measure(answer) for answer in answers[judge.name][label]], _groups(texts))
         rows.append(row)
     kept = [
         {"file": label, "prompt_number": text["prompt_number"], "sample": text["sample"]}

@@ -1,6 +1,5 @@
 """Who says what a text is worth.
 
-    toy                  the gold reward of the embedded world
     MODEL                a sequence-classification reward model: a folder or a hub id
     module:function      any Python function of (prompts, responses) -> list of numbers
     URL#MODEL            a language model behind an OpenAI-compatible address, asked which of two responses is better
@@ -17,13 +16,13 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from http.client import HTTPException
 from numbers import Real
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -35,7 +34,6 @@ from pargs_min.codec import encode_prompt, encode_responses, left_pad
 from pargs_min.models import load_reward_model
 from pargs_min.records import Messages, is_messages
 from pargs_min.reward_model import context_length, final_rewards, is_causal
-from pargs_min.world.journey import END, OFF_GRAMMAR, Journey
 
 Texts = Sequence[dict]  # records of `pargs generate`
 
@@ -47,11 +45,13 @@ class Judge:
     Args:
         score: texts -> one reward per text.
         compare: ours, theirs -> 1 (ours is better), 0.5 (tie) or 0 per pair.
+        measures: further columns of a comparison: name -> function of the judge's answer on a text.
     """
 
     name: str
     score: Callable[[Texts], list] | None = None
     compare: Callable[[Texts, Texts], list] | None = None
+    measures: Mapping[str, Callable[[Any], float]] = field(default_factory=dict)
 
 
 def load_judge(name: str, verdicts: str | os.PathLike = "verdicts.jsonl") -> Judge:
@@ -63,8 +63,6 @@ def load_judge(name: str, verdicts: str | os.PathLike = "verdicts.jsonl") -> Jud
     Raises:
         ValueError: if it cannot be loaded.
     """
-    if name == "toy":
-        return Judge(name, score=toy_rewards)
     if name.startswith(("http://", "https://")):
         address, _, model = name.partition("#")
         if not model:
@@ -84,19 +82,6 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
-def toy_rewards(texts: Texts) -> list[float]:
-    """The gold reward of the embedded world, read off token ids; a text without an end token is off its grammar."""
-    world = _world()
-    end = world.vocabulary[END]
-    golds = world.gold([_text(text) for text in texts], [text["response_ids"] for text in texts])
-    return [gold if end in text["response_ids"] else OFF_GRAMMAR for gold, text in zip(golds, texts, strict=True)]
-
-
-@cache
-def _world() -> Journey:
-    return Journey()  # its automata take a second
-
-
 def function_judge(name: str) -> Callable[[Texts], list]:
     """`module:function` of (prompts, responses), two lists of strings; modules are looked for here first, as by -m."""
     module, _, function = name.partition(":")
@@ -109,7 +94,7 @@ def function_judge(name: str) -> Callable[[Texts], list]:
         sys.path.remove(os.getcwd())
 
     def score(texts: Texts) -> list:
-        answer = judge([_text(text) for text in texts], [text["response"] for text in texts])
+        answer = judge([prompt_text(text) for text in texts], [text["response"] for text in texts])
         answer = answer.tolist() if hasattr(answer, "tolist") else answer
         if not isinstance(answer, Sequence) or isinstance(answer, str) or len(answer) != len(texts):
             raise ValueError(
@@ -120,10 +105,10 @@ def function_judge(name: str) -> Callable[[Texts], list]:
     return score
 
 
-def _text(record: dict) -> str:
+def prompt_text(record: dict) -> str:
     """The prompt as text, for judges that read text.
 
-    >>> _text({"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
+    >>> prompt_text({"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
     'user: Hi\\n\\nassistant: Hello'
     """
     prompt = record["prompt"]
@@ -151,7 +136,7 @@ def model_judge(name: str, batch_size: int = 32) -> Callable[[Texts], list[float
         model = load_reward_model(name, dtype="auto").eval()
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"judge {name!r} cannot be loaded: {error}; expected toy, a reward model, MODULE:FUNCTION or URL#MODEL"
+            f"judge {name!r} cannot be loaded: {error}; expected a reward model, MODULE:FUNCTION or URL#MODEL"
         ) from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     ours = getattr(model.config, "pargs", None)
@@ -160,7 +145,7 @@ def model_judge(name: str, batch_size: int = 32) -> Callable[[Texts], list[float
     @torch.no_grad()
     def score(texts: Texts) -> list[float]:
         if as_pairs:
-            rows = [tokenizer(_text(text), text["response"]) for text in texts]
+            rows = [tokenizer(prompt_text(text), text["response"]) for text in texts]
         elif ours is None and tokenizer.chat_template:
             rows = [{"input_ids": ids} for ids in _as_chats(tokenizer, texts)]
         else:
@@ -189,7 +174,7 @@ def model_judge(name: str, batch_size: int = 32) -> Callable[[Texts], list[float
 
 def _as_chats(tokenizer, texts: Texts) -> Iterator[list[int]]:
     for text in texts:
-        prompt = text["prompt"] if is_messages(text["prompt"]) else [{"role": "user", "content": _text(text)}]
+        prompt = text["prompt"] if is_messages(text["prompt"]) else [{"role": "user", "content": prompt_text(text)}]
         chat: Messages = [*prompt, {"role": "assistant", "content": text["response"]}]
         yield tokenizer.apply_chat_template(chat, return_dict=False)
 
@@ -201,7 +186,7 @@ def _as_ids(tokenizer, texts: Texts, settings: dict) -> Iterator[list[int]]:
     """
     encoded = encode_responses(tokenizer, [text["response"] for text in texts])
     for text, ids in zip(texts, encoded, strict=True):
-        prompt = encode_prompt(tokenizer, text["prompt"] or _text(text), settings.get("prompt_format"))
+        prompt = encode_prompt(tokenizer, text["prompt"] or prompt_text(text), settings.get("prompt_format"))
         if _are_own(tokenizer, text):
             ids = text["response_ids"]
         elif text.get("finished") and settings.get("append_eos", True) and tokenizer.eos_token_id is not None:
@@ -277,7 +262,7 @@ class ChatJudge:
         return [0.5 if pair is None else both_orders(*(replies[request] for request in pair)) for pair in pairs]
 
     def _request(self, text: dict, a: str, b: str) -> str:
-        content = self.question.format(prompt=_text(text), a=a, b=b)
+        content = self.question.format(prompt=prompt_text(text), a=a, b=b)
         return json.dumps({"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}]})
 
     def _ask_all(self, requests: set[str]) -> dict[str, str]:

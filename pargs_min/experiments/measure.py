@@ -42,7 +42,7 @@ from transformers import (
 from pargs_min.baselines.ppo import PPOSettings, train_ppo
 from pargs_min.codec import Codec, encode_prompt, end_tokens
 from pargs_min.data import Pair, encode_preferences, encode_texts, split_by_prompt
-from pargs_min.evaluation.judges import is_number, load_judge
+from pargs_min.evaluation.judges import is_number
 from pargs_min.evaluation.statistics import distinct_n, mean_and_error, prompt_means
 from pargs_min.experiments.concordance import (
     Siblings,
@@ -51,6 +51,7 @@ from pargs_min.experiments.concordance import (
     reward_model_concordance,
     rollout_siblings,
 )
+from pargs_min.experiments.judging import named_judge
 from pargs_min.models import load_reward_model, save_reward_model
 from pargs_min.records import read_preferences, read_prompts, read_responses
 from pargs_min.reward_model import context_length, prefix_rewards
@@ -71,7 +72,7 @@ class Lab:
     model: str  # the reference: a folder or a hub id
     pairs: str  # preference pairs to train on, as for `pargs train`
     prompts: str  # to write for
-    judge: str  # of whole texts, see `load_judge`
+    judge: str  # of whole texts, see `named_judge`
     held_out: str | None = None  # pairs to test reward models on; by default those of a tenth of the prompts
     world: dict | None = None  # arguments of the `Journey` that all this comes from, if it does
     max_new_tokens: int = 64
@@ -175,7 +176,7 @@ def device() -> str:
 
 def judged(lab: Lab, texts: Sequence[dict]) -> list[float]:
     """The judge's reward of each text. Raises ValueError where it gives none."""
-    judge = load_judge(lab.judge, Path(lab.folder) / "verdicts.jsonl")
+    judge = named_judge(lab.judge, Path(lab.folder) / "verdicts.jsonl")
     if judge.score is None:
         raise ValueError(f"judge {lab.judge} compares texts; give one that scores them one by one")
     answers = judge.score(texts)

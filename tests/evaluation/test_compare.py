@@ -199,9 +199,11 @@ def test_cost_is_reported_where_it_was_recorded():
     assert free_row["seconds"] is free_row["model_calls"] is None
 
 
-def test_off_grammar_is_a_column_of_the_embedded_world():
-    judge = Judge("toy", score=lambda texts: [-3.5, 1.0, 2.0, 2.0])
-    assert compare({"one": ONE}, [judge]).rows[0]["off_grammar"]["mean"] == 0.25
+def test_a_judge_adds_measures_of_its_answers():
+    judge = Judge("odd", score=lambda texts: [-3.5, 1.0, 2.0, 2.0], measures={"off_grammar": lambda a: float(a < 0)})
+    result = compare({"one": ONE}, [judge])
+    assert result.rows[0]["off_grammar"]["mean"] == 0.25
+    assert "off grammar" in markdown(result)
 
 
 def test_the_table_has_a_line_a_file_and_no_empty_column():
@@ -283,11 +285,11 @@ def test_texts_whose_prompts_are_ids_alone_are_read_and_told_apart(tmp_path):
     [
         ("", "x.jsonl holds no texts"),
         ("\n", "x.jsonl holds no texts"),
-        ("GOOD\nno\n", "x.jsonl:2: not a record of `pargs generate`"),
-        ("GOOD\n[1]\n", "x.jsonl:2: not a record of `pargs generate`"),
+        ("GOOD\nno\n", "x.jsonl:2: not JSON"),
+        ("GOOD\n[1]\n", "x.jsonl:2: expected a JSON object, got"),
         (
             '{"prompt": "a", "chosen": "b"}\n',
-            r"x.jsonl:1: not a record of `pargs generate` \(KeyError\('prompt_number'",
+            "x.jsonl:1: not a record of `pargs generate`: no field `prompt_number`",
         ),
         (json.dumps(text(0, 1, "a") | {"response": None}), "x.jsonl:1: `response` must not be null"),
         (json.dumps(text(0, 1, "a") | {"kl": "0.1"}), 'x.jsonl:1: `kl` must not be "0.1"'),

@@ -12,8 +12,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from pargs_min.evaluation.judges import ChatJudge, both_orders, load_judge
 from pargs_min.models import save_reward_model
 from pargs_min.texts import generate_texts
-from pargs_min.world.journey import PROMPTS, Journey
-from pargs_min.world.reference import word_tokenizer as toy_tokenizer
 from tests.strategies import tiny_config, tiny_lm, tiny_reward_model, tiny_tokenizer
 from tests.test_reward_model import word_tokenizer
 
@@ -128,25 +126,6 @@ def test_a_text_longer_than_the_judge_reads_is_named(tmp_path):
     long = text(response=" ".join("c" * 63), ids=[4] * 63, prompt_number=7, sample=2)
     with pytest.raises(ValueError, match=r"prompt number 7, sample 2: 65 tokens, and judge .* reads at most 64"):
         load_judge(str(tmp_path)).score([text(), long])
-
-
-# The gold reward
-
-
-def test_the_gold_reward_reads_ids_up_to_the_end_token():
-    world = Journey()
-    tokens, _ = world.write(torch.rand(24, 25, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).numpy())
-    prompts = [PROMPTS[i % len(PROMPTS)] for i in range(24)]
-    end, tokenizer = world.vocabulary["<end>"], toy_tokenizer(world)
-    rows = [row[: row.index(end) + 1] for row in tokens.tolist()]
-    texts = [
-        text(p, tokenizer.decode(row, skip_special_tokens=True), row) for p, row in zip(prompts, rows, strict=True)
-    ]
-    assert load_judge("toy").score(texts) == world.gold(prompts, [t["response"] for t in texts])
-    assert len(set(load_judge("toy").score(texts))) > 3
-    cut = [t | {"response_ids": t["response_ids"][:-1]} for t in texts]
-    padded = [t | {"response_ids": [world.vocabulary["<pad>"], *t["response_ids"]]} for t in texts]
-    assert set(load_judge("toy").score(cut + padded)) == {-3.5}  # though the text of both is that of a whole journey
 
 
 # Functions
