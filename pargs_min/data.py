@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from pargs_min.codec import check_ids, cut_left, encode_prompt, encode_responses
 from pargs_min.records import Preference, Response
 
-
 Record = Preference | Response
 
 
@@ -127,8 +126,8 @@ def _nothing_left(records: Sequence[Record], counts: dict[str, int], max_length:
         return f"{where} and all that follow: chosen equals rejected everywhere; there is no preference to learn"
     return (
         f"{where} and all that follow: no {what} left of {counts['read']}: {counts['too_long']} responses longer than "
-        f"max_length={max_length}, {counts['empty']} empty, {counts.get('identical', 0)} identical; raise --max-length, "
-        "or append end tokens"
+        f"max_length={max_length}, {counts['empty']} empty, {counts.get('identical', 0)} identical; raise "
+        "--max-length, or append end tokens"
     )
 
 

@@ -7,9 +7,7 @@ precision and processes are those of transformers' `Trainer`; what is ours is th
 
 from __future__ import annotations
 
-import json
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -28,11 +26,12 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from transformers.utils.logging import tqdm
 
 from pargs_min.data import Pair, Text, at_response_tokens, collate, collate_texts, from_columns
+from pargs_min.lora import check_rank, low_rank
 from pargs_min.losses import bradley_terry_loss, compared_prefixes, partial_bradley_terry_loss, prefix_value_loss
 from pargs_min.memory import enough_memory
+from pargs_min.progress import progress
 from pargs_min.reward_model import is_causal, prefix_rewards
 from pargs_min.scoring import RewardFn
 
@@ -128,7 +127,7 @@ def train_value_model(
 def rate(texts: Sequence[Text], reward_fn: RewardFn, *, batch_size: int = 32, device: str = "cpu") -> list[Text]:
     """The texts with their rewards as wholes."""
     rated = []
-    for start in tqdm(range(0, len(texts), batch_size), desc="rewards"):
+    for start in progress(range(0, len(texts), batch_size), desc="rewards"):
         some = texts[start : start + batch_size]
         batch = collate_texts(some, pad_id=0)
         rewards = reward_fn(batch["input_ids"].to(device), batch["attention_mask"].to(device)).tolist()
@@ -147,7 +146,7 @@ def _fit(
             "-m pargs_min train ...`, or show it a single one through CUDA_VISIBLE_DEVICES"
         )
     checkpoint = last_checkpoint(args.output_dir) if resume else None
-    _check_rank(checkpoint, lora_rank)
+    check_rank(checkpoint, lora_rank)
     with enough_memory(*_asked(args)), low_rank(model, lora_rank), _forward_is_prefix_rewards(model):
         trainer = trainer_class(model, args, train_dataset=data, eval_dataset=eval_data or None, **parts)
         if trainer.is_fsdp_enabled:
@@ -276,71 +275,6 @@ def full_loss(
 
 
 @contextmanager
-def low_rank(model: PreTrainedModel, rank: int | None) -> Iterator[None]:
-    """Within, only the head and adapters of every other linear layer are trained; afterwards the model is an ordinary
-    one again, the adapters part of its weights.
-
-        W x  becomes  W x + 2 B (A x),   A (rank, in) random, B (out, rank) zero at first
-
-    Adapters and head are float32 or wider; where W is bfloat16, W + 2 B A is rounded to it in the end.
-
-    Args:
-        model: causal, with a head called `score`.
-        rank: R >= 1, or None, which changes nothing.
-
-    Raises:
-        ValueError: if the rank is below 1, or peft is missing.
-
-    Source: Hu et al. (2021), arXiv 2106.09685, with alpha = 2 R, on all linear layers as in arXiv 2305.14314.
-    """
-    if rank is None:
-        yield
-        return
-    config = lora_config(rank)
-    from peft import get_peft_model
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "fan_in_fan_out")  # GPT-2 holds its weights transposed: peft sees to it
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft's to change
-        adapters = get_peft_model(model, config).base_model  # within the model, which stays what it is outside
-    head_dtype = torch.promote_types(model.score.weight.dtype, torch.float32)
-    model.score.to(head_dtype).requires_grad_(True)
-    model.config.lora_rank = rank  # checkpoints keep it
-    try:
-        yield
-    finally:
-        adapters.merge_and_unload()
-        model.requires_grad_(True)
-        del model.config.lora_rank
-
-
-def lora_config(rank: int):
-    """The adapters of `low_rank`, as peft's configuration.
-
-    Raises:
-        ValueError: if the rank is below 1, or peft is missing.
-    """
-    if rank < 1:
-        raise ValueError(f"lora_rank (--lora-rank) must be at least 1, got {rank}")
-    try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise ValueError(f"lora_rank (--lora-rank) needs peft ({error}): pip install 'pargs-min[lora]'") from None
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=["score"])
-
-
-def _check_rank(checkpoint: str | None, rank: int | None) -> None:
-    if checkpoint is None:
-        return
-    theirs = json.loads((Path(checkpoint) / "config.json").read_text("utf-8")).get("lora_rank")
-    if theirs != rank:
-        raise ValueError(
-            f"{checkpoint} was made with lora_rank (--lora-rank) {theirs}, not {rank}: resume with the same, or choose "
-            "another output folder"
-        )
-
-
-@contextmanager
 def _forward_is_prefix_rewards(model: PreTrainedModel) -> Iterator[None]:
     """Within, calling the model gives its rewards at every token.
 
@@ -429,21 +363,24 @@ def prefix_margins(
 def prefix_metrics(evaluation: EvalPrediction) -> dict[str, float]:
     """Pair accuracies for Trainer: `accuracy` (whole responses), after 25, 50, 75 % and after 1, 2, 4, ... tokens."""
     (margins, differ), longest = evaluation.predictions, evaluation.label_ids
-    names = [f"accuracy_{100 * fraction:.0f}_percent" for fraction in FRACTIONS[:-1]] + ["accuracy"]
-    names += [f"accuracy_after_{length}" for length in LENGTHS if length < longest.max()]
+    names = _percent_names("accuracy") + [f"accuracy_after_{length}" for length in LENGTHS if length < longest.max()]
     wins, differ = _wins(torch.from_numpy(margins)), torch.from_numpy(differ).bool()
-    accuracies = {name: float(wins[differ[:, k], k].mean()) for k, name in enumerate(names)}
-    return {"pairs": len(wins)} | {name: value for name, value in accuracies.items() if not math.isnan(value)}
+    compared = {name: wins[differ[:, column], column] for column, name in enumerate(names)}
+    return {"pairs": len(wins)} | {name: float(won.mean()) for name, won in compared.items() if len(won)}
 
 
 def value_metrics(evaluation: EvalPrediction) -> dict[str, float]:
     """For Trainer: correlation of value and reward over texts, after 25, 50, 75 and 100 % of each (`correlation`)."""
     values, rewards = evaluation.predictions, evaluation.label_ids
-    names = [f"correlation_{100 * fraction:.0f}_percent" for fraction in FRACTIONS[:-1]] + ["correlation"]
-    columns = zip(names, values.T, strict=True)
+    columns = zip(_percent_names("correlation"), values.T, strict=True)
     varied = {name: column for name, column in columns if rewards.std() > 0 and column.std() > 0}
     correlations = {name: float(np.corrcoef(column, rewards)[0, 1]) for name, column in varied.items()}
     return {"texts": len(rewards)} | correlations
+
+
+def _percent_names(measure: str) -> list[str]:
+    """A name for each of FRACTIONS; that of the whole is the measure's own."""
+    return [f"{measure}_{100 * fraction:.0f}_percent" for fraction in FRACTIONS[:-1]] + [measure]
 
 
 def _wins(margins: Tensor) -> Tensor:

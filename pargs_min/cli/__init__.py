@@ -118,7 +118,8 @@ def train(arguments: list[str]) -> None:
     from pargs_min.records import read_preferences, read_responses
     from pargs_min.reward_model import context_length
     from pargs_min.scoring import model_rewards
-    from pargs_min.train import last_checkpoint, lora_config, rate, train_reward_model, train_value_model
+    from pargs_min.lora import lora_config
+    from pargs_min.train import last_checkpoint, rate, train_reward_model, train_value_model
 
     parser = HfArgumentParser((TrainOptions, TrainingArguments), prog="pargs train", description=train.__doc__)
     parser.set_defaults(**TRAIN_DEFAULTS, dataloader_pin_memory=torch.accelerator.is_available())
