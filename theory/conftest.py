@@ -1,5 +1,7 @@
 """The table of claims, printed when the checks end."""
 
+from __future__ import annotations
+
 import os
 import re
 from collections import defaultdict
@@ -7,7 +9,21 @@ from collections import defaultdict
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the models here are tiny
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here asks a model hub
 
-from theory.ledger import CHECKS, table
+import pytest
+
+from theory.ledger import CHECKS, merge, table
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A process of pytest-xdist hands what it checked to the one that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["checks"] = [vars(check) for check in CHECKS.values()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    """Such a process has ended; one that crashed has handed over nothing."""
+    merge(getattr(node, "workeroutput", {}).get("checks", []))
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
 
 TITLES = {
     "T0": "RLHF closed form",
@@ -57,8 +61,16 @@ def verify(claim: str, what: str, value: float, within: float = 1e-12, kind: str
         raise AssertionError(f"{claim}, {what}: {float(value):.6g}, expected at most {within:.6g}")
 
 
-def table(seconds: dict[str, float]) -> str:
-    """The checks in the order of the claims, one line each."""
+def merge(checks: Iterable[Mapping[str, Any]]) -> None:
+    """Add the checks of another process, each as `vars(check)`, to those of this one."""
+    for check in (Check(**values) for values in checks):
+        known = CHECKS.setdefault((check.claim, check.what), Check(check.claim, check.what, check.within, check.kind))
+        known.worlds += check.worlds
+        known.largest = float(np.maximum(known.largest, check.largest))  # nan included
+
+
+def table(seconds: Mapping[str, float]) -> str:
+    """The checks in the order of the claims, one line per check."""
     lines = [f"{'claim':<7}{'what was checked':<69}{'kind':<10}{'worlds':>6}{'largest':>11}{'allowed':>10}{'s':>7}"]
     order = list(TITLES)
     for claim in order:
