@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from pargs_min.plots import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, STYLE, save
-from pargs_min.world import automaton as exact
 from pargs_min.world.journey import PROMPTS, Journey
+from theory import exact
 from theory.bradley_terry import partial_reward
 from theory.policies import best_of_n, max_value, reward_and_kl, rlhf, soft_value, tokenwise
 from theory.smc import enumerate_particles, sample_particles
@@ -171,7 +171,7 @@ def full_length() -> Figure:
     automaton = Journey(stay_home_reward=0.0).automata[PROMPTS[0]]
     betas = np.geomspace(0.1, 32, 25)
     scores = exact.partial_rewards(automaton)
-    u = exact.bradley_terry(automaton.rewards) @ exact.occupancy(automaton)[-1]
+    u = exact.win_rates(automaton)[-1]
     drawing, (left, right) = panels(2)
     first = [exact.guided(automaton, scores, beta) for beta in betas]
     second = [

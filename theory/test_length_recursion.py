@@ -1,7 +1,7 @@
 """The same statements at real length, where enumeration would need 100^24 strings.
 
 Prefixes of one length that lead to one state of a finite automaton have the same future, so the values of T4, T6 and
-T7 obey a backward recursion over (time, state): `pargs_min.world.automaton`. It is checked against enumeration on
+T7 obey a backward recursion over (time, state): `exact.py`. It is checked against enumeration on
 random automata small enough for both, and then used on the embedded world at its full 25 tokens, in the variant with a
 safe exit (never leaving is worth 0): there T7 holds, more beta wins less (T8c), and on-policy rounds recover what was
 lost (T11).
@@ -11,9 +11,9 @@ Falsified by a state whose value differs from that of an enumerated prefix, or a
 import numpy as np
 import pytest
 
-from pargs_min.world import automaton as exact
 from pargs_min.world.automaton import Automaton
 from pargs_min.world.journey import HORIZON, PROMPTS, Journey
+from theory import exact
 from theory.bradley_terry import partial_reward, win_rates
 from theory.ledger import verify
 from theory.policies import reward_and_kl, soft_value, tokenwise
@@ -104,8 +104,7 @@ def test_control_a_value_of_another_horizon_is_caught():
 
 def win_rate(automaton: Automaton, policy: np.ndarray) -> float:
     """P(Y > Y'), Y from the policy (T, E) and Y' from the reference."""
-    u = exact.bradley_terry(automaton.rewards) @ exact.occupancy(automaton)[-1]
-    return float(exact.occupancy(automaton, policy)[-1] @ u)
+    return float(exact.occupancy(automaton, policy)[-1] @ exact.win_rates(automaton)[-1])
 
 
 def expected_covariance(automaton: Automaton, scores: np.ndarray, beta: float) -> tuple[float, float]:

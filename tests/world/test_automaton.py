@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, logsumexp
 
-from pargs_min.world import automaton as exact
+from pargs_min.world import automaton
 from pargs_min.world.automaton import Automaton
+from theory import exact
 
 END = 0
 CLOSE = dict(rtol=1e-11, atol=1e-11)
@@ -150,10 +151,10 @@ def test_the_rlhf_policy_is_the_frontier(world: Automaton, beta: float, seed: in
 def test_entropy_length_and_occupancy_equal_sums_over_all_strings(world: Automaton):
     levels = strings(world)
     p = np.exp([y.log_prob for y in levels[-1]])
-    np.testing.assert_allclose(exact.entropy(world), -(p @ np.log(p)), **CLOSE)
+    np.testing.assert_allclose(automaton.entropy(world), -(p @ np.log(p)), **CLOSE)
     tokens = [world.tokens[list(y.edges)].tolist() for y in levels[-1]]
     lengths = [row.index(END) + 1 if END in row else len(row) + 1 for row in tokens]
-    np.testing.assert_allclose(exact.expected_length(world, END), p @ lengths, **CLOSE)
+    np.testing.assert_allclose(automaton.expected_length(world, END), p @ lengths, **CLOSE)
     for mass, level in zip(exact.occupancy(world), levels, strict=True):
         np.testing.assert_allclose(
             mass, np.bincount([a.state for a in level], np.exp([a.log_prob for a in level]), len(mass)), **CLOSE
@@ -176,7 +177,7 @@ def test_samples_have_the_probabilities_of_the_automaton():
     world, n = random_automaton(3), 1000
     uniforms = np.random.default_rng(0).random((n, world.horizon))
     uniforms[:, 0] = (np.arange(n) + 0.5) / n
-    tokens, log_probs = exact.sample(world, uniforms)
+    tokens, log_probs = automaton.sample(world, uniforms)
     first = world.sources == world.start
     counts = np.bincount(tokens[:, 0], minlength=3)[world.tokens[first]]
     assert np.abs(counts - n * np.exp(world.log_probs[first])).max() <= 1

@@ -12,9 +12,9 @@ from scipy.special import expit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pargs_min.decode import row_uniforms
-from pargs_min.world import automaton as exact
 from pargs_min.world import reference as toy
 from pargs_min.world.reference import HELD_OUT_PROMPTS, HORIZON, PROMPTS, TRAIN_PROMPTS, Journey
+from theory import exact
 
 WORLD = Journey()
 STEPS = 60  # enough for texts that end
