@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pargs_min.records import ASSISTANT, Messages, is_messages
-
-Prompt = str | Messages | list[int]
+from pargs_min.records import ASSISTANT, Messages, Prompt, is_messages
 
 
 @dataclass(frozen=True)
@@ -108,10 +107,10 @@ def encode_prompt(
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, str) and prompt_format == "dialogue" and not prompt.endswith(ASSISTANT):
         prompt = f"\n\nHuman: {prompt}{ASSISTANT}"
-    if is_messages(prompt):
-        ids = _encode_messages(tokenizer, prompt, prompt_format)
+    if isinstance(prompt, str):
+        ids = _encode_text(tokenizer, prompt)
     else:
-        ids = _encode_text(tokenizer, prompt) if isinstance(prompt, str) else prompt
+        ids = _encode_messages(tokenizer, prompt, prompt_format) if is_messages(prompt) else cast("list[int]", prompt)
     if not ids:
         raise ValueError(f"prompt {prompt!r} has no token, and the tokenizer adds no start token; give some text")
     check_ids(tokenizer, ids)
@@ -143,7 +142,7 @@ def cut_left(ids: list[int], length: int, start_token: int | None) -> list[int]:
     return ids if len(ids) <= length else ids[:kept] + ids[len(ids) - length + kept :]
 
 
-def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str | list[int]]) -> list[list[int]]:
+def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[Prompt]) -> list[list[int]]:
     """Token ids of responses, without start or end token. Blank text has none; token ids stay as they are.
 
     Tokenizers of the SentencePiece kind begin every text with a space of their own. With those, the space that a
@@ -153,7 +152,7 @@ def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[str
     texts = [text if text.strip() else "" for text in responses if isinstance(text, str)]
     texts = [text.removeprefix(" ") if own_space else text for text in texts]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
-    return [next(encoded) if isinstance(response, str) else response for response in responses]
+    return [next(encoded) if isinstance(response, str) else cast("list[int]", response) for response in responses]
 
 
 def check_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,8 +74,8 @@ def encode_texts(
     """
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end token; set its eos_token")
-    rows, counts = _encode(responses, ("response",), tokenizer, max_length, lambda response: response.finished)
-    return [Text(*row) for row in rows], counts
+    rows, counts = _encode(responses, ("response",), tokenizer, max_length, lambda text: text.finished)
+    return [Text(prompt_ids, response_ids) for prompt_ids, response_ids in rows], counts
 
 
 def _encode(
@@ -83,7 +83,7 @@ def _encode(
     sides: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
-    ends: Callable[[Record], bool],
+    ends: Callable[[Any], bool],
 ) -> tuple[list[list[list[int]]], dict[str, int]]:
     """[prompt_ids, response_ids of each side] of every record that can be trained on, and counts of all."""
     names = ["read", "kept", "too_long", "empty", *["identical"] * (len(sides) > 1), "prompts_cut"]

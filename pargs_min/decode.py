@@ -171,7 +171,7 @@ def generate(
     Source: arXiv 2406.07780, the decoding algorithm. With a full-sequence reward model it is ARGS (arXiv 2402.01694).
     """
     mask = torch.ones_like(prompt_ids) if mask is None else mask
-    reward = _NoReward() if reward is None else reward
+    reward = NoReward() if reward is None else reward
     uniforms = torch.rand(len(prompt_ids), max_new_tokens) if uniforms is None else uniforms
     _check_lengths(policy, reward, prompt_ids, mask, max_new_tokens)
     _check_uniforms(uniforms, len(prompt_ids), max_new_tokens)
@@ -207,7 +207,7 @@ def generate(
     return texts.generation()
 
 
-class _NoReward:
+class NoReward:
     """The reward scorer of a reference that nothing guides."""
 
     def start(self, prompt_ids: Tensor, mask: Tensor) -> None: ...

@@ -7,14 +7,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pargs_min.decode import Draw, Generation, PolicyStepper, RewardScorer, generate, greedy, response_rewards, sample
+from pargs_min.decode import (
+    Draw,
+    Generation,
+    NoReward,
+    PolicyStepper,
+    RewardScorer,
+    generate,
+    greedy,
+    response_rewards,
+    sample,
+)
 from pargs_min.scoring import RewardFn
 from pargs_min.smc import smc
+
+
+def no_reward(ids: Tensor, mask: Tensor) -> Tensor:
+    """The reward of whole texts where there is no reward model. Raises ValueError."""
+    raise ValueError("this method needs a reward model")
 
 
 @dataclass(frozen=True)
@@ -27,13 +43,13 @@ class Run:
     policy: PolicyStepper
     prompt_ids: Tensor  # (B, P), padded on the left
     mask: Tensor
-    settings: dict  # of `generate`: top_k, max_new_tokens, temperature, eos, uniforms, on_step
+    settings: dict[str, Any]  # of `generate`: top_k, max_new_tokens, temperature, eos, uniforms, on_step
+    choices: Tensor  # (B, N + 1) uniforms that choose among particles (smc)
     beta: float = 0.0
-    scorer: RewardScorer | None = None  # reward of prefixes
-    reward_fn: RewardFn | None = None  # reward of whole texts
+    scorer: RewardScorer = field(default_factory=NoReward)  # reward of prefixes
+    reward_fn: RewardFn = no_reward  # reward of whole texts
     rows: int = 1
-    final: RewardFn | None = None  # smc: what whole texts are weighed by; None takes the scorer's last reward
-    choices: Tensor | None = None  # smc: (B, N + 1) uniforms that choose among particles
+    final: RewardFn | None = None  # what smc weighs whole texts by; None takes the scorer's last reward
 
 
 @dataclass(frozen=True)
@@ -130,7 +146,7 @@ def best_of_n(
     samples = plain(policy, prompt_ids, mask, **settings)
     rewards = response_rewards(reward_fn, prompt_ids, mask, samples).view(-1, n)
     best = rewards.argmax(-1) + n * torch.arange(len(rewards), device=rewards.device)
-    return Generation(*(getattr(samples, field.name)[best] for field in fields(samples)))
+    return Generation(*(getattr(samples, column.name)[best] for column in fields(samples)))
 
 
 def _plain(method: Method, run: Run) -> tuple[Generation, Tensor]:
@@ -149,28 +165,29 @@ def _best_of_n(method: Method, run: Run) -> tuple[Generation, Tensor]:
 
 
 def _smc(method: Method, run: Run) -> tuple[Generation, Tensor]:
-    choices, last = run.choices[:, :-1], run.choices[:, -1]
-    weighted = dict(n=run.rows, beta=run.beta, final=run.final, choices=choices)
-    return smc(run.policy, run.scorer, run.prompt_ids, run.mask, **weighted, **run.settings).pick(last)
+    particles = smc(
+        run.policy,
+        run.scorer,
+        run.prompt_ids,
+        run.mask,
+        n=run.rows,
+        beta=run.beta,
+        final=run.final,
+        choices=run.choices[:, :-1],
+        **run.settings,
+    )
+    return particles.pick(run.choices[:, -1])
 
 
-PARTIAL = dict(write=_guided, guided=True, objective="partial")
-FULL = dict(write=_guided, guided=True, objective="full")
-SAMPLED, GREEDY = dict(draw=sample, kl=sampled_kl), dict(draw=greedy, kl=greedy_kl)
+SAMPLED: dict[str, Any] = dict(write=_guided, guided=True, draw=sample, kl=sampled_kl)
+GREEDY: dict[str, Any] = dict(write=_guided, guided=True, draw=greedy, kl=greedy_kl)
 TABLE = (
     Method("plain", "the reference itself", write=_plain, kl=sampled_kl),
-    Method("pargs", "guided by a reward model of prefixes, sampled (arXiv 2406.07780)", **PARTIAL, **SAMPLED),
-    Method("pargs-greedy", "the same, always the most likely candidate", **PARTIAL, **GREEDY),
-    Method("args", "guided by a full-sequence reward model, sampled", **FULL, **SAMPLED),
-    Method("args-greedy", "the same, always the most likely candidate (arXiv 2402.01694)", **FULL, **GREEDY),
-    Method(
-        "cd",
-        "guided by a value model: controlled decoding (arXiv 2310.17022)",
-        write=_guided,
-        guided=True,
-        objective="value",
-        **SAMPLED,
-    ),
+    Method("pargs", "guided by a reward model of prefixes, sampled (arXiv 2406.07780)", objective="partial", **SAMPLED),
+    Method("pargs-greedy", "the same, always the most likely candidate", objective="partial", **GREEDY),
+    Method("args", "guided by a full-sequence reward model, sampled", objective="full", **SAMPLED),
+    Method("args-greedy", "the same, always the most likely candidate (arXiv 2402.01694)", objective="full", **GREEDY),
+    Method("cd", "guided by a value model: controlled decoding (arXiv 2310.17022)", objective="value", **SAMPLED),
     Method(
         "best-of-n",
         "n samples of the reference, the best by a reward of whole texts",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers.utils.logging import is_progress_bar_enabled
@@ -25,7 +26,8 @@ def progress(
     iterable: Iterable | None = None, *, desc: str, total: int | None = None, unit: str = "it", initial: int = 0
 ):
     """tqdm's bar over an iterable, or one to `update()`; silent in workers, and wherever transformers' bars are off."""
-    settings = dict(desc=desc, total=total, unit=unit, initial=initial, disable=not is_progress_bar_enabled())
+    off = not is_progress_bar_enabled()
+    settings: dict[str, Any] = dict(desc=desc, total=total, unit=unit, initial=initial, disable=off)
     if sys.stderr.isatty():
         return tqdm(iterable, **settings)
     return _Lines(

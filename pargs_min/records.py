@@ -15,20 +15,21 @@ import gzip
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 Messages = list[dict[str, str]]
+Prompt = str | Messages | list[int]
 ASSISTANT = "\n\nAssistant:"  # how HH-RLHF begins an answer
 
 
 class Preference(NamedTuple):
     """A checked record: the prompt is text, messages or token ids; the responses are text or token ids."""
 
-    prompt: str | Messages | list[int]
-    chosen: str | list[int]
-    rejected: str | list[int]
+    prompt: Prompt
+    chosen: Prompt  # never messages
+    rejected: Prompt
     source: str  # file:line, for errors
 
 
@@ -50,8 +51,8 @@ def read_preferences(name: str | os.PathLike) -> list[Preference]:
 class Response(NamedTuple):
     """A checked record of one text: the prompt is text, messages or token ids; the response is text or token ids."""
 
-    prompt: str | Messages | list[int]
-    response: str | list[int]
+    prompt: Prompt
+    response: Prompt  # never messages
     finished: bool  # whether it ended by itself
     source: str  # file:line, for errors
 
@@ -68,21 +69,22 @@ def read_responses(path: str | os.PathLike) -> list[Response]:
         finished = record.get("finished", True)
         if not isinstance(finished, bool):
             raise ValueError(f"{source}: `finished` must be true or false, got {json.dumps(finished)[:60]}")
-        responses.append(Response(*(_field(record, name, source) for name in ("prompt", "response")), finished, source))
+        prompt, response = _field(record, "prompt", source), _field(record, "response", source)
+        responses.append(Response(prompt, response, finished, source))
     if not responses:
         raise ValueError(f"{path} holds no records; expected one text per line")
     return responses
 
 
 # The fields of a record of `pargs generate`, with their types; the first must be there.
-REQUIRED = {
+REQUIRED: dict[str, Any] = {
     "prompt_number": int,
     "sample": int,
     "prompt": (str, list, type(None)),
     "response": str,
     "response_ids": list,
 }
-OPTIONAL = {"kl": (int, float), "finished": bool, "method": str, "cost": dict, "settings": dict}
+OPTIONAL: dict[str, Any] = {"kl": (int, float), "finished": bool, "method": str, "cost": dict, "settings": dict}
 
 
 def read_texts(path: str | os.PathLike) -> list[dict]:
@@ -191,7 +193,8 @@ def check_preference(record: dict, source: str) -> Preference:
         record = split_chats(record, source)
     elif not record.keys() & {"prompt", "prompt_ids"}:
         record = split_dialogues(record, source)
-    return Preference(*(_field(record, name, source) for name in ("prompt", "chosen", "rejected")), source)
+    prompt, chosen, rejected = (_field(record, name, source) for name in ("prompt", "chosen", "rejected"))
+    return Preference(prompt, chosen, rejected, source)
 
 
 def split_dialogues(record: dict, source: str = "record") -> dict:
@@ -237,7 +240,7 @@ def split_chats(record: dict, source: str = "record") -> dict:
     return record | {"prompt": prompt, "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
 
 
-def _field(record: dict, name: str, source: str) -> str | Messages | list[int]:
+def _field(record: dict, name: str, source: str) -> Prompt:
     """A field's token ids where it has some, else its text or messages."""
     if f"{name}_ids" in record:
         ids = record[f"{name}_ids"]
@@ -254,7 +257,7 @@ def _field(record: dict, name: str, source: str) -> str | Messages | list[int]:
     return record[name]
 
 
-def is_messages(value: object) -> bool:
+def is_messages(value: object) -> TypeGuard[Messages]:
     """Whether `value` is a non-empty list of messages {role, content}."""
     return (
         isinstance(value, list)
@@ -271,7 +274,7 @@ def _tldr(row: dict) -> dict:
 
 # The three tasks of the paper: how a row becomes a record, and the split to train on. Any other data set of the hub is
 # read as it stands, from its split "train".
-HUB_PRESETS = {
+HUB_PRESETS: dict[str, tuple[Callable[[dict], dict], str]] = {
     "Anthropic/hh-rlhf": (split_dialogues, "train"),
     "trl-lib/tldr-preference": (_tldr, "train"),
     "HuggingFaceH4/ultrafeedback_binarized": (split_chats, "train_prefs"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,11 +119,12 @@ def token_positions(mask: Tensor) -> Tensor:
 
 def position_arguments(body: PreTrainedModel, positions: Tensor) -> dict[str, Tensor]:
     """`position_ids`, for the backbones that take them; the others (ALiBi) derive positions from the mask."""
-    return {"position_ids": positions} if _takes_positions(type(body)) else {}
+    kind: Any = type(body)
+    return {"position_ids": positions} if _takes_positions(kind) else {}
 
 
 @functools.cache  # reading a signature costs as much as a small layer
-def _takes_positions(body: type[PreTrainedModel]) -> bool:
+def _takes_positions(body: type) -> bool:
     return "position_ids" in inspect.signature(body.forward).parameters
 
 

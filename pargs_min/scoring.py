@@ -11,6 +11,7 @@ A *reward scorer* is what the decoding loop needs of a reward model: `start(prom
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,8 @@ class SiblingScorer:
         ValueError: if the siblings of this model would not be scored as whole texts are: ALiBi positions, recurrent
             layers, flash attention, or anything else that fails one small comparison of the two.
     """
+
+    last: Tensor | None  # (B, 1) the token that was drawn, until it has been read
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -181,6 +184,9 @@ def _second_step(scorer, prompt_ids: Tensor, mask: Tensor, candidates: Tensor, d
 class CachedText:
     """B texts that a causal model reads token by token, behind a key-value cache of its own: the prompts at first, then
     one token per row and step."""
+
+    cache: Any  # of transformers; None before the first reading
+    ids: Tensor
 
     def __init__(self, model: PreTrainedModel, body: PreTrainedModel):
         self.model, self.body, self.max_length = model, body, context_length(model)

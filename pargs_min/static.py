@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class StaticPolicy:
     Raises:
         ValueError: if transformers cannot compile the model, or if it has attention windows.
     """
+
+    next: Tensor | None  # (B, V) what `log_probs` returns, once it is known
 
     def __init__(self, model: PreTrainedModel, slots: int, vocabulary: int | None = None, **compile_options):
         self.model, self.vocabulary, self.max_length = model, vocabulary, context_length(model)
@@ -133,13 +136,17 @@ class StaticScorer:
 class _StaticText:
     """B texts in a cache of fixed size: `filled` (B, slots) is false at padding, `position` (B, 1) is the next one."""
 
+    filled: Tensor
+    position: Tensor
+
     def __init__(self, model: PreTrainedModel, body: PreTrainedModel, slots: int):
         name = type(model).__name__
         if not (getattr(body, "_can_compile_fullgraph", False) and position_arguments(body, torch.empty(0))):
             raise ValueError(f"transformers cannot compile {name}; decode without --compile")
         if attention_window(model.config.get_text_config()) is not None:
             raise ValueError(f"{name} has attention windows, which fixed caches do not hold; decode without --compile")
-        self.model, self.body, self.slots, self.cache = model, body, slots, None
+        self.model, self.body, self.slots = model, body, slots
+        self.cache: Any = None  # made when the first prompts are read
 
     def start(self, prompt_ids: Tensor, mask: Tensor, **settings):
         """Read the prompts. Not compiled: they have many lengths. The cache is made anew only for another batch size,

@@ -23,6 +23,7 @@ from pargs_min.codec import Codec, check_vocabularies, left_pad
 from pargs_min.decode import (
     Generation,
     ModelPolicy,
+    NoReward,
     PolicyStepper,
     RewardScorer,
     Step,
@@ -31,7 +32,7 @@ from pargs_min.decode import (
     row_uniforms,
 )
 from pargs_min.memory import enough_memory
-from pargs_min.methods import METHODS, OBJECTIVES, Method, Run, guided_by
+from pargs_min.methods import METHODS, OBJECTIVES, Method, Run, guided_by, no_reward
 from pargs_min.models import recorded
 from pargs_min.records import read_jsonl
 from pargs_min.reward_model import context_length, has_vocabulary_head
@@ -177,8 +178,8 @@ class _Writer:
             prompt_ids,
             mask,
             beta=self.how.beta,
-            scorer=self.scorer,
-            reward_fn=self.reward_fn,
+            scorer=self.scorer or NoReward(),
+            reward_fn=self.reward_fn or no_reward,
             rows=self.rows,
             final=self.final,
             **self._randomness(batch),
@@ -198,7 +199,8 @@ class _Writer:
         """The first numbers of a row's stream draw its tokens; by the rest smc chooses among particles."""
         tokens, rows = self.how.max_new_tokens, self.rows
         streams = [(p, s * rows + i) for p, s in batch for i in range(rows)]
-        uniforms = row_uniforms(self.seed, *zip(*streams, strict=True), 2 * tokens + 1).to(self.lm.device)
+        prompts, samples = zip(*streams, strict=True)
+        uniforms = row_uniforms(self.seed, prompts, samples, 2 * tokens + 1).to(self.lm.device)
         settings = dict(
             top_k=self.top_k,
             max_new_tokens=tokens,
