@@ -124,7 +124,7 @@ def position_arguments(body: PreTrainedModel, positions: Tensor) -> dict[str, Te
 
 
 @functools.cache  # reading a signature costs as much as a small layer
-def _takes_positions(body: type) -> bool:
+def _takes_positions(body: Any) -> bool:
     return "position_ids" in inspect.signature(body.forward).parameters
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from importlib.resources import files
 from string import Template
 
 from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,7 @@ INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"}  # Unicode categori
 
 
 def visible(token: str) -> str:
-    r"""A token's text with everything that does not show made to show; combining marks get something to stand on.
+    r"""A token's text with invisible characters made visible; combining marks get something to stand on.
 
     >>> visible(" to\n"), visible("\u202e"), visible("")
     ('␣to⏎', '<U+202E>', '<empty>')
@@ -60,7 +61,7 @@ def records(steps: Sequence[Step], name: Callable[[int], str], *, row: int = 0, 
         steps: what `on_step` was called with, in order.
         name: token id -> text, see `token_names`.
         row: of the batch.
-        shown: candidates listed a step, >= 1: the likeliest under the guided policy, and the one that was drawn.
+        shown: candidates listed per step, >= 1: the likeliest under the guided policy, and the one that was drawn.
 
     Raises:
         ValueError: if `shown` is less than 1.
@@ -74,7 +75,7 @@ def records(steps: Sequence[Step], name: Callable[[int], str], *, row: int = 0, 
     ([('4', 0.5, False), ('5', 0.3, True)], 1)
     """
     if shown < 1:
-        raise ValueError(f"shown must be at least 1 candidate a step, got {shown}")
+        raise ValueError(f"shown must be at least 1 candidate per step, got {shown}")
     return [_record(step, name, row, shown) for step in steps if step.alive[row]]
 
 
@@ -116,7 +117,7 @@ def _number(probability: float) -> str:
 
 
 def to_text(trace: Sequence[Mapping]) -> str:
-    """The records as lines: a table a step, `>` before the token that was drawn, a bar for its guided probability.
+    """The records as lines: one table per step, `>` before the token that was drawn, a bar for its guided probability.
 
     >>> print(to_text([{"step": 0, "candidates": [
     ...     {"id": 7, "token": "rope", "ref_prob": 0.2, "reward": 1.5, "prob": 0.5, "drawn": True}],
@@ -155,7 +156,8 @@ def to_html(trace: Sequence[Mapping], title: str, settings: Mapping[str, object]
         title: of the page.
         settings: what to say of the run above the text: name -> value.
     """
-    return PAGE.substitute(
+    page = Template(files("pargs_min").joinpath("trace.html").read_text("utf-8"))  # loads nothing, says its own policy
+    return page.substitute(
         title=escape(title),
         settings="".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in settings.items()),
         text="\n".join(_link(record) for record in trace),
@@ -196,77 +198,3 @@ def _row(token: str, ref_prob: float, reward: str, prob: float, is_drawn: bool, 
 
 def _bar(kind: str, probability: float) -> str:
     return f'<td>{_number(probability)}<i class="{kind}" style="width:{100 * probability:.1f}%"></i></td>'
-
-
-# `Content-Security-Policy` holds the page to its word: a browser loads nothing for it.
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fff; --line: #ccc; --soft: #555; --ref: #888;
-  --guided: #0072b2; --up: #cfe6f5; --down: #fbdcc4; --drawn: #eef5fa; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --paper: #16181c; --line: #444; --soft: #aaa;
-  --ref: #999; --guided: #56b4e9; --up: #123f5c; --down: #5a3013; --drawn: #1d2a35; } }
-@media print { :root { --ink: #000; --paper: #fff; --line: #bbb; --soft: #444; --ref: #888; --guided: #0072b2;
-  --up: #cfe6f5; --down: #fbdcc4; --drawn: #eef5fa; }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
-body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 72rem;
-  margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.3rem; margin: 0 0 .5rem; }
-h2 { font-size: 1.05rem; margin: 1.2rem 0 .4rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: 0; }
-dt, .note, caption, thead { color: var(--soft); }
-dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
-.text { font: 14px/2 ui-monospace, monospace; border: 1px solid var(--line); border-radius: .3rem;
-  padding: .4rem .6rem; }
-.text a, .key { color: inherit; text-decoration: none; padding: .1rem .3rem; border-radius: .2rem;
-  border-bottom: 2px solid transparent; }
-.up { background: var(--up); }
-.text .up, .key.up { border-bottom-color: var(--guided); }
-.down { background: var(--down); }
-.text .down, .key.down { border-bottom: 2px dotted currentColor; }
-.text a:hover, .text a:focus { outline: 2px solid var(--guided); }
-.steps { display: grid; grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); gap: .8rem; }
-section { border: 1px solid var(--line); border-radius: .3rem; padding: .4rem .6rem; break-inside: avoid; }
-section:target { outline: 2px solid var(--guided); }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-caption { text-align: left; }
-caption b { color: var(--ink); font-family: ui-monospace, monospace; }
-th { text-align: left; font-weight: normal; }
-tbody th { font-family: ui-monospace, monospace; overflow-wrap: anywhere; }
-thead th:not(:first-child), td { text-align: right; width: 4.3rem; }
-td, th { padding: .1rem .3rem; vertical-align: top; font-size: .87rem; }
-td i { display: block; height: 4px; margin-left: auto; }
-.ref { background: var(--ref); }
-.guided { background: var(--guided); }
-.drawn { background: var(--drawn); font-weight: 600; }
-.drawn th { font-weight: 600; }
-.mark { color: var(--guided); font: 600 .75rem system-ui, sans-serif; margin-left: .5rem;
-  display: inline-block; }
-.rest { color: var(--soft); }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<dl>$settings</dl>
-<h2>The text</h2>
-<p class="text">
-$text
-</p>
-<p class="note"><span class="key up">solid line</span> guidance made the token likelier,
-<span class="key down">dotted line</span> less likely, by more than 0.1 nats; $nats nats over the whole text.
-A token leads to its step. ␣ is a blank, ⏎ a new line.</p>
-<h2>The steps</h2>
-<p class="note">reference: probability under the reference model, over its whole vocabulary. reward: of the text so far
-with this token. guided: the probability it was drawn with, reference times exp(beta times reward), made to sum to one
-over the candidates.</p>
-<div class="steps">
-$steps
-</div>
-</body>
-</html>
-""")
