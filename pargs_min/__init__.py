@@ -1,25 +1,35 @@
-"""pargs-min: a language model steered while it writes, by a reward model of prefixes.
+"""pargs-min: a reward model of prefixes steers a language model while it writes.
 
     pi(t | prefix)  proportional to  pi_ref(t | prefix) * exp(beta * r(prefix + t))
 
-Read it in this order:
+The ground floor is the method; read it in this order:
 
-    policy.py         the equation
-    losses.py         how r is trained: Bradley-Terry on every prefix
-    reward_model.py   r of all prefixes in one forward pass
-    scoring.py        r of k candidates in one pass over one cache
-    decode.py         the loop, and the same inside transformers' generate
-    methods.py        the named methods, each a call of the loop
-    smc.py            the same loop with many particles, towards the RLHF policy
-    static.py         compiled steppers for the same loop
-    records.py, data.py, train.py                 preference pairs, and training on them
-    journey.py, exact.py, toy.py, demo.py         the embedded world, its exact values, the main job on it
-    texts.py, trace.py                            files of texts; one text token by token
-    memory.py                                     what is said where it runs out
-    evaluate.py, judges.py, compare.py, report.py what texts are worth
-    dpo.py, ppo.py                                fine-tuned rivals
-    siblings.py, lab.py, study.py, attributes.py  what reward models know; grids of experiments; nine questions
-    naive.py, cost.py, benchmark.py, targets.py   what a token costs, beside the published loops
+    minimal.py         the whole method on one page, slow and plain
+    policy.py          the equation
+    losses.py          how r is trained: Bradley-Terry on every prefix
+    reward_model.py    r of all prefixes in one forward pass
+    scoring.py         r of k candidates in one pass over one cache
+    decode.py          the loop, and the same inside transformers' generate
+    smc.py             the same loop with many particles, towards the RLHF policy
+    methods.py         the table of methods, each a call of the loop
+    data.py train.py lora.py      from preference pairs to a reward model
+    texts.py trace.py             files of texts; one text token by token
+    static.py                     compiled steppers for the same loop
+
+Everything enters and leaves by three doors:
+
+    models.py              models and tokenizers, from a folder or a hub id
+    codec.py               text to token ids, and back
+    records.py store.py    files that are read, and files that are written
+
+Beside it stand wings that the ground floor knows nothing of:
+
+    evaluation/    what texts are worth: statistics, judges, comparisons
+    world/         the embedded world: a grammar with a gold reward, and its exact values
+    baselines/     rivals that fine-tune the language model: DPO, PPO
+    benchmark/     what a guided token costs
+    experiments/   grids of experiments, a file for each question, the demonstration
+    cli/           the command line
 
 The names below are the public ones; they are imported when they are first used, so that `import pargs_min` is instant.
 """
@@ -29,10 +39,12 @@ from importlib import import_module
 _HOME = {
     "policy": ["guided_log_probs", "top_k_candidates"],
     "losses": ["bradley_terry_loss", "partial_bradley_terry_loss"],
-    "reward_model": ["final_rewards", "load_reward_model", "prefix_rewards", "save_reward_model"],
-    "scoring": ["ReencodeScorer", "SiblingScorer", "check_vocabularies", "model_rewards", "text_rewards"],
+    "reward_model": ["final_rewards", "prefix_rewards"],
+    "models": ["load_reward_model", "save_reward_model"],
+    "codec": ["check_vocabularies", "encode_prompt"],
+    "scoring": ["ReencodeScorer", "SiblingScorer", "model_rewards", "text_rewards"],
     "decode": ["Generation", "ModelPolicy", "RewardGuidance", "generate", "greedy", "row_uniforms", "sample"],
-    "data": ["encode_preferences", "encode_prompt", "split_by_prompt"],
+    "data": ["encode_preferences", "split_by_prompt"],
     "records": ["read_preferences", "read_prompts"],
     "train": ["prefix_accuracy", "train_reward_model"],
     "texts": ["generate_texts"],
