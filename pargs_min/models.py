@@ -25,6 +25,8 @@ from transformers.utils import logging
 
 Name = str | os.PathLike
 SAFE = dict(trust_remote_code=False)
+# Weights that do not fit are reported, and then refused here by their names.
+WHOLE = dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **SAFE)
 
 
 def default_device(asked: str | None = None) -> str:
@@ -56,9 +58,7 @@ def load_language_model(
         ValueError: if there is no such model, or weights of it are missing.
     """
     with _loading(name):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **SAFE
-        )
+        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **WHOLE)
         _check_weights(name, report, fresh=())
         return model.to(device).eval()
 
@@ -99,12 +99,7 @@ def load_reward_model(
         raise ValueError(f"{name_or_path} has a scalar head; start a vocabulary head from a language model")
     with _loading(name_or_path):
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            name_or_path,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            **({} if trained else {"num_labels": 1}),
-            **SAFE,
+            name_or_path, dtype=dtype, **({} if trained else {"num_labels": 1}), **WHOLE
         )
         _check_weights(name_or_path, report, fresh=() if trained else ("score", "classifier"))
     if tokenizer is not None:
@@ -165,7 +160,7 @@ def _give_vocabulary_head(model: PreTrainedModel) -> None:
 def _check_weights(name: Name, report: dict, fresh: tuple[str, ...]) -> None:
     """Raises ValueError if the file lacks a weight, but for those of a fresh head, or has one in another shape."""
     missing = [key for key in sorted(report["missing_keys"]) if not key.startswith(fresh or "\n")]
-    wrong = missing + [str(key) for key in sorted(report["mismatched_keys"])]
+    wrong = missing + [f"{key} ({there} there, {wanted} wanted)" for key, there, wanted in report["mismatched_keys"]]
     if wrong:
         raise ValueError(
             f"{name}: its weights lack {len(wrong)} that its configuration asks for, or have them in another shape: "

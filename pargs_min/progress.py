@@ -21,6 +21,12 @@ class _Lines(tqdm):
             self.fp.write((str(self) if msg is None else msg).strip() + "\n")
             self.fp.flush()
 
+    def close(self):
+        if not self.disable:
+            self.display()
+            self._decr_instances(self)
+            self.disable = True
+
 
 def progress(
     iterable: Iterable | None = None, *, desc: str, total: int | None = None, unit: str = "it", initial: int = 0

@@ -4,12 +4,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, normalizers
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import PreTrainedTokenizerFast
 
-from pargs_min.codec import encode_prompt, encode_responses, prompt_format
 from pargs_min.data import Pair, at_response_tokens, collate, encode_preferences, split_by_prompt
 from pargs_min.records import Preference
 
@@ -21,93 +16,6 @@ A, B, C = 7, 8, 9  # the words "a", "b", "c"
 
 def preference(chosen, rejected, prompt="a"):
     return Preference(prompt, chosen, rejected, "pairs.jsonl:1")
-
-
-# ---- prompts ----
-
-
-def test_text_gets_one_start_token_and_no_end_token():
-    tokenizer = tiny_tokenizer()
-    assert encode_prompt(tokenizer, "a b") == [START, A, B]
-    assert encode_prompt(tiny_tokenizer(start=False), "a b") == [A, B]
-    tokenizer.backend_tokenizer.post_processor = type(tokenizer.backend_tokenizer.post_processor)(
-        single="<s> $A </s>", special_tokens=[("<s>", START), ("</s>", END)]
-    )
-    assert tokenizer("a b")["input_ids"] == [START, A, B, END]
-    assert encode_prompt(tokenizer, "a b") == [START, A, B]
-    assert encode_prompt(tokenizer, "") == [START]
-
-
-def test_a_chat_template_is_not_given_a_second_start_token():
-    ids = encode_prompt(tiny_tokenizer(), [{"role": "user", "content": "a"}])
-    assert tiny_tokenizer().decode(ids) == "<s> user : a assistant :"
-
-
-def test_token_ids_stay_as_they_are():
-    assert encode_prompt(tiny_tokenizer(), [5, 6]) == [5, 6]
-
-
-def test_decoding_applies_the_format_of_training():
-    tokenizer = tiny_tokenizer()
-    assert encode_prompt(tokenizer, "a", "chat") == encode_prompt(tokenizer, [{"role": "user", "content": "a"}])
-    dialogue = encode_prompt(tokenizer, "\n\nHuman: a\n\nAssistant:")
-    assert encode_prompt(tokenizer, "a", "dialogue") == dialogue != encode_prompt(tokenizer, "a", "text")
-    assert encode_prompt(tokenizer, "\n\nHuman: a\n\nAssistant:", "dialogue") == dialogue
-
-
-@pytest.mark.parametrize(
-    ("prompt", "prompt_format", "message"),
-    [
-        ([{"role": "user", "content": "a"}], "text", "trained on text prompts"),
-        ([], None, "no token"),
-        ([13, 14], None, "token id 14 is outside the tokenizer's vocabulary of 14"),
-    ],
-)
-def test_prompts_that_cannot_be_encoded_are_refused(prompt, prompt_format, message):
-    with pytest.raises(ValueError, match=message):
-        encode_prompt(tiny_tokenizer(), prompt, prompt_format)
-
-
-def test_messages_without_a_chat_template_are_refused():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="no chat template"):
-        encode_prompt(tokenizer, [{"role": "user", "content": "a"}])
-
-
-@given(st.lists(st.integers(3, 13), min_size=1, max_size=8), st.integers(1, 9), st.booleans())
-def test_prompts_are_cut_from_the_left_and_keep_their_start_token(ids, length, has_start):
-    prompt = [START] * has_start + ids
-    cut = encode_prompt(tiny_tokenizer(), prompt, max_length=length)
-    assert len(cut) == min(length, len(prompt))
-    assert (cut[0] == START) == has_start
-    body = cut[has_start:]
-    assert body == ids[len(ids) - len(body) :]
-
-
-def test_the_format_of_a_data_set_is_one():
-    assert prompt_format(["\n\nHuman: a\n\nAssistant:"]) == "dialogue"
-    assert prompt_format([[{"role": "user", "content": "a"}]]) == "chat"
-    assert prompt_format([[5, 6], [7]]) == "ids"
-    with pytest.raises(ValueError, match="chat, text"):
-        prompt_format(["a", [{"role": "user", "content": "a"}]])
-
-
-# ---- responses and pairs ----
-
-
-def test_responses_have_neither_start_nor_end_token_and_keep_their_order():
-    assert encode_responses(tiny_tokenizer(), ["a b", [5, 6], " ", "c"]) == [[A, B], [5, 6], [], [C]]
-
-
-def test_a_tokenizer_that_writes_its_own_space_is_not_given_two():
-    words = {word: i for i, word in enumerate(["<unk>", "▁", "▁a", "▁b"])}
-    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.pre_tokenizer = Split("▁", "merged_with_next")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
-    assert tokenizer(" a")["input_ids"] == [1, 2]
-    assert encode_responses(tokenizer, [" a b", "b", "  "]) == [[2, 3], [3], []]
 
 
 def test_the_end_token_is_appended_once():

@@ -5,18 +5,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     PreTrainedTokenizerFast,
-    pipeline,
 )
 
 from pargs_min.losses import partial_bradley_terry_loss
-from pargs_min.models import load_reward_model, save_reward_model
 from pargs_min.reward_model import context_length, final_rewards, prefix_rewards
-from tests.strategies import SHAPES, left_padded, tiny_lm, tiny_reward_model
+from tests.strategies import SHAPES, left_padded, tiny_reward_model
 
 EXACT = dict(rtol=0, atol=1e-12)
 
@@ -105,47 +101,6 @@ def test_final_rewards_of_a_bidirectional_model_do_not_see_padding():
     assert_close(final_rewards(model, ids, mask)[:1], want, **EXACT)
     with pytest.raises(ValueError, match="ReencodeScorer"):
         prefix_rewards(model, ids, mask)
-
-
-@pytest.mark.parametrize("padding", [None, "<end>", "a"], ids=["no pad", "pad is end", "own pad"])
-def test_what_we_save_gives_transformers_the_same_number(tmp_path, padding):
-    """In AutoModelForSequenceClassification and in the pipeline, for whole responses that end in the end token."""
-    tokenizer = word_tokenizer(pad_token=padding)
-    tiny_lm("llama", 10, eos_token_id=0, pad_token_id=None).float().save_pretrained(tmp_path / "lm")
-    torch.manual_seed(0)
-    model = load_reward_model(tmp_path / "lm", tokenizer)
-    save_reward_model(model, tokenizer, tmp_path / "rm", objective="partial", tail="extend")
-
-    texts = ["b c d <end>", "e f <end>"]
-    batch = AutoTokenizer.from_pretrained(tmp_path / "rm")(texts, return_tensors="pt", padding=True)
-    ours = final_rewards(load_reward_model(tmp_path / "rm"), batch.input_ids, batch.attention_mask)
-    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")(**batch).logits[:, 0]
-    assert_close(theirs, ours)
-    piped = pipeline("text-classification", str(tmp_path / "rm"))(texts, batch_size=2)
-    assert_close(torch.tensor([out["score"] for out in piped]), ours.detach())
-    assert (tmp_path / "rm" / "model.safetensors").exists()
-    assert load_reward_model(tmp_path / "rm").config.pargs == {"objective": "partial", "tail": "extend"}
-    assert tokenizer.pad_token != tokenizer.eos_token
-
-
-def test_a_language_model_keeps_its_backbone_and_gets_a_head_from_the_global_stream(tmp_path):
-    lm = tiny_lm("gpt2").float()
-    lm.save_pretrained(tmp_path)
-    heads = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        model = load_reward_model(tmp_path)
-        heads.append(model.score.weight.detach())
-        assert_close(model.base_model.wte.weight, lm.transformer.wte.weight)
-    assert torch.equal(heads[0], heads[1])
-    assert not torch.equal(heads[0], heads[2])
-
-
-def test_a_classifier_with_several_labels_is_refused(tmp_path):
-    tiny_lm("gpt2").float().save_pretrained(tmp_path)
-    AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="3 labels; a reward model has one"):
-        load_reward_model(tmp_path)
 
 
 @pytest.mark.parametrize(("family", "longest"), [("roberta", 8), ("xlm-roberta", 8), ("mpnet", 8), ("bert", 10)])

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification
 
-from pargs_min.codec import check_vocabularies
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import (
     ReencodeScorer,
@@ -232,9 +231,3 @@ def test_another_tokenizer_is_bridged_by_text():
     ids[:, -1] = 10  # "i", where that ends a text, too
     found = text_rewards(model, rm_tokenizer, lm_tokenizer, ends=[0, 10])(ids, mask)
     assert_close(found, rewards, rtol=0, atol=1e-12)
-
-
-def test_vocabularies_are_compared_by_id():
-    check_vocabularies(word_tokenizer("<end> a b c"), word_tokenizer("<end> a b c more"))
-    with pytest.raises(ValueError, match=r"differ at 2 ids: 1 \('a'\), 2 \('b'\)"):
-        check_vocabularies(word_tokenizer("<end> a b c"), word_tokenizer("<end> b a c"))

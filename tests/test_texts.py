@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pargs_min.codec import Codec, end_tokens
+from pargs_min.codec import Codec
 from pargs_min.memory import is_out_of_memory
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import ReencodeScorer, SiblingScorer
@@ -193,14 +193,6 @@ def test_the_scorer_is_chosen_by_what_is_right():
         assert isinstance(
             choose_scorer(tiny_reward_model("mpt", d_model=16, n_layers=2, n_heads=2), 10), ReencodeScorer
         )
-
-
-def test_end_tokens_come_from_tokenizer_and_generation_configuration():
-    lm = tiny_lm()
-    lm.generation_config.eos_token_id = [7, 1]
-    assert end_tokens(lm, TOKENIZER) == [1, 7]
-    lm.generation_config.eos_token_id = None
-    assert end_tokens(lm, TOKENIZER) == [1]
 
 
 def test_ids_beyond_the_tokenizers_vocabulary_are_never_drawn():
