@@ -1,0 +1,62 @@
+"""`pargs benchmark`: what a guided token costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pargs_min.benchmark.report import draw, markdown, run
+from pargs_min.benchmark.targets import check
+from pargs_min.benchmark.ways import SHAPES, Models, models_of_shape, with_vocabulary_head
+from pargs_min.cli.options import DEVICE, HfArg, choice, parse
+from pargs_min.models import default_device, load_language_model, load_reward_model
+from pargs_min.plots import save
+from pargs_min.store import write_json
+
+
+@dataclass(kw_only=True)
+class BenchmarkOptions:
+    """Options of `pargs benchmark`."""
+
+    config: str = choice(SHAPES, "tiny", "Shape of models with random weights; tiny has 4 layers of width 256.")
+    model: str | None = HfArg(default=None, help="A language model instead: a folder or a hub id.")
+    reward_model: str | None = HfArg(default=None, help="Its scalar reward model. Default: a new head on --model.")
+    top_k: int = HfArg(default=10, help="Candidates per step.")
+    batch_size: int = HfArg(default=1, help="Texts decoded together.")
+    prompt_length: int = HfArg(default=128, help="Tokens per prompt.")
+    tokens: int = HfArg(default=8, help="Tokens that each way of generating writes in each round.")
+    rounds: int = HfArg(default=7, help="Interleaved rounds, over which medians are taken.")
+    dtype: Literal["float32", "bfloat16", "float16"] = HfArg(default="float32", help="Type of the weights.")
+    device: str | None = HfArg(default=None, help=DEVICE)
+    threads: int = HfArg(default=1, help="CPU threads. One is timed in processor time, which ignores other programs.")
+    quick: bool = HfArg(default=False, help="Only the table of ways, without growth and training.")
+    check: bool = HfArg(default=False, help="Check what the project promises on the CPU; status 1 if a promise fails.")
+    output_dir: str = HfArg(default="runs/benchmark", help="For the report as JSON, the tables and the figure.")
+
+
+def benchmark(arguments: list[str]) -> int:
+    """Measure what a guided token costs, next to plain generation and the published loops."""
+    (options,) = parse(benchmark, arguments, BenchmarkOptions)
+    torch.set_num_threads(options.threads)
+    if options.check:
+        return 0 if check(options.rounds) else 1
+    names = ("top_k", "batch_size", "prompt_length", "tokens", "rounds", "quick")
+    report = run(_models(options), **{name: getattr(options, name) for name in names})
+    folder, table = Path(options.output_dir), markdown(report)
+    write_json(folder / "benchmark.json", report | {"options": vars(options)})
+    (folder / "benchmark.md").write_text(table + "\n", "utf-8")
+    save(draw(report), folder / "benchmark.png")
+    print(f"{table}\nsaved {folder}")
+    return 0
+
+
+def _models(options: BenchmarkOptions) -> Models:
+    dtype, device = getattr(torch, options.dtype), default_device(options.device)
+    if options.model is None:
+        return models_of_shape(options.config, dtype, device)
+    lm = load_language_model(options.model, dtype=dtype, device=device)
+    scalar = load_reward_model(options.reward_model or options.model, dtype=dtype, device=device)
+    return Models(lm, scalar, with_vocabulary_head(scalar))

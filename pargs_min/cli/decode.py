@@ -1,0 +1,136 @@
+"""`pargs generate` and `pargs trace`: texts of a language model, guided by a reward model or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pargs_min.cli.options import BETA, DEVICE, MODEL, HfArg, choice, parse
+from pargs_min.decode import Step
+from pargs_min.memory import enough_memory
+from pargs_min.methods import METHODS
+from pargs_min.models import default_device, load_language_model, load_reward_model, load_tokenizer
+from pargs_min.progress import progress
+from pargs_min.records import read_prompts
+from pargs_min.store import aside
+from pargs_min.texts import generate_texts, parse_shard, read_done, shard_range, write_records
+from pargs_min.trace import records, to_html, to_text, token_names
+
+
+@dataclass(kw_only=True)
+class DecodeOptions:
+    """Options of both commands."""
+
+    model: str = HfArg(help=MODEL)
+    reward_model: str | None = HfArg(default=None, help="Reward model: a folder or a hub id. plain needs none.")
+    beta: float = HfArg(default=1.0, help=BETA)
+    top_k: int | None = HfArg(default=None, help="Candidates per step, 0 for all. Default: 10 if guided, else 0.")
+    max_new_tokens: int = HfArg(default=64, help="Length limit of a response, in tokens.")
+    temperature: float = HfArg(default=1.0, help="Divides log pi_ref + beta * r.")
+    seed: int = HfArg(default=0, help="Determines each text, together with its prompt and sample number.")
+    device: str | None = HfArg(default=None, help=DEVICE)
+    dtype: str = HfArg(default="auto", help="float32, bfloat16, float16, or auto: that of each checkpoint.")
+
+
+@dataclass(kw_only=True)
+class GenerateOptions(DecodeOptions):
+    """Options of `pargs generate`."""
+
+    prompts: str = HfArg(help="JSONL records with a `prompt` (text or messages), or plain text, one prompt per line.")
+    output: str = HfArg(help="JSONL file to write, one record per text, as they come.")
+    method: str = choice(
+        METHODS,
+        "pargs",
+        "How each token is chosen. The reward model must be trained with --objective partial for pargs and smc, full "
+        "for args and best-of-n, value for cd.",
+    )
+    final_reward_model: str | None = HfArg(default=None, help="Weighs whole texts in smc. Default: --reward-model.")
+    num_samples: int = HfArg(default=1, help="Texts per prompt.")
+    n: int = HfArg(default=10, help="Samples behind each text of best-of-n.")
+    particles: int = HfArg(default=8, help="Particles behind each text of smc.")
+    batch_size: int = HfArg(default=8, help="Texts decoded together; they do not affect each other.")
+    compile: bool = HfArg(default=False, help="Compile both models, for a GPU: takes a minute per batch size.")
+    shard: str = HfArg(
+        default="0/1",
+        help="Write part i of n only, as i/n, i from 0. Start n processes, on any machines, each with an --output of "
+        "its own; concatenated, their files hold what one process would write.",
+    )
+    resume: bool = HfArg(default=False, help="Continue the output file of an interrupted run.")
+
+
+@dataclass(kw_only=True)
+class TraceOptions(DecodeOptions):
+    """Options of `pargs trace`."""
+
+    prompt: str = HfArg(help="The text to continue.")
+    method: str = choice(
+        (name for name, one in METHODS.items() if one.rows is None), "pargs", "As in `pargs generate`."
+    )
+    output: str | None = HfArg(default=None, help="HTML page to write. Default: none, the trace is only printed.")
+    shown: int = HfArg(default=10, help="Candidates listed per step; the one that was drawn is always among them.")
+    sample: int = HfArg(default=0, help="Which of the prompt's samples to show, from 0.")
+
+
+# Options that `generate_texts` takes by the same name, and those that may change when a run is resumed: texts do not
+# depend on them.
+PASSED = ("method", "beta", "top_k", "max_new_tokens", "temperature", "seed", "num_samples", "n", "particles")
+NOT_IN_THE_TEXT = ("prompts", "output", "batch_size", "device", "compile", "shard", "resume")
+
+
+def load(options: DecodeOptions) -> dict:
+    """Models, tokenizers and options as arguments of `generate_texts`.
+
+    Raises:
+        ValueError: if a model cannot be loaded.
+        MemoryError: if one does not fit, saying what to change.
+    """
+    where = dict(dtype=options.dtype, device=default_device(options.device))
+    smaller = f"use --dtype bfloat16 (it is {options.dtype}), smaller models, or --device cpu"
+    with enough_memory(f"loading {options.model}", smaller):
+        loaded = {"tokenizer": load_tokenizer(options.model), "lm": load_language_model(options.model, **where)}
+    for role in ("reward", "final_reward"):
+        if name := getattr(options, f"{role}_model", None):
+            with enough_memory(f"loading {name} beside {options.model}", smaller):
+                loaded[f"{role}_tokenizer"] = load_tokenizer(name)
+                loaded[f"{role}_model"] = load_reward_model(name, **where)
+    return loaded | {name: value for name, value in vars(options).items() if name in PASSED}
+
+
+def generate(arguments: list[str]) -> None:
+    """Generate texts for a file of prompts, guided by a reward model or not."""
+    (options,) = parse(generate, arguments, GenerateOptions)
+    shard, prompts = parse_shard(options.shard), read_prompts(options.prompts)
+    if Path(options.output).exists() and not options.resume:
+        raise ValueError(f"output {options.output} exists: continue it with --resume, or name another file")
+    settings = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_TEXT}
+    done = read_done(options.output, settings, prompts)
+
+    more = dict(batch_size=options.batch_size, compiled=options.compile, shard=shard, done=done)
+    texts = write_records(options.output, generate_texts(prompts=prompts, **more, **load(options)), settings)
+    part = shard_range(len(prompts), shard)
+    total, earlier = len(part) * options.num_samples, sum(number in part for number, _ in done)
+    for _ in progress(texts, desc="generating", total=total, initial=earlier, unit="text"):
+        pass
+    print(f"wrote {total - earlier} texts to {options.output}")
+
+
+def trace(arguments: list[str]) -> None:
+    """Show one text token by token: what could have followed, what it was worth, what was drawn."""
+    (options,) = parse(trace, arguments, TraceOptions)
+    if options.output and Path(options.output).exists():
+        raise ValueError(f"output {options.output} exists: name another file")
+    if options.sample < 0 or options.shown < 1:
+        raise ValueError(f"sample must be at least 0 and shown at least 1, got {options.sample} and {options.shown}")
+    loaded = load(options)
+    steps: list[Step] = []
+    earlier = [(0, sample) for sample in range(options.sample)]
+    one = dict(prompts=[{"prompt": options.prompt}], num_samples=options.sample + 1, done=earlier)
+    list(generate_texts(**one, on_step=steps.append, **loaded))
+
+    seen = records(steps, token_names(loaded["tokenizer"]), shown=options.shown)
+    print(to_text(seen))
+    if options.output:
+        about = {name: value for name, value in vars(options).items() if name not in ("output", "shown", "device")}
+        with aside(options.output) as page:
+            page.write_text(to_html(seen, f"{options.method}, token by token", about), "utf-8")
+        print(f"wrote {options.output}")

@@ -1,0 +1,107 @@
+"""`pargs dpo` and `pargs ppo`: fine-tuning of the language model itself, to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from pargs_min.baselines.ppo import PPOSettings, train_ppo
+from pargs_min.cli.options import BETA, DEVICE, MODEL, HfArg, parse
+from pargs_min.cli.train import DataOptions, begin, fit_and_save, read
+from pargs_min.codec import Codec, check_vocabularies
+from pargs_min.data import encode_preferences
+from pargs_min.models import default_device, load_language_model, load_reward_model, load_tokenizer, recorded
+from pargs_min.progress import progress
+from pargs_min.records import read_jsonl, read_preferences, read_prompts
+from pargs_min.scoring import model_rewards
+from pargs_min.store import appending, aside
+
+
+@dataclass(kw_only=True)
+class DPOOptions(DataOptions):
+    """Options of `pargs dpo`."""
+
+    beta: float = HfArg(default=1.0, help=BETA)
+
+
+def dpo(arguments: list[str]) -> None:
+    """Fine-tune the language model itself on preference pairs (DPO, by TRL), to compare with."""
+    try:
+        from pargs_min.baselines.dpo import train_dpo
+    except ImportError as error:
+        raise ValueError(f"DPO needs TRL ({error}): pip install 'pargs-min[baselines]'") from None
+    options, args = begin(dpo, arguments, DPOOptions, output_dir="runs/dpo", learning_rate=1e-6)
+    records = read(options, read_preferences)
+    model, tokenizer = load_language_model(options.model), load_tokenizer(options.model)
+    encode, fit = partial(encode_preferences, append_eos=options.append_eos), partial(train_dpo, beta=options.beta)
+    fit_and_save(options, args, model, tokenizer, records, encode, fit, save)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+    """Write a folder that `pargs generate --model` takes."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@dataclass(kw_only=True)
+class PPOOptions:
+    """Options of `pargs ppo` besides `PPOSettings`."""
+
+    model: str = HfArg(help=MODEL)
+    prompts: str = HfArg(help="As for `pargs generate`; a file of preference pairs will do.")
+    reward_model: str = HfArg(help="Rates whole texts: a folder or a hub id, of the same vocabulary.")
+    value_model: str | None = HfArg(default=None, help="Starts the value function. Default: the reward model.")
+    output_dir: str = HfArg(default="runs/ppo", help="For the model, log.jsonl and the checkpoint.")
+    save_every: int = HfArg(default=20, help="Updates between two checkpoints.")
+    device: str | None = HfArg(default=None, help=DEVICE)
+    resume: bool = HfArg(default=False, help="Continue from the checkpoint in --output-dir, if there is one.")
+
+
+def ppo(arguments: list[str]) -> None:
+    """Fine-tune the language model itself on a reward model's scores (PPO), to compare with."""
+    options, settings = parse(ppo, arguments, PPOOptions, PPOSettings)
+    folder = Path(options.output_dir)
+    checkpoint = folder / "checkpoint.pt"
+    if checkpoint.exists() and not options.resume:
+        raise ValueError(f"{folder} holds the checkpoint of an earlier run: add --resume, or choose another folder")
+    prompts, device = read_prompts(options.prompts), default_device(options.device)
+
+    model, tokenizer = load_language_model(options.model, device=device), load_tokenizer(options.model)
+    check_vocabularies(tokenizer, load_tokenizer(options.reward_model))
+    reward_model = load_reward_model(options.reward_model, device=device)
+    set_seed(settings.seed)  # draws the head of a value function that starts from a language model
+    value_model = load_reward_model(options.value_model or options.reward_model, device=device)
+
+    codec = Codec.of(model, tokenizer, recorded(reward_model).get("prompt_format"))
+    encoded, reward_fn = [codec.prompt(prompt) for prompt in prompts], model_rewards(reward_model)
+    folder.mkdir(parents=True, exist_ok=True)
+    ends = codec.ends or ()
+    updates = train_ppo(model, value_model, reward_fn, encoded, ends, settings, checkpoint, options.save_every)
+    write_log(folder / "log.jsonl", updates, settings.updates)
+    save(model, tokenizer, str(folder))
+    print(f"saved {folder}")
+
+
+def write_log(log: Path, updates: Iterable[dict], total: int) -> None:
+    """Append the numbers of every update, each when it is done.
+
+    What an interrupted run logged after its last checkpoint is dropped: those updates are made again.
+
+    Raises:
+        ValueError: naming file and line, if the log holds something else; before the first update.
+    """
+    logged = [line for line, _ in read_jsonl(log, growing=True)] if log.exists() else []
+    shown = progress(updates, desc="updates", total=total, unit="update")
+    for place, numbers in enumerate(shown):
+        if place == 0:
+            with aside(log) as unfinished, appending(unfinished) as append:
+                for line in logged:
+                    if line.get("update") in range(numbers["update"]):
+                        append(line)
+        with appending(log) as append:
+            append(numbers)
+        shown.set_postfix({name: f"{numbers[name]:.3g}" for name in ("reward", "kl", "length")}, refresh=False)

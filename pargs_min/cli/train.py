@@ -1,0 +1,213 @@
+"""`pargs train`: reward models and value models; and what it shares with `pargs dpo`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import distributed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from pargs_min.cli.options import MODEL, HfArg, choice, parse
+from pargs_min.codec import check_vocabularies, prompt_format
+from pargs_min.data import Text, encode_preferences, encode_texts, split_by_prompt
+from pargs_min.lora import lora_config
+from pargs_min.methods import OBJECTIVES
+from pargs_min.models import load_reward_model, load_tokenizer, save_reward_model
+from pargs_min.records import Response, read_preferences, read_responses
+from pargs_min.reward_model import context_length
+from pargs_min.scoring import model_rewards
+from pargs_min.store import aside
+from pargs_min.texts import differences
+from pargs_min.train import last_checkpoint, rate, train_reward_model, train_value_model
+
+# Records, tokenizer, max_length -> items to train on, and counts.
+Encode = Callable[[Sequence, PreTrainedTokenizerBase, int | None], tuple[list, dict[str, int]]]
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """What is trained, and on what: options of `pargs train` and `pargs dpo`."""
+
+    model: str = HfArg(help=MODEL)
+    dataset: str = HfArg(help="Preference pairs, as for `pargs train`.")
+    append_eos: bool = HfArg(default=True, help="End responses with the end token; --no-append-eos if they were cut.")
+    max_length: int | None = HfArg(
+        default=None, help="Tokens per text at most; prompts are cut. Default: the model's context."
+    )
+    eval_dataset: str | None = HfArg(default=None, help="Records to evaluate on, instead of held-out ones.")
+    eval_fraction: float = HfArg(default=0.1, help="Share of prompts to hold out, with all their records; 0 for none.")
+    resume: bool = HfArg(default=False, help="Continue from the last checkpoint in --output-dir, if there is one.")
+
+
+@dataclass(kw_only=True)
+class TrainOptions(DataOptions):
+    """Options of `pargs train`. Raises ValueError for those that exclude each other."""
+
+    model: str = HfArg(help="Language model or reward model to start from: a folder or a hub id.")
+    dataset: str = HfArg(
+        help="Preference pairs: a .jsonl or .jsonl.gz file, or a hub data set as owner/name or owner/name:split (needs "
+        "the extra `hub`). For --objective value: texts written by `pargs generate --method plain`."
+    )
+    objective: str = choice(
+        OBJECTIVES,
+        "partial",
+        "Compare every prefix (partial: PARGS) or whole responses only (full: ARGS); or let every prefix predict the "
+        "reward of its whole text (value: controlled decoding).",
+    )
+    reward_model: str | None = HfArg(default=None, help="For --objective value: full-sequence model to rate the texts.")
+    tail: Literal["extend", "min"] | None = HfArg(
+        default=None,
+        help="Compare prefixes up to the longer response, with end tokens after the shorter one (extend), or up to the "
+        "shorter one (min). Default: extend, or min with --no-append-eos.",
+    )
+    head: Literal["scalar", "vocab"] = HfArg(
+        default="scalar",
+        help="Head given to a language model: one reward per prefix (scalar), or one per next token (vocab), so that "
+        "decoding calls the reward model once per token, for any --top-k.",
+    )
+    reduction: Literal["prefix", "pair"] = HfArg(default="prefix", help="Weight every prefix, or every pair, equally.")
+    lora_rank: int | None = HfArg(
+        default=None,
+        help="Train the head, plus adapters of this rank on all remaining linear layers, instead of all weights. They "
+        "are merged in the end, and an ordinary reward model is saved (needs the extra `lora`). Use a larger "
+        "--learning-rate, such as 1e-4. With --bf16 the other weights are held in bfloat16.",
+    )
+
+    def __post_init__(self) -> None:
+        self.tail = self.tail or ("extend" if self.append_eos else "min")
+        if self.tail == "extend" and not self.append_eos:
+            raise ValueError("--tail extend appends end tokens and --no-append-eos forbids them: drop one of the two")
+        if (self.objective == "value") != (self.reward_model is not None):
+            raise ValueError("--objective value and --reward-model go together: its rewards are what prefixes predict")
+        if self.lora_rank is not None:
+            lora_config(self.lora_rank)  # raises where the rank is below 1, or peft is missing
+
+
+# Where we differ from transformers' defaults: one pass, since reward models overfit on the second, and a step size for
+# pretrained language models (tiny ones want 1e-3).
+DEFAULTS = dict(num_train_epochs=1, learning_rate=1e-5, warmup_steps=0.05, logging_steps=10, save_total_limit=1)
+
+
+def train(arguments: list[str]) -> None:
+    """Train a reward model on every prefix of the responses of preference pairs."""
+    options, args = begin(train, arguments, TrainOptions, output_dir="runs/reward_model")
+    reader = read_responses if options.objective == "value" else read_preferences
+    records = read(options, reader)
+    form = prompt_format(record.prompt for some in records for record in some)  # an error now, not after training
+
+    set_seed(args.seed)  # draws the new head
+    tokenizer = load_tokenizer(options.model)
+    dtype = torch.bfloat16 if options.lora_rank and args.bf16 else torch.float32
+    model = load_reward_model(options.model, tokenizer, dtype=dtype, head=options.head)
+
+    made = dict(objective=options.objective)
+    if options.objective == "value":
+        encode, fit = rated(options.reward_model, tokenizer, str(args.device)), train_value_model
+    else:
+        made |= dict(tail=options.tail, reduction=options.reduction)
+        encode, fit = partial(encode_preferences, append_eos=options.append_eos), partial(train_reward_model, **made)
+    made |= dict(append_eos=options.append_eos, prompt_format=form)
+    made |= {} if options.lora_rank is None else dict(lora_rank=options.lora_rank)
+    fit, save = partial(fit, lora_rank=options.lora_rank), partial(save_reward_model, **made)
+    fit_and_save(options, args, model, tokenizer, records, encode, fit, save)
+
+
+def rated(reward_model: str, tokenizer: PreTrainedTokenizerBase, device: str) -> Encode:
+    """An encoder of texts that also rates them, by a reward model of the same vocabulary."""
+    check_vocabularies(tokenizer, load_tokenizer(reward_model))
+    reward_fn = model_rewards(load_reward_model(reward_model, device=device))
+
+    def encode(records: Sequence[Response], tokenizer, max_length: int | None) -> tuple[list[Text], dict[str, int]]:
+        texts, counts = encode_texts(records, tokenizer, max_length)
+        return rate(texts, reward_fn, device=device), counts
+
+    return encode
+
+
+# What `pargs train` and `pargs dpo` share: begin, read, fit_and_save.
+
+
+def begin(command: Callable, arguments: list[str], kind: type, **defaults: Any) -> tuple[Any, TrainingArguments]:
+    """The command's options and transformers' own; `defaults` are those of the latter, besides DEFAULTS.
+
+    Raises:
+        ValueError: if --output-dir holds checkpoints, and --resume is missing or their run had other options.
+    """
+    defaults = DEFAULTS | dict(dataloader_pin_memory=torch.accelerator.is_available()) | defaults
+    options, args = parse(command, arguments, kind, TrainingArguments, defaults=defaults)
+    if not (found := last_checkpoint(args.output_dir)):
+        return options, args
+    if not options.resume:
+        raise ValueError(f"there are checkpoints ({found}): add --resume, or choose another --output-dir")
+    kept = _kept(args)
+    if kept.exists() and (differ := differences(json.loads(kept.read_text("utf-8")), _recipe(options, args))):
+        raise ValueError(
+            f"{found} was made with other options ({differ}): resume with the same, or choose another --output-dir"
+        )
+    return options, args
+
+
+def _kept(args: TrainingArguments) -> Path:
+    return Path(args.output_dir) / "pargs.json"
+
+
+def _recipe(options: DataOptions, args: TrainingArguments) -> dict:
+    """What a model is made from, but for transformers' options; kept next to checkpoints, for --resume to compare."""
+    return {name: value for name, value in vars(options).items() if name != "resume"} | {"seed": args.seed}
+
+
+def read(options: DataOptions, reader: Callable[[str], list]) -> tuple[list, list]:
+    """The records to train on, and those of --eval-dataset."""
+    return reader(options.dataset), reader(options.eval_dataset) if options.eval_dataset else []
+
+
+def fit_and_save(
+    options: DataOptions,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    records: tuple[list, list],
+    encode: Encode,
+    fit: Callable[..., dict[str, float]],
+    save: Callable[..., None],
+) -> None:
+    """Encode, hold out, train, save and report.
+
+    Args:
+        records: from `read`.
+        fit: (model, tokenizer, items, held-out items, args=, resume=) -> metrics.
+        save: (model, tokenizer, folder).
+    """
+    say = print if args.process_index == 0 else lambda *_: None
+
+    def prepare(some: list) -> list:
+        items, counts = encode(some, tokenizer, options.max_length or context_length(model))
+        say("records:", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
+        return items
+
+    items, held_out = (prepare(some) if some else [] for some in records)
+    if not held_out:
+        items, held_out = split_by_prompt(items, options.eval_fraction, args.seed)
+
+    if args.process_index == 0 and not last_checkpoint(args.output_dir):
+        with aside(_kept(args)) as kept:
+            kept.write_text(json.dumps(_recipe(options, args), indent=1), "utf-8")
+    metrics = fit(model, tokenizer, items, held_out, args=args, resume=options.resume)
+    if args.process_index == 0:
+        save(model, tokenizer, args.output_dir)
+    say("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items()))
+    say(f"saved {args.output_dir}")
+    leave_together()
+
+
+def leave_together() -> None:
+    """End training in several processes at once: one that left while others still talk to it could make them fail."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
