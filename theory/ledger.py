@@ -10,7 +10,7 @@ import numpy as np
 
 TITLES = {
     "T0": "RLHF closed form",
-    "T1": "Full-sequence rewards say nothing of prefixes",
+    "T1": "Full-sequence rewards say nothing about prefixes",
     "T2": "The ratio identity",
     "T3": "The price of tractability",
     "T4": "The optimal tokenwise policy",
