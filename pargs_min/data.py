@@ -46,7 +46,7 @@ def encode_preferences(
         max_length: tokens of prompt and response together, at most. Longer prompts are cut from the left; a pair whose
             longer response leaves no room for one token of its prompt is dropped.
         append_eos: end each response with the tokenizer's end token, unless its ids end so already. Turn it off for
-            responses that were cut at a length limit. Without it an empty response cannot be scored: it is dropped.
+            responses that were cut at a length limit; empty responses then cannot be scored and are dropped.
 
     Returns:
         The pairs, and counts: "read", "kept", "too_long", "empty", "identical" (chosen equals rejected: nothing to

@@ -1,7 +1,7 @@
-"""The tokenwise loop: one pass of the language model, one of the reward model, one draw, for every token.
+"""The tokenwise loop: for every token one pass of the language model, one of the reward model, and one draw.
 
-The loop takes functions, not models. Of the language model it needs a *policy stepper* (`ModelPolicy`), of the reward
-model a *reward scorer* (`pargs_min.scoring`), and a *draw*. Tables of a tiny world serve as well as networks.
+The loop takes functions, not models: a *policy stepper* for the language model (`ModelPolicy`), a *reward scorer* for
+the reward model (`pargs_min.scoring`), and a *draw*. Tables of a tiny world work as well as networks.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def greedy(log_probs: Tensor, uniforms: Tensor) -> Tensor:
 def row_uniforms(seed: int, prompts: Iterable[int], samples: Iterable[int], steps: int) -> Tensor:
     """(B, steps) uniform numbers in [0, 1), one stream for each (seed, prompt number, sample number).
 
-    A text then depends on its own numbers alone, not on its batch, on the other samples or on how long the run is.
+    A text then depends on its own numbers alone, not on its batch, the other samples, or the length of the run.
 
     >>> bool((row_uniforms(0, [3, 4], [1, 1], 8)[1, :5] == row_uniforms(0, [4], [1], 5)[0]).all())
     True
@@ -87,8 +87,8 @@ class ModelPolicy(CachedText):
 
     Args:
         model: a causal language model in evaluation mode.
-        vocabulary: number of token ids the tokenizer knows, where the model has more rows than that: many are padded
-            to a round number, and the rows beyond mean nothing.
+        vocabulary: number of token ids that the tokenizer knows, where the model has more rows: many models pad their
+            embedding to a round number, and the extra rows mean nothing.
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: int | None = None):
@@ -146,7 +146,7 @@ def generate(
 ) -> Generation:
     """Generate token by token from pi(t | prefix) proportional to pi_ref(t | prefix) * exp(beta * r(prefix + t)).
 
-    Every row is a response of its own: neither the other rows nor padding changes it, unless `resample` says so.
+    Rows are independent: neither the other rows nor padding changes a response, unless `resample` is given.
 
     Args:
         policy: the reference, see `PolicyStepper`.
@@ -161,7 +161,7 @@ def generate(
         temperature: divides the whole sum, see `guided_log_probs`.
         draw: `sample`, `greedy`, or any other choice of a candidate.
         uniforms: (B, N) numbers in [0, 1), one per row and step (`row_uniforms`); by default torch's global stream.
-        resample: called before each draw; may let rows go on from others, which must then share their prompt.
+        resample: called before each draw; may let rows continue other rows, which must then share their prompt.
         on_step: called with a `Step` after each draw.
 
     Raises:
@@ -338,8 +338,8 @@ class RewardGuidance(LogitsProcessor):
     Only the top_k candidates keep a finite score, `log pi_ref + beta * r`; transformers then samples or takes the
     maximum. Its own `top_k` (50 by default) and `temperature` apply afterwards: pass `top_k=0` for more candidates.
 
-    One object serves one call of `generate`. Greedy decoding and sampling work, with any number of returned sequences;
-    beam search and assisted decoding move rows behind the processor's back and are refused.
+    Use a new object for each call of `generate`. Greedy decoding and sampling work, with any number of returned
+    sequences; beam search and assisted decoding reorder rows behind the processor's back and are refused.
 
     Args:
         scorer: a `RewardScorer`, such as `SiblingScorer(reward_model)`.

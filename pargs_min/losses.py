@@ -1,7 +1,7 @@
 """Bradley-Terry losses on whole responses (ARGS) and on every prefix of them (PARGS); the loss of controlled decoding.
 
-The paper writes the partial loss in one line; a program must also decide the following, and the paper's own code
-decides it silently. What is chosen here, and why:
+The paper writes the partial loss in one line. An implementation must also decide the following, and the paper's own
+code decides it silently. What is chosen here, and why:
 
 1. *What a response is.* A response ends with an end token, and its last prefix includes it. A prefix always includes
    the whole prompt.
@@ -12,8 +12,8 @@ decides it silently. What is chosen here, and why:
 3. *First prefix.* Length 1, unless `lengths` says otherwise. The paper's code starts at one or at two tokens, depending
    on the task.
 4. *Weights.* `reduction="prefix"` (default): every prefix counts once, so a long pair weighs more, as in the paper's
-   code. `reduction="pair"`: every pair counts once; opponents are then weighed by their length, and the order of
-   siblings by win rate is lost (T8).
+   code. `reduction="pair"`: every pair counts once; opponents are then weighted by their length, and siblings are no
+   longer ordered by win rate (T8).
 5. *Identical prefixes.* Up to their first difference both responses have the same reward: loss log 2, no gradient.
    They are kept, so a reported loss includes them.
 6. *Which token.* r(y_1:i) is read at token i itself. The paper's code re-tokenises the text of each prefix, and for

@@ -1,4 +1,4 @@
-"""When memory runs out: an error that says what was asked for and what to lower."""
+"""Out of memory: an error that says what was being done and what to lower."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-# What torch's allocators and its libraries say where they do not raise torch.OutOfMemoryError.
+# What torch's allocators and libraries say when they do not raise torch.OutOfMemoryError.
 SIGNS = ("out of memory", "not enough memory", "can't allocate memory", "_ALLOC_FAILED")
 
 
@@ -24,7 +24,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def enough_memory(doing: str, way_out: str) -> Iterator[None]:
-    """Within, where memory runs out the error says what was going on, and what to do about it.
+    """Within, an out-of-memory error says what was being done, and what to do about it.
 
     Raises:
         MemoryError: "out of memory while `doing`: `way_out`", from torch's own error.

@@ -93,7 +93,7 @@ def prefix_accuracy(curves: Mapping[str, Sequence[Sequence[float]]], title: str 
 
 
 def intervals(panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> Figure:
-    """Estimates with their intervals: a panel a measure, a line a file.
+    """Estimates with their intervals: one panel per measure, one line per file.
 
     Args:
         panels: measure -> file -> (value, low, high); the first panel's files come first, from the top.

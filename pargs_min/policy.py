@@ -15,12 +15,13 @@ def guided_log_probs(ref_log_probs: Tensor, prefix_rewards: Tensor, beta: float,
 
     A `temperature` divides the whole sum, `(log pi_ref + beta * r) / temperature`, as a sampler's temperature would;
     the paper's policy is `temperature=1`. Adding a constant to a row of either input changes nothing, so raw logits
-    serve as well as log-probabilities, and a reward is needed only up to a constant per prefix.
+    work as well as log-probabilities, and the reward matters only up to a constant per prefix.
 
     Args:
         ref_log_probs: (..., K) log pi_ref of each candidate, in nats; -inf where the reference never goes.
         prefix_rewards: (..., K) r(prefix + candidate), in the reward model's own unit.
-        beta: weight of the reward, in nats per unit of reward; the inverse of the KL coefficient of RLHF.
+        beta: weight of the reward, in nats per unit of reward. It is the inverse of the KL coefficient of RLHF, which
+            DPO and TRL call beta.
         temperature: > 0.
 
     Returns:
@@ -57,7 +58,7 @@ def top_k_candidates(ref_log_probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]
     Raises:
         ValueError: if `top_k` is negative or larger than the vocabulary.
 
-    Source: arXiv 2406.07780, the decoding algorithm (k candidates a step).
+    Source: arXiv 2406.07780, the decoding algorithm (k candidates per step).
 
     >>> top_k_candidates(torch.tensor([[0.2, 0.5, 0.3]]).log(), top_k=2)[1]
     tensor([[1, 2]])

@@ -37,7 +37,7 @@ def read_preferences(name: str | os.PathLike) -> list[Preference]:
     """Read a .jsonl or .jsonl.gz file, or a data set of the model hub given as `owner/name` or `owner/name:split`.
 
     Raises:
-        ValueError: naming file and line, at the first line that is not a record of one of the forms above.
+        ValueError: naming file and line, at the first line that has none of the forms above.
         OSError: if there is no such file.
     """
     name = str(name)
@@ -112,7 +112,7 @@ def read_texts(path: str | os.PathLike) -> list[dict]:
 
 
 def read_prompts(path: str | os.PathLike) -> list[dict]:
-    """Read prompts to decode from: JSONL records with a `prompt` (text or messages), or plain text, one a line.
+    """Read prompts: JSONL records with a `prompt` (text or messages), or plain text, one prompt per line.
 
     Files that end in .jsonl or .jsonl.gz are JSONL, and their records keep all other fields (`prompt_ids` among
     them); in any other file each line that is not empty becomes `{"prompt": line}`.

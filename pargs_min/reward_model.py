@@ -1,11 +1,11 @@
 """The reward model: an ordinary `AutoModelForSequenceClassification`, read at every token instead of only the last.
 
-A causal backbone sees at token i exactly the prefix that ends there, so one forward pass over a response holds the
-rewards of all its prefixes. Only the class's own `forward` hides them: it pools the last token. We call the backbone
+At token i a causal backbone sees exactly the prefix that ends there, so one forward pass over a response yields the
+rewards of all its prefixes. The class's own `forward` hides them, since it pools the last token: we call the backbone
 and the head ourselves.
 
-The head has one of two shapes. *Scalar*: one number, r(y_1:i), read at token i. *Vocabulary*: one number for each token
-that may come next, r(y_1:i) read at token i-1, entry y_i; a single query then scores every candidate of a step.
+The head has one of two shapes. *Scalar head*: one number, r(y_1:i), read at token i. *Vocabulary head*: one number for
+each token that may come next; r(y_1:i) is entry y_i, read at token i-1, so a single query scores every candidate.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def prefix_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
 
     Returns:
         (B, T) rewards in float32 or wider; meaningless where `mask` is 0, and under a vocabulary head also at the
-        first token of a text, which nothing comes before.
+        first token of a text, which nothing precedes.
 
     Raises:
         ValueError: if the model is not a causal reward model (see `body_and_head`).

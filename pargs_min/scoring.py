@@ -1,11 +1,11 @@
-"""Rewards of the k candidates of a step, without waste.
+"""Rewards of the k candidates of a step, without wasted work.
 
-A *reward scorer* is what the decoding loop needs of a reward model: `start(prompt_ids, mask)`, then at every step
+A *reward scorer* is all that the decoding loop needs from a reward model: `start(prompt_ids, mask)`, then at every step
 `score(candidates) -> rewards` and `push(tokens)`, once each, in that order.
 
     SiblingScorer      one pass over one cache for all k candidates; causal reward models with a scalar head
     VocabularyScorer   one query over one cache for the whole vocabulary; those with a vocabulary head
-    ReencodeScorer     any function of whole texts; k passes over everything, and the oracle of the other two
+    ReencodeScorer     any function of whole texts; k passes over everything per token, and the oracle of the other two
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ RewardFn = Callable[[Tensor, Tensor], Tensor]  # whole texts (N, T) and their ma
 class SiblingScorer:
     """r(prefix + candidate) for k candidates in one pass over a cache that is never copied.
 
-    The candidates are fed as k tokens at one and the same position. Each sees the cached prefix and itself, and none
-    sees another; afterwards the cache forgets them. The token that was drawn is fed again with the next step's
-    candidates, so nobody has to know which of them won.
+    The candidates are fed as k tokens that share one position. Each attends to the cached prefix and to itself, never
+    to another candidate; afterwards the cache drops them. The drawn token is fed again with the next step's candidates,
+    so the scorer need not know which candidate won.
 
     Args:
         model: a causal reward model (`body_and_head`) with absolute or rotary positions and softmax attention.
@@ -147,7 +147,7 @@ def attention_window(config) -> int | None:
 
 @torch.no_grad()
 def _check_siblings(scorer: SiblingScorer) -> None:
-    """Two steps of a tiny left-padded batch against full passes: a family that nobody has tried must not be wrong."""
+    """Two steps of a tiny left-padded batch against full passes: no untested model family is silently wrong."""
     model, weight, training = scorer.model, scorer.head.weight, scorer.model.training
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(vocabulary, (2, 6 + 16), generator=torch.Generator().manual_seed(0)).to(weight.device)
@@ -246,12 +246,12 @@ class VocabularyScorer(CachedText):
 
 
 class ReencodeScorer:
-    """r(prefix + candidate) by reading all B * K whole texts again at every step, those of like length together.
+    """r(prefix + candidate) by reading all B * K whole texts again at every step, batched by length.
 
     Args:
         reward_fn: (N, T) ids and their mask, padded on the left -> (N,) rewards. See `model_rewards` and
-            `text_rewards` for hub models; any function of token ids will do. It is given the texts in parts.
-        max_tokens: of a part, padding included; a longer text is a part by itself.
+            `text_rewards` for hub models; any function of token ids will do. It is called on parts of the texts.
+        max_tokens: per part, padding included; a longer text is a part by itself.
     """
 
     def __init__(self, reward_fn: RewardFn, max_tokens: int = 2**14):
@@ -280,7 +280,7 @@ class ReencodeScorer:
 
 
 def length_buckets(lengths: list[int], max_tokens: int) -> Iterator[slice]:
-    """Cut ascending lengths into parts to be read together, with at most a quarter of each being padding.
+    """Split ascending lengths into parts to be read together, each with at most a quarter of padding.
 
     Args:
         max_tokens: number of texts times length of the longest, at most; a longer text is a part by itself.

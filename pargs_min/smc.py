@@ -1,13 +1,14 @@
-"""Sequential Monte Carlo: n particles a prompt, by the same loop, come to the RLHF policy that one of them misses.
+"""Sequential Monte Carlo: the same loop with n particles per prompt, which approach the RLHF policy as n grows.
 
-The tokenwise policy follows the partial reward from token to token, and what it writes is not the RLHF policy of whole
-texts. The difference is a weight that the loop knows already: after the prefix a,
+The tokenwise policy follows the partial reward from token to token, so its texts do not follow the RLHF policy of whole
+texts. The difference is a weight that the loop already has: after the prefix a,
 
     gamma(at) / (gamma(a) pi(t | a)) = Z(a) exp(-beta r(a)),   gamma(a) = pi_ref(a) exp(beta r(a)),
 
-whatever the token t. Particles whose weights have grown apart are resampled in proportion to them before they draw;
-at the end, exp(beta (R(y) - r(y))) replaces the partial reward by the reward R that is wanted of the whole text. No
-training is needed, and r need not be good: it decides how many particles are enough, not what they converge to.
+whatever the token t. When the weights of a prompt's particles have drifted apart, the particles are resampled in
+proportion to them before they draw; at the end, exp(beta (R(y) - r(y))) replaces the partial reward by the reward R
+of the whole text. No further training is needed, and r need not be good: it decides how many particles are enough, not
+what they converge to.
 
 Source: twisted sequential Monte Carlo, Zhao et al. (2024), arXiv 2404.17546; the weight is the normaliser of the ratio
 of two RLHF policies in arXiv 2406.07780 (`theory/`, T2 and T10).
@@ -48,7 +49,7 @@ class Particles:
     kl: Tensor  # (B, n) beta * R - log_evidence, in nats, see `smc`
 
     def pick(self, uniforms: Tensor) -> tuple[Generation, Tensor]:
-        """One response a prompt, drawn by weight with (B,) uniforms: (B rows, their (B,) kl)."""
+        """One response per prompt, drawn by weight with (B,) uniforms: (B rows, their (B,) kl)."""
         n = self.log_weights.shape[1]
         rows = sample(self.log_weights, uniforms) + n * torch.arange(len(uniforms), device=uniforms.device)
         picked = (getattr(self.generation, field.name)[rows] for field in fields(Generation))
@@ -56,7 +57,7 @@ class Particles:
 
 
 def systematic(log_weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Resample by one uniform a prompt: particle k is chosen floor(n w_k) or ceil(n w_k) times, n w_k on average.
+    """Resample with one uniform per prompt: particle k is chosen floor(n w_k) or ceil(n w_k) times, n w_k on average.
 
     Args:
         log_weights: (B, n) in nats, need not be normalised.
@@ -104,7 +105,7 @@ def smc(
     on_step: Callable[[Step], None] | None = None,
     **settings,
 ) -> Particles:
-    """n particles a prompt, which sample pi(y) proportional to pi_ref(y) exp(beta R(y)) as n grows.
+    """n particles per prompt, which sample pi(y) proportional to pi_ref(y) exp(beta R(y)) as n grows.
 
     With `top_k`, pi_ref is the reference restricted to the responses all of whose tokens are among the top k; a
     response that was cut at `max_new_tokens` counts as it stands. A particle that has ended keeps its weight.
@@ -122,7 +123,7 @@ def smc(
     (2010); the second is the chain rule.
 
     Args:
-        n: particles a prompt; one is PARGS.
+        n: particles per prompt; one particle is PARGS.
         beta: weight of both rewards, in nats per unit of reward.
         final: R, reward of whole texts; None takes the partial reward of the finished response.
         threshold: resample the particles of a prompt when their effective number falls below this fraction of n;

@@ -1,9 +1,9 @@
-"""The two steppers over caches of fixed size, compiled: for GPUs, where launching small kernels one by one takes longer
+"""The two steppers over caches of fixed size, compiled: for GPUs, where launching small kernels one by one costs more
 than the arithmetic.
 
-Nothing about a step changes its shapes: a cache has a fixed number of slots, the mask says which of them a text may
-see, and where the next token goes is a number on the device. So a step is one compiled graph (on CUDA a captured one,
-`mode="reduce-overhead"`), and the loop around it is the one of `decode`. Another batch size or k compiles anew.
+No step changes any shape: a cache has a fixed number of slots, the mask says which of them a text may attend to, and
+the slot of the next token is a number on the device. So a step is one compiled graph (on CUDA a captured one,
+`mode="reduce-overhead"`), driven by the loop in `decode`. Another batch size or k is compiled anew.
 """
 
 from __future__ import annotations

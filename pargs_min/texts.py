@@ -1,7 +1,7 @@
 """Prompts in, texts out: the named methods over a file of prompts, in batches, one record per text.
 
-A text depends on (seed, prompt number, sample number) alone, so a run that was interrupted, resumed or divided writes
-the texts of one that was not.
+A text depends only on (seed, prompt number, sample number), so a run that is interrupted, resumed or sharded writes the
+same texts as one that is not.
 """
 
 from __future__ import annotations

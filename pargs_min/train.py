@@ -1,8 +1,8 @@
 """Train a reward model on preference pairs, on every prefix of the responses or on whole responses only; or a value
-model on samples.
+model on rated samples.
 
-A batch of B pairs is one forward pass of 2B rows, which holds the rewards of all prefixes. The loop, its checkpoints,
-precision and processes are those of transformers' `Trainer`; what is ours is the loss and what evaluation reports.
+A batch of B pairs is one forward pass of 2B rows, which yields the rewards of all prefixes. The loop, checkpoints,
+precision and processes are those of transformers' `Trainer`; ours are the losses and the metrics.
 """
 
 from __future__ import annotations
