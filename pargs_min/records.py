@@ -15,13 +15,14 @@ import gzip
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 Messages = list[dict[str, str]]
 Prompt = str | Messages | list[int]
 ASSISTANT = "\n\nAssistant:"  # how HH-RLHF begins an answer
+TRAIN_SPLITS = {"HuggingFaceH4/ultrafeedback_binarized": "train_prefs"}  # hub data sets whose is not "train"
 
 
 class Preference(NamedTuple):
@@ -168,15 +169,14 @@ def _json_object(line: bytes, source: str) -> dict:
 
 def _read_hub(name: str) -> Iterator[tuple[dict, str]]:
     name, _, split = name.partition(":")
-    to_record, default_split = HUB_PRESETS.get(name, (dict, "train"))
     try:
         from datasets import load_dataset
     except ImportError:
         raise ValueError(
             f"there is no file {name}; to load it as a data set of the hub: pip install 'pargs-min[hub]'"
         ) from None
-    for number, row in enumerate(load_dataset(name, split=split or default_split)):
-        yield to_record(row), f"{name} row {number}"
+    for number, row in enumerate(load_dataset(name, split=split or TRAIN_SPLITS.get(name, "train"))):
+        yield dict(row), f"{name} row {number}"
 
 
 def check_preference(record: dict, source: str) -> Preference:
@@ -266,16 +266,3 @@ def is_messages(value: object) -> TypeGuard[Messages]:
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
         )
     )
-
-
-def _tldr(row: dict) -> dict:
-    return {name: row[name] for name in ("prompt", "chosen", "rejected")}
-
-
-# The three tasks of the paper: how a row becomes a record, and the split to train on. Any other data set of the hub is
-# read as it stands, from its split "train".
-HUB_PRESETS: dict[str, tuple[Callable[[dict], dict], str]] = {
-    "Anthropic/hh-rlhf": (split_dialogues, "train"),
-    "trl-lib/tldr-preference": (_tldr, "train"),
-    "HuggingFaceH4/ultrafeedback_binarized": (split_chats, "train_prefs"),
-}
