@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pargs_min import methods
 from pargs_min.cli import main
+from pargs_min.models import load_reward_model, save_reward_model
 from pargs_min.reward_model import prefix_rewards
 from tests.strategies import tiny_lm, tiny_tokenizer
 
@@ -39,9 +40,10 @@ def train(lm, pairs, out, *more):
 
 
 def test_help_is_instant():
-    code = "import sys; from pargs_min.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from pargs_min.cli import main; main(['--help']); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "train" in done.stdout
+    assert "train a reward model" in done.stdout
+    assert not {"torch", "transformers", "numpy"} & set(done.stdout.split("\n")[-2].split())
 
 
 def test_train_saves_a_model_that_transformers_loads_and_that_says_how_it_was_made(lm, pairs, tmp_path, capsys):
@@ -71,6 +73,7 @@ def test_responses_that_were_cut_are_compared_up_to_the_shorter_one(lm, pairs, t
     assert "drop one of the two" in capsys.readouterr().err
 
 
+@pytest.mark.trains
 def test_an_earlier_run_is_gone_on_with_or_left_alone(lm, pairs, tmp_path, capsys):
     assert train(lm, pairs, tmp_path / "out") == 0
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -99,6 +102,12 @@ def test_a_run_goes_on_with_the_options_it_began_with(lm, pairs, tmp_path, capsy
     assert differ in capsys.readouterr().err
     assert (tmp_path / "out" / "config.json").read_bytes() == config
     assert train(lm, pairs, tmp_path / "out", "--resume", "--tail", "extend") == 0  # the default, spelled out
+
+
+def test_what_a_run_began_with_is_checked_before_anything_is_loaded(lm, pairs, tmp_path, capsys):
+    assert train(lm, pairs, tmp_path / "out") == 0
+    assert train("nowhere/at-all", "nowhere.jsonl", tmp_path / "out", "--resume") == 2
+    assert "'nowhere/at-all' now" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("head", ["scalar", "vocab"])
@@ -224,6 +233,24 @@ def test_fine_tuned_rivals_write_folders_that_generate_takes(lm, pairs, prompts,
         assert (tmp_path / rival / "model.safetensors").exists()
 
 
+def test_a_log_that_cannot_be_read_is_said_before_training_and_kept(lm, prompts, tmp_path, capsys):
+    guide = load_reward_model(lm)
+    save_reward_model(guide, tiny_tokenizer(), tmp_path / "rm")
+    log = tmp_path / "ppo" / "log.jsonl"
+    log.parent.mkdir()
+    log.write_text("update 1\n")
+    models = ["--model", str(lm), "--reward-model", str(tmp_path / "rm"), "--device", "cpu"]
+    assert main(["ppo", *models, "--prompts", str(prompts), "--output-dir", str(log.parent), "--updates", "1"]) == 2
+    assert "log.jsonl:1: not JSON" in capsys.readouterr().err
+    assert [file.name for file in log.parent.iterdir()] == ["log.jsonl"]
+    assert log.read_text() == "update 1\n"
+
+
+def test_progress_is_said_where_stderr_is_no_terminal(lm, prompts, tmp_path, capsys):
+    assert generate(lm, prompts, tmp_path / "out.jsonl", "--method", "plain") == 0
+    assert "generating: 100%" in capsys.readouterr().err
+
+
 def test_an_output_file_is_continued_or_left_alone(lm, prompts, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     assert generate(lm, prompts, out, "--method", "plain") == 0
@@ -311,6 +338,7 @@ def test_a_broken_model_stops_and_writes_no_text(lm, prompts, tmp_path, capsys):
     assert (tmp_path / "out.jsonl").read_text() == ""
 
 
+@pytest.mark.trains
 def test_two_processes_train_what_one_does(lm, tmp_path):
     file, out = tmp_path / "unequal.jsonl", [tmp_path / "one", tmp_path / "two"]
     records = [{"prompt": w, "chosen": "a " * n, "rejected": f"b {w}"} for n, w in enumerate(WORDS + "a", 1)]

@@ -1,0 +1,122 @@
+"""What users hold on to: public names, commands, their options and defaults. A change of this table is a decision."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+import pargs_min
+from pargs_min.cli import COMMANDS, main
+
+NAMES = """
+    Generation ModelPolicy ReencodeScorer RewardGuidance SiblingScorer bradley_terry_loss check_vocabularies
+    encode_preferences encode_prompt final_rewards generate generate_texts greedy guided_log_probs load_reward_model
+    model_rewards partial_bradley_terry_loss prefix_accuracy prefix_rewards read_preferences read_prompts row_uniforms
+    sample save_reward_model split_by_prompt text_rewards top_k_candidates train_reward_model
+"""
+# Every option as on the command line, without the dashes: name! is required, name=value has a default, {} are choices.
+# Of transformers' own options for `train` and `dpo` only those are listed whose default is ours.
+OPTIONS = {
+    "demo": "output-dir quick=False seed=0",
+    "train": """
+        model! dataset! append-eos=True max-length eval-dataset eval-fraction=0.1 resume=False
+        objective=partial{partial,full,value} reward-model tail{extend,min} head=scalar{scalar,vocab}
+        reduction=prefix{prefix,pair} lora-rank
+        output-dir=runs/reward_model num-train-epochs=1 learning-rate=1e-05 warmup-steps=0.05 logging-steps=10
+        save-total-limit=1
+    """,
+    "generate": """
+        model! reward-model beta=1.0 top-k max-new-tokens=64 temperature=1.0 seed=0 device dtype=auto
+        prompts! output! method=pargs{plain,pargs,pargs-greedy,args,args-greedy,cd,best-of-n,smc} final-reward-model
+        num-samples=1 n=10 particles=8 batch-size=8 compile=False shard=0/1 resume=False
+    """,
+    "trace": """
+        model! reward-model beta=1.0 top-k max-new-tokens=64 temperature=1.0 seed=0 device dtype=auto
+        prompt! method=pargs{plain,pargs,pargs-greedy,args,args-greedy,cd} output shown=10 sample=0
+    """,
+    "evaluate": "files! judge=[] against reference output-dir=runs/evaluation",
+    "study": """
+        output-dir=runs/study seeds=3 seed=0 processes=2 quick=False model dataset prompts judge held-out
+        max-new-tokens=64 samples=16 batch-size=32 pairs-per-step=16 epochs=1.0 learning-rate=1e-05
+        dpo-learning-rate=1e-06 ppo-learning-rate=1e-05 ppo-updates=100 append-eos=True
+    """,
+    "benchmark": """
+        config=tiny{tiny,gpt2,gpt2-large,llama-7b} model reward-model top-k=10 batch-size=1 prompt-length=128 tokens=8
+        rounds=7 dtype=float32{float32,bfloat16,float16} device threads=1 quick=False check=False
+        output-dir=runs/benchmark
+    """,
+    "dpo": """
+        model! dataset! append-eos=True max-length eval-dataset eval-fraction=0.1 resume=False beta=1.0
+        output-dir=runs/dpo num-train-epochs=1 learning-rate=1e-06 warmup-steps=0.05 logging-steps=10
+        save-total-limit=1
+    """,
+    "ppo": """
+        model! prompts! reward-model! value-model output-dir=runs/ppo save-every=20 device resume=False
+        beta=1.0 max-new-tokens=64 updates=200 batch-size=64 passes=4 minibatch-size=16 learning-rate=1e-05 clip=0.2
+        value-weight=0.1 lam=0.95 max-grad-norm=1.0 seed=0
+    """,
+}
+
+
+class Built(Exception):
+    """Carries the parser of a command, when it is about to parse."""
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Command -> its parser."""
+
+    def raise_it(self, *_, **__):
+        raise Built(self)
+
+    def parser(name):
+        with pytest.raises(Built) as caught:
+            main([name, *(["beta"] if name == "study" else [])])
+        return caught.value.args[0]
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", raise_it)
+    return parser
+
+
+def described(action):
+    name = max(action.option_strings, key=lambda flag: flag.count("-"), default=action.dest).removeprefix("--")
+    default = "" if action.default is None else f"={action.default}"
+    choices = "" if action.choices is None else f"{{{','.join(action.choices)}}}"
+    return name + ("!" if action.required else "") + default + choices
+
+
+def ours(parser):
+    """An action per option, without the --no-... of flags; of TrainingArguments only those whose default is ours."""
+    options = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    if "num_train_epochs" not in options:
+        return options.values()
+    theirs = HfArgumentParser(TrainingArguments)
+    names = {field.name for field in fields(TrainingArguments)}
+    same = {name for name in names & options.keys() if theirs.get_default(name) == options[name].default}
+    same.add("dataloader_pin_memory")  # ours, and it depends on the machine
+    return [action for name, action in options.items() if name not in same]
+
+
+def test_public_names():
+    assert pargs_min.__all__ == NAMES.split()
+
+
+def test_commands():
+    assert list(COMMANDS) == list(OPTIONS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_and_defaults(name, built):
+    assert set(map(described, ours(built(name)))) == set(OPTIONS[name].split())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_is_explained_and_taken_in_both_spellings(name, built):
+    for action in built(name)._actions:
+        assert action.help
+        flags = {flag.removeprefix("--") for flag in action.option_strings if flag.startswith("--")}
+        assert flags == {flag.replace("_", "-") for flag in flags} | {flag.replace("-", "_") for flag in flags}
+    assert "(default: None)" not in built(name).format_help()
