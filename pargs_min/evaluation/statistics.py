@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
+from scipy.special import logsumexp
 
 
 def prompt_means(values: Sequence[float], groups: Sequence[Hashable]) -> np.ndarray:
@@ -91,6 +92,20 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def estimate(values: Sequence[float], groups: Sequence[Hashable]) -> dict[str, float | None]:
+    """{mean, error, low, high}, of `mean_and_error` and `bootstrap_interval`; None where one prompt leaves it unknown.
+
+    >>> estimate([1.0, 3.0], ["a", "a"])
+    {'mean': 2.0, 'error': None, 'low': None, 'high': None}
+    """
+    numbers = (*mean_and_error(values, groups), *bootstrap_interval(values, groups))
+    return dict(zip(("mean", "error", "low", "high"), map(_known, numbers), strict=True))
+
+
+def _known(number: float) -> float | None:
+    return None if math.isnan(number) else number
+
+
 def wilson(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's interval of a proportion.
 
@@ -119,64 +134,42 @@ def wilson(successes: float, trials: int, confidence: float = 0.95) -> tuple[flo
     return float(low.low), float(high.high)
 
 
-class WinRate(NamedTuple):
-    """Paired comparisons: a rate in [0, 1] with its interval, and the counts behind it."""
-
-    rate: float
-    low: float
-    high: float
-    wins: int
-    ties: int
-    losses: int
-
-
-def win_rate(ours: Sequence[float], theirs: Sequence[float], confidence: float = 0.95) -> WinRate:
-    """How often ours beats theirs, pair by pair, a tie counting half.
-
-        rate = (wins + ties / 2) / pairs
-
-    with Wilson's interval, for which pairs are independent: that is, for one pair per prompt. With several, take error
-    and interval over prompts, from `mean_and_error` and `bootstrap_interval` of the outcomes.
-
-    Args:
-        ours, theirs: the score of each text; any unit, the larger the better.
-
-    Raises:
-        ValueError: if the lengths differ, there is no pair, or a score is nan, which neither beats nor ties.
-
-    >>> rate = win_rate([1, 2, 3, 4], [0, 2, 4, 1])
-    >>> rate.rate, rate.wins, rate.ties, rate.losses
-    (0.625, 2, 1, 1)
-    """
-    if len(ours) != len(theirs):
-        raise ValueError(f"ours and theirs must be paired, got {len(ours)} and {len(theirs)} scores")
-    if np.isnan([*ours, *theirs]).any():
-        raise ValueError("ours and theirs must be numbers, got nan among them; leave those pairs out")
-    return count_outcomes([outcome(a, b) for a, b in zip(ours, theirs, strict=True)], confidence)
-
-
 def outcome(ours: float, theirs: float) -> float:
     """1 if ours is the better, 0 if theirs is, 0.5 for a tie."""
     return 0.5 * ((ours > theirs) + (ours >= theirs))
 
 
-def count_outcomes(outcomes: Sequence[float], confidence: float = 0.95) -> WinRate:
-    """The win rate of outcomes 1 (won), 0.5 (tied) and 0 (lost).
+def win_rate(outcomes: Sequence[float], groups: Sequence[Hashable]) -> dict[str, float | None]:
+    """How often one side wins, averaged over prompts.
+
+    Wilson's interval is for independent pairs, so it serves where each prompt has one. Several pairs for a prompt
+    resemble each other: then whole prompts are drawn again, as in `bootstrap_interval`.
+
+    Args:
+        outcomes: 1 (won), 0.5 (tied) or 0 (lost) for each pair.
+        groups: the prompt of each pair.
+
+    Returns:
+        {rate, low, high, wins, ties, losses, error_over_prompts}: a rate in [0, 1] with its interval of 95%, the counts
+        behind it, and its standard error; None where a single prompt leaves it unknown.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no outcome, or not one group for each.
+
+    >>> rate = win_rate([1, 1, 0.5, 0], range(4))
+    >>> rate["rate"], rate["wins"], rate["ties"], rate["losses"]
+    (0.625, 2, 1, 1)
     """
-    if not len(outcomes):
-        raise ValueError("outcomes must hold at least one comparison, got none")
-    wins, ties = outcomes.count(1), outcomes.count(0.5)
-    successes = wins + ties / 2
-    return WinRate(
-        successes / len(outcomes),
-        *wilson(successes, len(outcomes), confidence),
-        wins,
-        ties,
-        len(outcomes) - wins - ties,
-    )
+    rate, error = mean_and_error(outcomes, groups)
+    counts = {name: list(outcomes).count(value) for name, value in (("wins", 1), ("ties", 0.5), ("losses", 0))}
+    prompts = len(set(groups))
+    if prompts == len(groups):
+        low, high = wilson(counts["wins"] + counts["ties"] / 2, prompts)
+    else:
+        low, high = bootstrap_interval(outcomes, groups)
+    if low == high:  # no two prompts differ
+        low, high = wilson(rate * prompts, prompts)
+    return {"rate": rate, "low": _known(low), "high": _known(high), **counts, "error_over_prompts": _known(error)}
 
 
 def distinct_n(sequences: Sequence[Sequence[int]], n: int) -> float:
@@ -203,3 +196,37 @@ def distinct_n(sequences: Sequence[Sequence[int]], n: int) -> float:
         raise ValueError(f"n must be at least 1, got {n}")
     ngrams = [tuple(ids[i : i + n]) for ids in sequences for i in range(len(ids) - n + 1)]
     return len(set(ngrams)) / len(ngrams) if ngrams else math.nan
+
+
+class FrontierPoint(NamedTuple):
+    """The best expected reward at a KL (nats per text), and the effective sample size behind the estimate."""
+
+    beta: float
+    reward: float
+    kl: float
+    effective_samples: float
+
+
+def rlhf_frontier(rewards: np.ndarray, betas: Sequence[float], least: float = 500.0) -> list[FrontierPoint]:
+    """The RLHF policies of a reward, one per beta, estimated from samples of the reference; no policy does better.
+
+        w_n = exp(beta R_n) / sum_m exp(beta R_m)        reward = sum_n w_n R_n        KL = sum_n w_n log(N w_n)
+
+    each averaged over prompts; so the mean of log Z(prompt) = log E_ref[exp(beta R)] is beta reward - KL. The effective
+    sample size 1 / sum_n w_n^2 is added up over prompts.
+
+    Args:
+        rewards: (prompts, N) rewards R of N samples for each prompt.
+        least: points with fewer effective samples are left out.
+
+    >>> [round(point.reward, 6) for point in rlhf_frontier(np.array([[0.0, 1.0] * 600]), [0.0, 1.0])]  # sigmoid(beta)
+    [0.5, 0.731059]
+    """
+    points = []
+    for beta in betas:
+        log_weights = beta * rewards - logsumexp(beta * rewards, axis=1, keepdims=True)
+        weights = np.exp(log_weights)
+        reward = (weights * rewards).sum(1).mean()
+        kl = (weights * (log_weights + math.log(rewards.shape[1]))).sum(1).mean()
+        points.append(FrontierPoint(beta, float(reward), float(kl), float((1 / (weights**2).sum(1)).sum())))
+    return [point for point in points if point.effective_samples >= least]

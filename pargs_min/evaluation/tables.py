@@ -7,20 +7,20 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from pargs_min.evaluation.compare import Comparison
 from pargs_min.evaluation.judges import is_number
+from pargs_min.markdown import markdown_table
+from pargs_min.store import write_json
 
 
 def markdown(comparison: Comparison) -> str:
     """The table and its notes; columns that no file has are left out."""
-    table = [_cells(row) for row in comparison.rows]
-    names = [name for name in table[0] if any(cells[name] for cells in table)]
-    lines = [names, *([cells[name] for name in names] for cells in table)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    text = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
-    text.insert(1, " | ".join("-" * width for width in widths))
-    return "\n".join([f"| {line} |" for line in text] + [""] + [f"- {note}" for note in comparison.notes])
+    lines = [_cells(row) for row in comparison.rows]
+    names = [name for name in lines[0] if any(cells[name] for cells in lines)]
+    table = markdown_table(names, [[cells[name] for name in names] for cells in lines], align="l" * len(names))
+    return "\n".join([table, "", *(f"- {note}" for note in comparison.notes)])
 
 
 KL = "KL (nats; line from 0: at most)"
@@ -38,10 +38,10 @@ def panels(comparison: Comparison) -> dict[str, dict[str, tuple[float, float, fl
         for name, estimate in estimates.items():
             if estimate:
                 value = estimate.get("mean", estimate.get("rate"))
-                ends = (value if estimate[end] is None else estimate[end] for end in ("low", "high"))
+                low, high = (value if estimate[end] is None else estimate[end] for end in ("low", "high"))
                 if name == KL and row["kl_is_bound"]:
-                    ends = 0.0, value  # it is somewhere up to there
-                found.setdefault(name, {})[row["file"]] = (value, *ends)
+                    low, high = 0.0, value  # it is somewhere up to there
+                found.setdefault(name, {})[row["file"]] = value, low, high
     return found
 
 
@@ -50,13 +50,12 @@ def write_comparison(comparison: Comparison, folder: str | os.PathLike) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.md").write_text(markdown(comparison) + "\n", "utf-8")
-    rows = {"rows": comparison.rows, "notes": comparison.notes}
-    (folder / "evaluation.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False, allow_nan=False), "utf-8")
+    write_json(folder / "evaluation.json", {"rows": comparison.rows, "notes": comparison.notes})
     lines = [json.dumps(answer, ensure_ascii=False, default=_plain) + "\n" for answer in comparison.answers]
     (folder / "answers.jsonl").write_text("".join(lines), "utf-8")
 
 
-def _plain(answer: object) -> float | str:
+def _plain(answer: Any) -> float | str:
     """Numbers of numpy are no less numbers."""
     return float(answer) if is_number(answer) else repr(answer)
 
@@ -77,21 +76,12 @@ def _cells(row: dict) -> dict[str, str]:
         cells[f"no answer ({short[name]})"] = str(judged["out_of_format"] or "")
     kl = _plus_minus(row["kl"])
     cells["KL (nats)"] = f"≤ {row['kl']['mean']:.3g}" if kl and row["kl_is_bound"] else kl
-    for name, title in COLUMNS.items():
-        cells[title] = _plus_minus(row.get(name))
-    return cells
+    measures = [name for name in row if name not in NO_MEASURES]
+    return cells | {TITLES.get(name, name.replace("_", " ")): _plus_minus(row[name]) for name in measures}
 
 
-COLUMNS = {
-    "distinct_1": "distinct-1",
-    "distinct_2": "distinct-2",
-    "rouge_l": "ROUGE-L",
-    "length": "tokens",
-    "finished": "finished",
-    "off_grammar": "off grammar",
-    "seconds": "seconds",
-    "model_calls": "model calls",
-}
+NO_MEASURES = "file", "method", "prompts", "texts", "judges", "kl_is_bound", "kl"  # have columns of their own, or none
+TITLES = {"distinct_1": "distinct-1", "distinct_2": "distinct-2", "rouge_l": "ROUGE-L", "length": "tokens"}
 
 
 def _plus_minus(estimate: dict | None, interval: bool = False) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from pargs_min.evaluation.judges import Judge, load_judge, prompt_text
+from pargs_min.evaluation.judges import Judge, load_judge
+from pargs_min.evaluation.reading import prompt_text
 from pargs_min.world.gold import gold_rewards, off_grammar
 
 

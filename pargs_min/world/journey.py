@@ -28,7 +28,8 @@ PAD, END, UNKNOWN = "<pad>", "<end>", "<unk>"
 HORIZON = 25  # tokens in the longest journey, its end token included
 OFF_GRAMMAR = -3.5  # the gold reward of a word string that the grammar cannot have written
 
-ADJECTIVES = "small", "red", "heavy", "worn"
+OPENINGS = (2, "she"), (1, "today she"), (1, "again she")  # each with its weight
+ADJECTIVES = (4, ""), (1, "small"), (1, "red"), (1, "heavy"), (1, "worn")
 USE = {
     "rope": "floods",
     "raft": "floods",
@@ -91,15 +92,12 @@ class Journey:
         match place:
             case "start", role, land:
                 packing = "packing", role, land
-                return [
-                    (2, "she packs a", packing),
-                    (1, "today she packs a", packing),
-                    (1, "again she packs a", packing),
-                ]
+                return [(n, f"{opening} packs a", packing) for n, opening in OPENINGS]
             case "packing", role, land:
-                items = [(3 if item == HABIT[role] else 1, item, ("packed", use, land)) for item, use in USE.items()]
-                return [(4 * n, item, then) for n, item, then in items] + [
-                    (n, f"{adjective} {item}", then) for adjective in ADJECTIVES for n, item, then in items
+                return [
+                    (n * (3 if item == HABIT[role] else 1), f"{adjective} {item}", ("packed", use, land))
+                    for n, adjective in ADJECTIVES
+                    for item, use in USE.items()
                 ]
             case "packed", use, land:
                 return [
@@ -110,8 +108,10 @@ class Journey:
                 return [(1, road, ("road", use, trouble, "plain", 2)) for road, trouble in ROADS[land].items()]
             case "road", use, own, mood, sights_left:
                 chance = trouble_ahead(use, own, mood)
-                onward = [(p, f"into {trouble}", ("trouble", trouble == use)) for trouble, p in chance.items()]
-                sights = [
+                onward: list[Way] = [
+                    (p, f"into {trouble}", ("trouble", trouble == use)) for trouble, p in chance.items()
+                ]
+                sights: list[Way] = [
                     (Fraction(1, len(SIGHTS)), word, ("sight", word, use, own, sights_left - 1))
                     for word in SIGHTS
                     if sights_left
@@ -144,6 +144,7 @@ class Journey:
     def _stories(self) -> dict[str, tuple[list[State], list[dict[str, tuple[Fraction, int]]]]]:
         """For each prompt its states, the first one first, and from each state word -> (probability, next state)."""
         stories, moves_from = {}, cache(self._moves)
+        moves: list[dict[str, tuple[Fraction, int]]]
         for prompt in PROMPTS:
             _, role, *_, land, _ = prompt.split()
             states = [self._state([((), ("start", role, land), Fraction(1))])]
@@ -163,23 +164,22 @@ class Journey:
         rest = defaultdict(list)
         for (words, place), p in state:
             rest[words[0]].append((words[1:], place, p))
-        return [(word, sum(p for *_, p in options), self._state(options)) for word, options in rest.items()]
+        return [(word, Fraction(sum(p for *_, p in options)), self._state(options)) for word, options in rest.items()]
 
     def _state(self, options: Iterable[tuple[tuple[str, ...], Place, Fraction]]) -> State:
         """The state of these (words, place after them, weight): what can follow, equal continuations added up.
 
         Prefixes that the same words may follow, to the same places, share a state: the automaton forgets the rest.
         """
-        future: dict[tuple[tuple[str, ...], Place], Fraction] = {}
+        future: dict[tuple[tuple[str, ...], Place], Fraction] = defaultdict(Fraction)
         for words, place, p in options:
             if words:
-                future[words, place] = future.get((words, place), 0) + p
-            else:
-                ways = self.ways(place)
-                total = sum(weight for weight, *_ in ways)
-                for weight, phrase, then in ways:
-                    key = tuple(phrase.split()), then
-                    future[key] = future.get(key, 0) + p * Fraction(weight) / total
+                future[words, place] += p
+                continue
+            ways = self.ways(place)
+            weights = sum(weight for weight, *_ in ways)
+            for weight, phrase, then in ways:
+                future[tuple(phrase.split()), then] += p * Fraction(weight) / weights
         total = sum(future.values())
         return tuple((key, p / total) for key, p in future.items())
 
@@ -196,8 +196,12 @@ class Journey:
         return list(self.vocabulary)
 
     def text(self, ids: Sequence[int]) -> str:
-        """The words of token ids, between blanks."""
+        """The words of token ids, joined by blanks."""
         return " ".join(self.words[i] for i in ids)
+
+    def ids(self, text: str) -> list[int]:
+        """The token ids of words."""
+        return [self.vocabulary[word] for word in text.split()]
 
     @cached_property
     def automata(self) -> dict[str, Automaton]:

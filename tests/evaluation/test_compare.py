@@ -81,7 +81,8 @@ def test_more_samples_of_the_same_prompts_make_no_win_rate_more_certain():
         return compare({"one": one, "two": two}, [LENGTH], "one").rows[1]["judges"]["length"]["win_rate"]
 
     single, tenfold = (won([1, 4, 2, 2, 2, 5, 5, 5], [2, 4, 1, 1, 1, 1, 9, 9], samples) for samples in (1, 10))
-    assert {**single, **win_rate([1, 4, 2, 2, 2, 5, 5, 5], [2, 4, 1, 1, 1, 1, 9, 9])._asdict()} == single
+    assert single == win_rate([0, 0.5, 1, 1, 1, 1, 0, 0], range(8))
+    assert (single["low"], single["high"]) == (wilson(4, 8)[0], wilson(5, 8)[1])
     assert tenfold["rate"] == single["rate"]
     assert tenfold["high"] - tenfold["low"] > 0.7 * (single["high"] - single["low"])
     assert (tenfold["wins"], tenfold["error_over_prompts"]) == (40, single["error_over_prompts"])
@@ -346,7 +347,10 @@ def test_bad_input_of_the_command_is_one_line(tmp_path, monkeypatch, capsys, arg
 
 
 def test_every_kl_can_be_taken_to_one_model(tmp_path):
-    """Guided texts keep theirs; those of another model are of that model's log-ratio to the reference, text by text."""
+    """Guided texts keep theirs; those of another model are of that model's log-ratio to the reference, text by text.
+
+    The reference is read in float32.
+    """
     lm, tuned, tokenizer = tiny_lm(vocabulary=14), tiny_lm(vocabulary=14, seed=5), tiny_tokenizer()
     lm.save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
@@ -361,9 +365,9 @@ def test_every_kl_can_be_taken_to_one_model(tmp_path):
     assert main(["evaluate", *files, "--reference", str(tmp_path / "lm"), "--output-dir", str(report)]) == 0
     rows = json.loads((report / "evaluation.json").read_text())["rows"]
     written = {name: [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()] for name in ways}
-    assert rows[0]["kl"]["mean"] == pytest.approx(np.mean([text["kl"] for text in written["guided"]]), abs=1e-9)
+    assert rows[0]["kl"]["mean"] == pytest.approx(np.mean([text["kl"] for text in written["guided"]]), abs=2e-6)
     other = [text["ref_log_prob"] - by_hand(lm, tokenizer, text) for text in written["tuned"]]
-    assert rows[1]["kl"]["mean"] == pytest.approx(np.mean(other), abs=1e-9)
+    assert rows[1]["kl"]["mean"] == pytest.approx(np.mean(other), abs=2e-6)
     assert np.mean(other) > 0.1
 
 

@@ -1,4 +1,4 @@
-"""The tiny reference, its pairs, and the frontier of what it can write."""
+"""The tiny reference, and its pairs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pargs_min.decode import row_uniforms
 from pargs_min.world import reference as toy
-from pargs_min.world.reference import HELD_OUT_PROMPTS, HORIZON, PROMPTS, TRAIN_PROMPTS, Journey
-from theory import exact
+from pargs_min.world.journey import HELD_OUT_PROMPTS, HORIZON, PROMPTS, TRAIN_PROMPTS, Journey
 
 WORLD = Journey()
 STEPS = 60  # enough for texts that end
@@ -172,33 +171,3 @@ def test_responses_that_do_not_end_are_none(trained):
         assert toy.responses(model, tokenizer, PROMPTS, range(12), 0) == [None] * 12
     finally:
         hook.remove()
-
-
-def test_the_frontier_of_samples_is_the_exact_frontier():
-    """The automaton's own samples, to 5.5 standard errors (delta method): false failures 4e-8 each, ten of them."""
-    n, betas = 5000, [0.0, 0.5, 1.0, 2.0, 3.0]
-    automata = [WORLD.automata[prompt] for prompt in HELD_OUT_PROMPTS]
-    tokens, _ = WORLD.write(np.random.default_rng(11).random((4 * n, HORIZON)), HELD_OUT_PROMPTS)
-    gold = np.array(WORLD.gold(HELD_OUT_PROMPTS * n, tokens.tolist())).reshape(n, 4).T
-    for point in toy.frontier(gold, betas):
-        policies = [exact.rlhf_frontier(automaton, [max(point.beta, 1e-9)])[0] for automaton in automata]
-        weights = np.exp(point.beta * gold)
-        weights /= weights.sum(1, keepdims=True)
-        log_ratio = np.log(n * weights)
-        for estimate, truth, value in (
-            (point.reward, np.mean([policy.reward for policy in policies]), gold),
-            (point.kl, np.mean([policy.kl for policy in policies]), log_ratio),
-        ):
-            mean = (weights * value).sum(1, keepdims=True)
-            # KL = E_w[beta gold] - log Z: each sample moves the mean, and for KL the normaliser too
-            influence = weights * (value - mean) - (0 if value is gold else weights - 1 / n)
-            error = np.sqrt((influence**2).sum()) / 4
-            assert abs(estimate - truth) <= 5.5 * error + 1e-6
-    assert toy.frontier(gold, [0.0])[0].effective_samples == pytest.approx(4 * n)
-
-
-def test_a_frontier_point_on_few_samples_is_left_out():
-    gold = np.zeros((1, 1000))
-    gold[0, 0] = 5.0
-    assert [point.beta for point in toy.frontier(gold, [0.1, 5.0])] == [0.1]
-    assert [point.beta for point in toy.frontier(gold, [0.1, 5.0], least=1)] == [0.1, 5.0]
