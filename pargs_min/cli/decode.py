@@ -24,7 +24,9 @@ class DecodeOptions:
     model: str = HfArg(help=MODEL)
     reward_model: str | None = HfArg(default=None, help="Reward model: a folder or a hub id. plain needs none.")
     beta: float = HfArg(default=1.0, help=BETA)
-    top_k: int | None = HfArg(default=None, help="Candidates per step, 0 for all. Default: 10 if guided, else 0.")
+    top_k: int | None = HfArg(
+        default=None, help="Candidates per step, 0 for the whole vocabulary. Default: 10 for guided methods, else 0."
+    )
     max_new_tokens: int = HfArg(default=64, help="Length limit of a response, in tokens.")
     temperature: float = HfArg(default=1.0, help="Divides log pi_ref + beta * r.")
     seed: int = HfArg(default=0, help="Determines each text, together with its prompt and sample number.")
@@ -44,7 +46,7 @@ class GenerateOptions(DecodeOptions):
         "How each token is chosen. The reward model must be trained with --objective partial for pargs and smc, full "
         "for args and best-of-n, value for cd.",
     )
-    final_reward_model: str | None = HfArg(default=None, help="Weighs whole texts in smc. Default: --reward-model.")
+    final_reward_model: str | None = HfArg(default=None, help="Weights whole texts in smc. Default: --reward-model.")
     num_samples: int = HfArg(default=1, help="Texts per prompt.")
     n: int = HfArg(default=10, help="Samples behind each text of best-of-n.")
     particles: int = HfArg(default=8, help="Particles behind each text of smc.")
