@@ -3,8 +3,8 @@
 `pargs_min.decode.generate`, with a draw that takes every way at once, gives every response together with the
 probability it is drawn with. That is the law q of T3, over tables and over a tiny GPT-2 with its cache and its sibling
 scorer; the theory's side is numpy on plain forward passes. A data set that *is* the population (every pair as often as
-it is likely) has the theory's loss under `pargs_min.losses`, and no gradient at the theory's partial reward. A model
-trained by `pargs_min.train` comes closer to the exact policy the more pairs it sees. Falsified by one string with
+it is likely) has the theory's loss under `pargs_min.losses`, and no gradient at the theory's partial reward. Models
+trained by `pargs_min.train` come closer to the exact policy the more pairs they see. Falsified by one string with
 another probability, or a gradient at the minimiser.
 """
 
@@ -152,12 +152,18 @@ def test_the_loss_of_the_population_and_its_minimum(seed, treatment):
     assert max(float(s.grad.abs().max()) for s in swapped) > 1e-3
 
 
-def test_a_trained_model_comes_closer_with_more_pairs():
-    """Seeded, two sizes; `python -m theory` draws the whole curve."""
+@pytest.mark.trains
+def test_trained_models_come_closer_with_more_pairs():
+    """Means over three data sets and models; the ratio of one alone lies between 0.27 and 0.52 (five seeds, two
+    processors). `python -m theory` draws the whole curve."""
     world = training_world()
-    few, many = (total_variation(trained_policy(world, n, steps=120), exact_policy(world)) for n in (64, 2048))
+    exact = exact_policy(world)
+    few, many = (
+        np.mean([total_variation(trained_policy(world, n, steps=120, seed=seed), exact) for seed in range(3)])
+        for n in (64, 2048)
+    )
     verify("code", "pargs_min.train: TV to the exact policy, 2048 pairs / 64 pairs", many / few, 0.6, "sampled")
-    assert many < total_variation(world.log_ref[-1], exact_policy(world)) / 2
+    assert many < total_variation(world.log_ref[-1], exact) / 2
 
 
 def test_control_the_loop_with_another_beta_draws_otherwise():

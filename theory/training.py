@@ -58,7 +58,7 @@ def tiny_reward_model(
     names |= {"<prompt>": world.vocabulary, "<pad>": world.vocabulary + 1}
     config = GPT2Config(
         vocab_size=len(names), n_positions=max(8, 1 + world.horizon), n_embd=32, n_layer=2, n_head=2, num_labels=1,
-        initializer_range=initializer_range,
+        initializer_range=initializer_range, activation_function="gelu_pytorch_tanh",  # GPT-2's gelu_new in one kernel
         bos_token_id=world.eos, eos_token_id=world.eos, pad_token_id=names["<pad>"],
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
