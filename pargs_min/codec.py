@@ -5,11 +5,9 @@ Prompt and response are tokenised apart and joined as ids. A model that decodes 
 text can merge tokens across the boundary, into ids that decoding never meets.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Self, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +31,7 @@ class Codec:
     ends: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, form: str | None = None) -> Codec:
+    def of(cls, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, form: str | None = None) -> Self:
         """The codec of a language model, whose generation configuration may name further end tokens."""
         return cls(tokenizer, form, tuple(end_tokens(lm, tokenizer)))
 

@@ -1,7 +1,5 @@
 """From records to batches: tokenise preference pairs and texts, split them by prompt, collate."""
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Sequence

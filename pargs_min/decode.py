@@ -4,8 +4,6 @@ The loop takes functions, not models: a *policy stepper* for the language model 
 the reward model (`pargs_min.scoring`), and a *draw*. Tables of a tiny world work as well as networks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Training on a small GPU: adapters of low rank in place of all weights, merged when training ends."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Iterator

@@ -21,8 +21,6 @@ code decides it silently. What is chosen here, and why:
 7. *Labels.* Every prefix inherits the label of its whole response.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

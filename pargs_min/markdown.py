@@ -1,7 +1,5 @@
 """Tables in Markdown, which read as tables in a terminal, too."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -1,7 +1,5 @@
 """Out of memory: an error that says what was being done and what to lower."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

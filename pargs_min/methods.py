@@ -3,8 +3,6 @@
 Whoever needs to know something of a method (what trains its reward, how its KL is known) reads it here.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -58,7 +56,7 @@ class Method:
 
     name: str
     does: str
-    write: Callable[[Method, Run], tuple[Generation, Tensor]]  # B responses, and the (B,) kl of each in nats
+    write: Callable[["Method", Run], tuple[Generation, Tensor]]  # B responses, and the (B,) kl of each in nats
     guided: bool = False  # the reward enters at every token
     draw: Draw = sample
     objective: str | None = None  # what its reward model must be trained with; None: any will do

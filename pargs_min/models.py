@@ -4,8 +4,6 @@ No code of a model's folder is run, and weights are read from safetensors alone.
 that names the folder.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

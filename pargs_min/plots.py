@@ -1,7 +1,5 @@
 """Every figure of the project, in one style: few inks, told apart by shape as well as by colour."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The equation: how a reference model and a reward of prefixes make one next-token distribution."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """How far long work has come, on stderr: a bar where that is a terminal, elsewhere a line now and then."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable
 from typing import Any

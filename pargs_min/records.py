@@ -9,8 +9,6 @@ One line of JSON per record, in any of these forms:
     {"prompt_ids": [...], "chosen_ids": [...], "rejected_ids": [...]}   token ids; each wins over its text
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import math

@@ -8,8 +8,6 @@ The head has one of two shapes. *Scalar head*: one number, r(y_1:i), read at tok
 each token that may come next; r(y_1:i) is entry y_i, read at token i-1, so a single query scores every candidate.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from typing import Any

@@ -8,8 +8,6 @@ A *reward scorer* is all that the decoding loop needs from a reward model: `star
     ReencodeScorer     any function of whole texts; k passes over everything per token, and the oracle of the other two
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 

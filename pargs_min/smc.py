@@ -14,8 +14,6 @@ Source: twisted sequential Monte Carlo, Zhao et al. (2024), arXiv 2404.17546; th
 of two RLHF policies in arXiv 2406.07780 (`theory/`, T2 and T10).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields

@@ -6,8 +6,6 @@ the slot of the next token is a number on the device. So a step is one compiled 
 `mode="reduce-overhead"`), driven by the loop in `decode`. Another batch size or k is compiled anew.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from typing import Any

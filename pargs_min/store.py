@@ -6,8 +6,6 @@
 What such files hold is read back by `records.read_jsonl`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

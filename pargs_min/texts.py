@@ -4,8 +4,6 @@ A text depends only on (seed, prompt number, sample number), so a run that is in
 same texts as one that is not.
 """
 
-from __future__ import annotations
-
 import os
 import time
 import warnings

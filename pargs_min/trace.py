@@ -14,8 +14,6 @@ ref_prob is the reference's probability over its whole vocabulary, prob the guid
 guidance moved it; over a text's tokens the sum is its `path_kl`.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from html import escape

@@ -5,8 +5,6 @@ A batch of B pairs is one forward pass of 2B rows, which yields the rewards of a
 precision and processes are those of transformers' `Trainer`; ours are the losses and the metrics.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
