@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 from transformers.generation.logits_process import TopKLogitsWarper
 
+from pargs_min import minimal
 from pargs_min.decode import ModelPolicy, RewardGuidance, generate, greedy, row_uniforms, sample
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import ReencodeScorer, SiblingScorer
@@ -78,30 +79,31 @@ def test_beta_zero_is_transformers_own_top_k_sampling(top_k):
 @pytest.mark.parametrize(("lm", "rm"), FAMILIES)
 @pytest.mark.parametrize("draw", [sample, greedy])
 def test_cached_batched_decoding_equals_the_naive_loop(lm, rm, draw):
-    """No cache, no batch, no padding, one reward pass per candidate: the same tokens and the same numbers."""
-    lm, rm = models(lm=lm, rm=rm)
+    """No cache, no batch, no padding, one reward pass per candidate (`minimal`): the same tokens and numbers."""
+    lm, rm = tiny_lm(lm), tiny_reward_model(rm, pad_token_id=None)  # so that transformers' own pooling reads any token
     ids, mask = left_padded(6, 2, 4)
     uniforms = row_uniforms(0, range(3), [0, 0, 0], 12)
-    settings = dict(beta=2.0, top_k=4, max_new_tokens=12, eos=END, pad=0)
-    ours = generate(ModelPolicy(lm), SiblingScorer(rm), ids, mask, draw=draw, uniforms=uniforms, **settings)
+    settings, steps = dict(beta=2.0, top_k=4, max_new_tokens=12, eos=END, pad=0), []
+    ours = generate(
+        ModelPolicy(lm), SiblingScorer(rm), ids, mask, draw=draw, uniforms=uniforms, on_step=steps.append, **settings
+    )
     for row in range(3):
-        text, tokens, log_probs, ref = ids[row][mask[row].bool()], [], [], []
-        for u in uniforms[row]:
-            full = lm(input_ids=text[None]).logits[:, -1].log_softmax(-1)
-            top, candidates = full.topk(4)
-            texts = [torch.cat([text, c[None]])[None] for c in candidates[0]]
-            rewards = torch.stack([prefix_rewards(rm, t, torch.ones_like(t))[0, -1] for t in texts])
-            guided = (top + 2.0 * rewards).log_softmax(-1)
-            j = draw(guided, u[None])[0]
-            text = torch.cat([text, candidates[0, j, None]])
-            tokens.append(int(text[-1])), log_probs.append(guided[0, j]), ref.append(top[0, j])
-            if tokens[-1] == END:
+        text = ids[row][mask[row].bool()]
+        for i, (step, u) in enumerate(zip(steps, uniforms[row], strict=False)):
+            candidates, log_probs = minimal.guided_policy(lm, rm, text, beta=2.0, k=4)
+            assert torch.equal(step.candidates[row], candidates)
+            assert_close(step.log_probs[row], log_probs, **EXACT)
+            j = draw(log_probs[None], u[None])[0]
+            assert ours.tokens[row, i] == candidates[j]
+            assert_close(ours.log_probs[row, i], log_probs[j], **EXACT)
+            ref_log_probs = lm(input_ids=text[None]).logits[0, -1].log_softmax(-1)
+            assert_close(ours.ref_log_probs[row, i], ref_log_probs[candidates[j]], **EXACT)
+            text = torch.cat([text, candidates[j, None]])
+            if text[-1] == END:
                 break
         n = int(ours.lengths[row])
-        assert ours.tokens[row, :n].tolist() == tokens
+        assert n == i + 1
         assert (ours.tokens[row, n:] == 0).all()
-        assert_close(ours.log_probs[row, :n], torch.stack(log_probs), **EXACT)
-        assert_close(ours.ref_log_probs[row, :n], torch.stack(ref), **EXACT)
         assert not ours.log_probs[row, n:].any()
         assert not ours.rewards[row, n:].any()
 

@@ -10,11 +10,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from pargs_min import minimal
+from pargs_min.data import Pair, at_response_tokens, collate
 from pargs_min.losses import partial_bradley_terry_loss
 from pargs_min.reward_model import context_length, final_rewards, prefix_rewards
 from tests.strategies import SHAPES, left_padded, tiny_reward_model
 
 EXACT = dict(rtol=0, atol=1e-12)
+END = 1
 
 
 def word_tokenizer(words: str = "<end> a b c d e f g h i", **special):
@@ -53,20 +56,20 @@ def test_prefix_rewards_ignore_later_tokens():
     assert not torch.isclose(before[:, 5:], after[:, 5:]).any()
 
 
-def test_one_pass_loss_and_gradient_equal_every_prefix_as_a_row_of_its_own():
-    model = tiny_reward_model("llama").float()
-    ids, mask = left_padded(9, 9, 9, 9)
-    prompt, lengths = 4, torch.tensor([5, 5])
-    rewards = prefix_rewards(model, ids, mask)[:, prompt:]
-    one_pass = partial_bradley_terry_loss(rewards[:2], rewards[2:], lengths, lengths)
+@pytest.mark.parametrize(("family", "tolerance"), [("gpt2", 1e-12), ("llama", 1e-7)])  # llama's norms are float32
+def test_one_pass_loss_and_gradient_equal_every_prefix_as_a_row_of_its_own(family, tolerance):
+    """Two pairs of unequal lengths, behind prompts of unequal lengths, by `minimal.prefix_loss`."""
+    model = tiny_reward_model(family, pad_token_id=None)
+    pairs = [Pair([5, 6, 7], [8, 9, 10, 2, END], [3, 4, END]), Pair([6], [2, END], [9, 3, 5, END])]
+    batch = collate(pairs, pad_id=0, extend_with=END)
+    rewards = at_response_tokens(prefix_rewards(model, batch["input_ids"], batch["attention_mask"]), batch)
+    one_pass = partial_bradley_terry_loss(*rewards, batch["chosen_lengths"], batch["rejected_lengths"])
     gradient = torch.autograd.grad(one_pass, list(model.parameters()))
 
-    expanded = [prefix_rewards(model, ids[:, :t], mask[:, :t])[:, -1] for t in range(prompt + 1, 10)]
-    losses = [torch.nn.functional.softplus(r[2:] - r[:2]) for r in expanded]
-    loss = torch.stack(losses).mean()
-    assert_close(one_pass, loss, rtol=0, atol=1e-6)
+    loss = minimal.prefix_loss(model, [tuple(map(torch.tensor, pair)) for pair in pairs], END)
+    assert_close(one_pass, loss, **EXACT)
     for ours, theirs in zip(gradient, torch.autograd.grad(loss, list(model.parameters())), strict=True):
-        assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        assert_close(ours, theirs, rtol=0, atol=tolerance)
 
 
 def test_a_bfloat16_backbone_keeps_a_float32_head():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification
 
-from pargs_min.reward_model import prefix_rewards
+from pargs_min import minimal
 from pargs_min.scoring import (
     ReencodeScorer,
     SiblingScorer,
@@ -28,11 +28,10 @@ DRAWN = torch.tensor([[2, 6, 10], [1, 2, 4]])
 
 
 def separate_passes(model, ids, mask, candidates):
-    """Each candidate in a forward pass of its own, each row without its padding."""
+    """Each candidate in a forward pass of its own, each row without its padding (`minimal.reward`)."""
     rewards = torch.empty(candidates.shape, dtype=torch.float64)
     for b, k in torch.cartesian_prod(*map(torch.arange, candidates.shape)).tolist():
-        text = torch.cat([ids[b][mask[b].bool()], candidates[b, k, None]])[None]
-        rewards[b, k] = prefix_rewards(model, text, torch.ones_like(text))[0, -1]
+        rewards[b, k] = minimal.reward(model, torch.cat([ids[b][mask[b].bool()], candidates[b, k, None]]))
     return rewards
 
 
@@ -59,7 +58,7 @@ def test_siblings_are_scored_as_separate_full_passes(family, attention, dtype, t
     (transformers' eager attention takes its softmax in float32 whatever the model's dtype.)
     """
     model = tiny_reward_model(family, attn_implementation=attention)
-    fast, slow = SiblingScorer(model.to(dtype)), tiny_reward_model(family)
+    fast, slow = SiblingScorer(model.to(dtype)), tiny_reward_model(family, pad_token_id=None)
     for ids, mask, candidates, rewards in three_steps(fast, *left_padded(7, 3, 1)):
         assert_close(rewards.double(), separate_passes(slow, ids, mask, candidates), rtol=0, atol=tolerance)
 
@@ -77,7 +76,7 @@ def test_reencoding_gives_the_same_rewards(family):
 
 @torch.no_grad()
 def test_a_prompt_of_one_token_needs_no_cache_to_begin_with():
-    model = tiny_reward_model("llama")
+    model = tiny_reward_model("llama", pad_token_id=None)
     for ids, mask, candidates, rewards in three_steps(SiblingScorer(model), *left_padded(1, 1, 1)):
         assert_close(rewards, separate_passes(model, ids, mask, candidates), rtol=0, atol=1e-12)
 
@@ -189,7 +188,7 @@ def test_the_attention_window_is_read_from_the_configuration(family, changes, wi
 
 @torch.no_grad()
 def test_a_text_may_fill_an_attention_window_but_not_outgrow_it():
-    model = tiny_reward_model("mistral", sliding_window=9, **SHAPES["llama"])
+    model = tiny_reward_model("mistral", sliding_window=9, pad_token_id=None, **SHAPES["llama"])
     scorer = SiblingScorer(model)
     for ids, mask, candidates, rewards in three_steps(scorer, *left_padded(6, 3, 1)):
         assert_close(rewards, separate_passes(model, ids, mask, candidates), rtol=0, atol=1e-12)

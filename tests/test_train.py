@@ -11,7 +11,7 @@ from peft import LoraModel
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from pargs_min import train
+from pargs_min import minimal, train
 from pargs_min.data import Pair, Text, at_response_tokens, collate
 from pargs_min.losses import bradley_terry_loss, prefix_value_loss
 from pargs_min.models import save_reward_model
@@ -241,15 +241,15 @@ def test_the_partial_objective_counts_its_prefixes(pairs, tail):
 
 @pytest.mark.parametrize(("tail", "last"), [("extend", max), ("min", min)])
 def test_the_partial_loss_is_that_of_every_prefix_on_its_own(tmp_path, tail, last):
-    model, held_out, margins = reward_model(), random_pairs(6, seed=1), []
+    model, held_out = reward_model(), random_pairs(6, seed=1)
     args = arguments(tmp_path, max_steps=1, per_device_eval_batch_size=6)
     metrics = train_reward_model(model, tiny_tokenizer(), random_pairs(4), held_out, args=args, tail=tail)
-    for prompt, chosen, rejected in held_out:
-        for i in range(1, last(len(chosen), len(rejected)) + 1):
-            one, other = ((ids + [END] * i)[:i] for ids in (chosen, rejected))
-            margins.append(whole_reward(model, prompt + one) - whole_reward(model, prompt + other))
-    expected = torch.nn.functional.softplus(-torch.tensor(margins, dtype=torch.float64)).mean()
-    assert metrics["eval_loss"] == pytest.approx(float(expected), rel=1e-9)
+    pairs = [
+        (prompt, *(ids[: last(len(chosen), len(rejected))] for ids in (chosen, rejected)))
+        for prompt, chosen, rejected in held_out
+    ]
+    expected = minimal.prefix_loss(model, [tuple(map(torch.tensor, pair)) for pair in pairs], END)
+    assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-9)
 
 
 # ---- adapters of low rank ----
