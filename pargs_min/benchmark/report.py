@@ -1,153 +1,141 @@
-"""The report of `pargs benchmark`: every way side by side, how cost grows, and training; as a table and a figure."""
+"""The report of `pargs benchmark`: every way side by side, how cost grows, and training; as tables and a figure."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from statistics import median
 
-import torch
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
 
-from pargs_min.benchmark.ways import (
-    Models,
-    ideal_speed_up,
-    interleaved,
-    passes_per_token,
-    peak_bytes,
-    ratios,
-    training_ways,
-    ways,
-    weight_bytes,
-)
+from pargs_min.benchmark import ways
+from pargs_min.benchmark.ways import Models, Setting, interleaved, ratios
+from pargs_min.markdown import markdown_table
 from pargs_min.plots import BLUE, GREEN, ORANGE, panels
+from pargs_min.progress import progress
 from pargs_min.reward_model import context_length
 
-GROWN = {"plain generation": ORANGE, "our loop": BLUE, "one-call head": GREEN}
+GROWN = {"plain generation": ORANGE, "our loop": BLUE, "vocabulary head": GREEN}
 SWEEPS = {"top_k": (1, 5, 10, 20, 50), "batch_size": (1, 2, 4, 8), "prompt_length": (64, 128, 256, 512)}
 RESPONSES = (32, 64, 128)  # tokens of the responses that training reads
 
+# The columns of the tables: their heads, the field of a row, and how it is written.
+WAYS = {
+    "way": ("way", ""), "ms per token": ("ms", ".2f"), "/ plain": ("over_plain", ".2f"),
+    "/ floor": ("over_floor", ".2f"), "lm passes": ("lm passes", "g"), "reward passes": ("reward passes", "g"),
+    "reward tokens": ("reward tokens", "g"), "peak MB": ("peak_mb", ".1f"),
+}  # fmt: skip
+TRAINING = {
+    "response": ("response", ""), "one pass, s": ("one pass", ".3f"),
+    "a row per prefix, s": ("a row per prefix", ".2f"), "speed-up": ("speed_up", ".1f"),
+    "by tokens read": ("ideal", ".1f"),
+}  # fmt: skip
 
-def run(
-    models: Models, *, top_k: int, batch_size: int, prompt_length: int, tokens: int, rounds: int, quick: bool = False
-) -> dict:
+
+def run(models: Models, *, rounds: int, quick: bool = False, **settings: int) -> dict:
     """Measure all that the report shows, on random prompts.
 
     Args:
         models: in evaluation mode, all on one device.
-        tokens: written by each way in each round; rounds: of interleaved runs, of which medians are taken.
+        rounds: of interleaved runs, of which medians are taken.
         quick: only the ways side by side, neither growth nor training.
+        settings: those of `ways.Setting`.
 
     Raises:
-        ValueError: if there is less than two tokens or one round, or a text would outgrow a model's context.
+        ValueError: if `tokens` or `rounds` is below 2, if `top_k` is out of range, or if a text would outgrow a
+            model's context.
     """
-    if tokens < 2 or rounds < 2:
-        raise ValueError(f"tokens and rounds must be at least 2, got {tokens} and {rounds}")
-    limit = min(filter(None, (context_length(models.lm), context_length(models.scalar))), default=None)
-    if limit is not None and prompt_length + tokens > limit:
-        raise ValueError(f"prompt_length {prompt_length} and tokens {tokens} exceed the models' context of {limit}")
-    setting = dict(top_k=top_k, batch_size=batch_size, prompt_length=prompt_length)
-    report = {"setting": setting | {"tokens": tokens, "rounds": rounds}, "device": str(models.lm.device)}
-    report["weights_mb"] = weight_bytes(models.lm, models.scalar) / 1e6
-    report["ways"] = _side_by_side(models, tokens, rounds, **setting)
+    setting = Setting(**settings)
+    if setting.tokens < 2 or rounds < 2:
+        raise ValueError(f"tokens and rounds must be at least 2, got {setting.tokens} and {rounds}")
+    limit = min((n for n in map(context_length, (models.lm, models.scalar)) if n), default=2**31)
+    if setting.prompt_length + setting.tokens > limit:
+        raise ValueError(
+            f"prompt_length {setting.prompt_length} and tokens {setting.tokens} exceed the models' context of {limit}"
+        )
+    report: dict = {"setting": vars(setting) | {"rounds": rounds}, "device": str(models.lm.device)}
+    report["weights_mb"] = ways.weight_bytes(models.lm, models.scalar) / 1e6
+    report["ways"] = _side_by_side(models, setting, rounds)
     if quick:
         return report
-    report["growth"] = {
-        name: [
-            {name: value} | _grown(models, tokens, rounds, **{**setting, name: value})
-            for value in values
-            if name != "prompt_length" or limit is None or value + tokens <= limit
-        ]
-        for name, values in SWEEPS.items()
-    }
-    lengths = [n for n in RESPONSES if limit is None or prompt_length + n <= limit]
-    report["training"] = [_training(models, prompt_length, n, rounds) for n in tqdm(lengths, desc="training")]
+
+    points = [(name, replace(setting, **{name: value})) for name, values in SWEEPS.items() for value in values]
+    report["growth"] = {name: [] for name in SWEEPS}
+    for name, point in progress(points, desc="growth"):
+        if point.prompt_length + point.tokens <= limit:
+            report["growth"][name].append({name: vars(point)[name]} | _grown(models, point, rounds))
+    lengths = [length for length in RESPONSES if setting.prompt_length + length <= limit]
+    report["training"] = [
+        _training(models, setting.prompt_length, length, rounds) for length in progress(lengths, desc="training")
+    ]
     return report
 
 
-def _ways(models: Models, tokens: int, *, top_k: int, batch_size: int, prompt_length: int) -> dict:
-    vocabulary = models.lm.get_input_embeddings().num_embeddings
-    if not 1 <= top_k <= vocabulary:
-        raise ValueError(f"top_k must lie between 1 and the vocabulary size {vocabulary}, got {top_k}")
-    ids = torch.randint(vocabulary, (batch_size, prompt_length), device=models.lm.device)
-    return ways(models, ids, top_k, tokens)
-
-
-def _side_by_side(models: Models, tokens: int, rounds: int, **setting: int) -> list[dict]:
-    found, device = _ways(models, tokens, **setting), models.lm.device
-    with tqdm(total=rounds, desc="rounds") as progress:
-        seconds = interleaved(found, rounds, device, progress)
+def _side_by_side(models: Models, setting: Setting, rounds: int) -> list[dict]:
+    found, device = ways.all_ways(models, setting), models.lm.device
+    seconds = interleaved(found, progress(range(rounds), desc="rounds"), device)
     return [
         {
             "way": name,
-            "ms": 1e3 * statistics.median(seconds[name]),
-            "over_plain": statistics.median(ratios(seconds, name, "plain generation")),
-            "over_floor": statistics.median(ratios(seconds, name, "floor")),
-            "peak_mb": peak_bytes(way, device) / 1e6,
+            "ms": 1e3 * median(seconds[name]),
+            "over_plain": median(ratios(seconds, name, "plain generation")),
+            "over_floor": median(ratios(seconds, name, "floor")),
+            "peak_mb": ways.peak_bytes(way, device) / 1e6,
         }
-        | passes_per_token(way, models)
+        | ways.passes_per_token(way, models)
         for name, way in found.items()
     ]
 
 
-def _grown(models: Models, tokens: int, rounds: int, **setting: int) -> dict[str, float]:
+def _grown(models: Models, setting: Setting, rounds: int) -> dict[str, float]:
     """Milliseconds per token of the ways that are fit to be used."""
-    found = {name: way for name, way in _ways(models, tokens, **setting).items() if name in GROWN}
-    seconds = interleaved(found, rounds, models.lm.device)
-    return {name: 1e3 * statistics.median(seconds[name]) for name in GROWN}
+    seconds = ways.seconds_per_token(models, setting, tuple(GROWN), range(rounds))
+    return {name: 1e3 * median(seconds[name]) for name in GROWN}
 
 
 def _training(models: Models, prompt: int, response: int, rounds: int) -> dict[str, float]:
-    steps = training_ways(models.scalar, prompt, response)
-    seconds = [{name: step() for name, step in steps.items()} for _ in range(rounds + 1)][1:]  # the first warms up
-    speed_up = statistics.median(s["a row per prefix"] / s["one pass"] for s in seconds)
-    medians = {name: statistics.median(s[name] for s in seconds) for name in steps}
-    return {"response": response} | medians | {"speed_up": speed_up, "ideal": ideal_speed_up(prompt, response)}
+    seconds = interleaved(ways.training_ways(models.scalar, prompt, response), range(rounds), models.lm.device)
+    one_row, one_pass = "a row per prefix", "one pass"
+    return {
+        "response": response,
+        one_pass: median(seconds[one_pass]),
+        one_row: response * median(seconds[one_row]),
+        "speed_up": response * median(ratios(seconds, one_row, one_pass)),
+        "ideal": ways.ideal_speed_up(prompt, response),
+    }
 
 
 def markdown(report: dict) -> str:
     """The tables of a report."""
-    head = ("way", "ms a token", "/ plain", "/ floor", "lm passes", "reward passes", "reward tokens", "peak MB")
-    rows = [
-        (r["way"], f"{r['ms']:.2f}", f"{r['over_plain']:.2f}", f"{r['over_floor']:.2f}", f"{r['lm passes']:g}",
-         f"{r['reward passes']:g}", f"{r['reward tokens']:g}", f"{r['peak_mb']:.1f}")
-        for r in report["ways"]
-    ]  # fmt: skip
-    lines = [_table(head, rows), f"peak: beside {report['weights_mb']:.0f} MB of weights, after the prompt was read"]
+    parts = [_table(WAYS, report["ways"])]
+    parts[0] += f"\npeak: besides {report['weights_mb']:.0f} MB of weights, after the prompt was read"
     for name, points in report.get("growth", {}).items():
-        rows = [(str(p[name]), *(f"{p[way]:.2f}" for way in GROWN)) for p in points]
-        lines += ["", _table((name, *(f"{way}, ms" for way in GROWN)), rows)]
+        parts.append(_table({name: (name, ""), **{f"{way}, ms": (way, ".2f") for way in GROWN}}, points))
     if "training" in report:
-        rows = [
-            (str(t["response"]), f"{t['one pass']:.3f}", f"{t['a row per prefix']:.2f}", f"{t['speed_up']:.1f}",
-             f"{t['ideal']:.1f}")
-            for t in report["training"]
-        ]  # fmt: skip
-        lines += ["", _table(("response", "one pass, s", "a row per prefix, s", "speed-up", "by tokens read"), rows)]
-    return "\n".join(lines)
+        parts.append(_table(TRAINING, report["training"]))
+    return "\n\n".join(parts)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _table(columns: Mapping[str, tuple[str, str]], rows: Sequence[dict]) -> str:
+    return markdown_table(list(columns), [[format(row[field], how) for field, how in columns.values()] for row in rows])
 
 
 def draw(report: dict) -> Figure:
-    """A bar a way, on a logarithmic scale, and how the time of a token grows with k, batch and prompt."""
+    """A bar for each way, on a logarithmic scale, and how the time per token grows with k, batch and prompt."""
     growth = report.get("growth", {})
     drawing, (bars, *curves) = panels(1 + len(growth), (4.8 + 2.8 * len(growth), 3.6))
-    names, times = zip(*((r["way"], r["ms"]) for r in report["ways"]), strict=True)
-    bars.barh(names, times, color=[GROWN.get(name, "#BBBBBB") for name in names], log=True)
-    bars.bar_label(bars.containers[0], fmt="%.3g", fontsize=7, padding=2)
+    names, times = zip(*((row["way"], row["ms"]) for row in report["ways"]), strict=True)
+    drawn = bars.barh(names, times, color=[GROWN.get(name, "#BBBBBB") for name in names], log=True)
+    bars.bar_label(drawn, fmt="%.3g", fontsize=7, padding=2)
     bars.invert_yaxis()
     bars.margins(x=0.15)
-    bars.set_xlabel("ms a token")
+    bars.set_xlabel("ms per token")
     for axes, (name, points) in zip(curves, growth.items(), strict=True):
         for way, ink in GROWN.items():
-            axes.plot([p[name] for p in points], [p[way] for p in points], "o-", color=ink, label=way)
+            axes.plot([point[name] for point in points], [point[way] for point in points], "o-", color=ink, label=way)
         axes.set_xlabel(name)
         axes.set_ylim(bottom=0)
     if curves:
-        curves[0].set_ylabel("ms a token")
+        curves[0].set_ylabel("ms per token")
         curves[0].legend(fontsize=8, frameon=False)
     return drawing

@@ -1,8 +1,8 @@
 """What a guided token costs: against plain generation, against the least it can cost, and against the published loops.
 
-Every way of generating is a function that calls `tick` once a token; the time between two ticks is the time of a
-token. Ways are compared within a round, in which each writes some tokens and, on a CPU, they take turns token by token;
-a ratio is the median over the rounds. So a machine that is busy with other work slows both sides of it.
+A way of generating is a function that calls `tick` once per token; the time between two ticks is the time of a token.
+Ways are compared within a round, in which each writes some tokens and, on a CPU, they take turns token by token; a
+ratio is the median over the rounds. A machine that is busy with other work then slows both sides of it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import copy
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cache
+from itertools import accumulate, pairwise
 from threading import Semaphore
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import (
     AutoConfig,
@@ -27,18 +29,17 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     PreTrainedModel,
-    StoppingCriteria,
 )
 
-from pargs_min.benchmark.published import CopiedScorer, SeparateScorer, UncachedPolicy
+from pargs_min import minimal
 from pargs_min.data import Pair, at_response_tokens, collate
-from pargs_min.decode import ModelPolicy, RewardGuidance, generate
-from pargs_min.losses import bradley_terry_loss, partial_bradley_terry_loss
-from pargs_min.reward_model import body_and_head, final_rewards, prefix_rewards
-from pargs_min.scoring import SiblingScorer, VocabularyScorer
+from pargs_min.decode import ModelPolicy, PolicyStepper, RewardGuidance, RewardScorer, generate
+from pargs_min.losses import partial_bradley_terry_loss
+from pargs_min.reward_model import body_and_head, prefix_rewards, token_rewards
+from pargs_min.scoring import CachedText, SiblingScorer, VocabularyScorer
 from pargs_min.static import StaticPolicy, StaticScorer
 
-SHAPES = {  # what a configuration differs by from the default one of its family
+SHAPES: dict[str, tuple[str, dict]] = {  # a family, and how its default configuration is changed
     "tiny": ("gpt2", dict(vocab_size=8000, n_embd=256, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0)),
     "gpt2": ("gpt2", {}),
     "gpt2-large": ("gpt2", dict(n_embd=1280, n_layer=36, n_head=20)),
@@ -50,21 +51,25 @@ Way = Callable[[Tick], object]
 
 @dataclass(frozen=True)
 class Models:
-    """A language model and two reward models on one backbone, one for each shape of head."""
+    """A language model, and a reward model with each of the two heads, both on one backbone."""
 
     lm: PreTrainedModel
     scalar: PreTrainedModel
     vocabulary: PreTrainedModel
 
 
-def models_of_shape(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Models:
-    """Models with random weights: time does not depend on what they have learned.
+@dataclass(frozen=True)
+class Setting:
+    """What every way is given to do."""
 
-    Raises:
-        ValueError: if the shape is unknown.
-    """
-    if name not in SHAPES:
-        raise ValueError(f"config must be one of {', '.join(SHAPES)}, got {name!r}")
+    top_k: int = 10
+    batch_size: int = 1
+    prompt_length: int = 128
+    tokens: int = 8  # to write
+
+
+def models_of_shape(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Models:
+    """Models of one of the `SHAPES`, with random weights: their time does not depend on what they have learned."""
     family, changes = SHAPES[name]
     config = AutoConfig.for_model(family, **changes)
     torch.manual_seed(0)
@@ -76,13 +81,10 @@ def models_of_shape(name: str, dtype: torch.dtype = torch.float32, device: str =
 
 
 def with_vocabulary_head(scalar: PreTrainedModel) -> PreTrainedModel:
-    """The same backbone under a random vocabulary head."""
-    config, rows = copy.deepcopy(scalar.config), scalar.get_input_embeddings().num_embeddings
-    config.num_labels = rows
-    with torch.device("meta"):
-        model = type(scalar)(config)
-    setattr(model, model.base_model_prefix, scalar.base_model)
-    old = scalar.score.weight
+    """The same backbone, shared, under a random vocabulary head."""
+    model = copy.deepcopy(scalar, {id(scalar.base_model): scalar.base_model})
+    rows, old = scalar.get_input_embeddings().num_embeddings, scalar.score.weight
+    model.config.num_labels = rows
     model.score = nn.Linear(old.shape[1], rows, bias=False, device=old.device, dtype=old.dtype)
     return model.eval()
 
@@ -90,25 +92,21 @@ def with_vocabulary_head(scalar: PreTrainedModel) -> PreTrainedModel:
 # ---- the ways ----
 
 
-class _TickPerToken(StoppingCriteria):
-    def __init__(self, tick: Tick):
-        self.tick = tick
+def plain(lm: PreTrainedModel, ids: Tensor, tokens: int, tick: Tick, processors: Sequence = (), **settings) -> Tensor:
+    """transformers' own `generate`, sampling; no end token is ever drawn."""
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_) -> Tensor:
-        self.tick()
+    def ticking(input_ids: Tensor, scores: Tensor, **_) -> Tensor:
+        tick()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-
-def plain(lm: PreTrainedModel, ids: Tensor, tokens: int, tick: Tick, processors: Sequence = (), **settings) -> Tensor:
-    """transformers' own `generate`, sampling; it ends at an id that no token has."""
-    never = lm.get_input_embeddings().num_embeddings
+    never = lm.get_input_embeddings().num_embeddings  # an id that no token has
     settings |= dict(max_new_tokens=tokens, do_sample=True, top_k=0, eos_token_id=never, pad_token_id=0)
     return lm.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=GenerationConfig(**settings),
         logits_processor=list(processors),
-        stopping_criteria=[_TickPerToken(tick)],
+        stopping_criteria=[ticking],
     )
 
 
@@ -130,38 +128,82 @@ def floor(lm: PreTrainedModel, rm: PreTrainedModel, ids: Tensor, queries: int, t
         tick()
 
 
-def ours(policy, scorer, ids: Tensor, top_k: int, tokens: int, tick: Tick) -> None:
-    """Our loop over any steppers."""
+def ours(policy: PolicyStepper, scorer: RewardScorer, ids: Tensor, top_k: int, tokens: int, tick: Tick) -> None:
+    """Our loop, over any steppers."""
     generate(policy, scorer, ids, beta=1.0, top_k=top_k, max_new_tokens=tokens, on_step=lambda step: tick())
 
 
+class CopiedScorer(CachedText):
+    """ARGS's code as a scorer: one new token for each candidate, behind k copies of the cache.
+
+    The copy that read the winner is then copied k times.
+    """
+
+    def __init__(self, model: PreTrainedModel, k: int):
+        body, self.head = body_and_head(model)
+        super().__init__(model, body)
+        self.k = k
+
+    def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
+        super().start(prompt_ids.repeat_interleave(self.k, 0), mask.repeat_interleave(self.k, 0))
+        self.read()
+
+    def score(self, candidates: Tensor) -> Tensor:
+        self.candidates = candidates
+        super().push(candidates.flatten())
+        return token_rewards(self.head, self.read().last_hidden_state).view(candidates.shape)
+
+    def push(self, tokens: Tensor) -> None:
+        winner = (self.candidates == tokens[:, None]).long().argmax(-1)  # any copy will do for a finished row
+        rows = winner + self.k * torch.arange(len(tokens), device=tokens.device)
+        super().select(rows.repeat_interleave(self.k))
+
+    def select(self, rows: Tensor) -> None:
+        self.candidates = self.candidates[rows]
+        copies = torch.arange(self.k, device=rows.device)
+        super().select((self.k * rows[:, None] + copies).flatten())
+
+
 def uncached(models: Models, ids: Tensor, top_k: int, tick: Tick) -> None:
-    """One token of the paper's way. Nothing is cached, so the first costs what all do: its time is from the start."""
+    """One token of the paper's code, as `minimal.generate` writes it: each text alone, each candidate in its own pass.
+
+    The paper's code also turns ids into text and back at every pass; that is left out. Nothing is cached, so the first
+    token costs what all others do, and its time counts from the start.
+    """
     tick()
-    ours(UncachedPolicy(models.lm), SeparateScorer(models.scalar), ids, top_k, 1, tick)
+    for prompt in ids:
+        minimal.generate(models.lm, models.scalar, prompt, end=-1, beta=1.0, k=top_k, max_new_tokens=1)
+    tick()
 
 
-def ways(models: Models, ids: Tensor, k: int, tokens: int) -> dict[str, Way]:
-    """Every way of writing `tokens` tokens behind the prompts (B, P), by name."""
-    lm, rm, vocabulary = models.lm, models.scalar, models.vocabulary
-    policy, siblings, one_query = ModelPolicy(lm), SiblingScorer(rm), VocabularyScorer(vocabulary)
-    mask = torch.ones_like(ids)
+def all_ways(models: Models, setting: Setting) -> dict[str, Way]:
+    """Every way of writing in this setting, behind the same random prompts, by name.
 
-    def guidance(tick: Tick) -> Tensor:
-        return plain(lm, ids, tokens, tick, [RewardGuidance(siblings, mask, beta=1.0, top_k=k)])
+    Raises:
+        ValueError: if there are not as many candidates as `top_k`.
+    """
+    lm, rm, k, tokens = models.lm, models.scalar, setting.top_k, setting.tokens
+    vocabulary = lm.get_input_embeddings().num_embeddings
+    if not 1 <= k <= vocabulary:
+        raise ValueError(f"top_k must lie between 1 and the vocabulary size {vocabulary}, got {k}")
+    shape, generator = (setting.batch_size, setting.prompt_length), torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, shape, generator=generator).to(lm.device)
+    policy, siblings, one_query = ModelPolicy(lm), SiblingScorer(rm), VocabularyScorer(models.vocabulary)
 
-    found = {"plain generation": lambda tick: plain(lm, ids, tokens, tick)}
+    found: dict[str, Way] = {"plain generation": lambda tick: plain(lm, ids, tokens, tick)}
     if ids.is_cuda:
-        slots = ids.shape[1] + tokens
+        slots = setting.prompt_length + tokens
         static = StaticPolicy(lm, slots), StaticScorer(rm, slots + k)
         found["plain, compiled"] = lambda tick: plain(lm, ids, tokens, tick, cache_implementation="static")
         found["our loop, compiled"] = lambda tick: ours(*static, ids, k, tokens, tick)
     return found | {
         "floor": lambda tick: floor(lm, rm, ids, k + 1, tokens, tick),
         "our loop": lambda tick: ours(policy, siblings, ids, k, tokens, tick),
-        "RewardGuidance": guidance,
-        "one-call floor": lambda tick: floor(lm, vocabulary, ids, 1, tokens, tick),
-        "one-call head": lambda tick: ours(policy, one_query, ids, 0, tokens, tick),
+        "RewardGuidance": lambda tick: plain(
+            lm, ids, tokens, tick, [RewardGuidance(siblings, torch.ones_like(ids), beta=1.0, top_k=k)]
+        ),
+        "vocabulary floor": lambda tick: floor(lm, models.vocabulary, ids, 1, tokens, tick),
+        "vocabulary head": lambda tick: ours(policy, one_query, ids, 0, tokens, tick),
         "k copies of the cache": lambda tick: ours(policy, CopiedScorer(rm, k), ids, k, tokens, tick),
         "k passes, no cache": lambda tick: uncached(models, ids, k, tick),
     }
@@ -170,65 +212,69 @@ def ways(models: Models, ids: Tensor, k: int, tokens: int) -> dict[str, Way]:
 # ---- the measures ----
 
 
-def interleaved(ways: Mapping[str, Way], rounds: int, device: torch.device, progress=None) -> dict[str, list[float]]:
+def seconds_per_token(
+    models: Models, setting: Setting, names: Sequence[str], rounds: Iterable[object]
+) -> dict[str, list[float]]:
+    """Of each of these ways in each round."""
+    found = all_ways(models, setting)
+    return interleaved({name: found[name] for name in names}, rounds, models.lm.device)
+
+
+def interleaved(ways: Mapping[str, Way], rounds: Iterable[object], device: torch.device) -> dict[str, list[float]]:
     """Seconds per token of each way in each round, after one run of each to warm up."""
-    _taking_turns(ways) if device.type == "cpu" else [_on_gpu(way) for way in ways.values()]
-    seconds = {name: [] for name in ways}
-    for _ in range(rounds):
-        times = _taking_turns(ways) if device.type == "cpu" else {name: _on_gpu(way) for name, way in ways.items()}
-        for name in ways:
-            seconds[name].append(statistics.median(times[name]))
-        if progress is not None:
-            progress.update()
-    return seconds
+    measure = _taking_turns if device.type == "cpu" else _one_by_one
+    measure(ways)
+    times = [measure(ways) for _ in rounds]
+    return {name: [statistics.median(round[name]) for round in times] for name in ways}
 
 
 def _taking_turns(ways: Mapping[str, Way]) -> dict[str, list[float]]:
     """Seconds from tick to tick of each way, all of them under way at once and one token of each at a time.
 
-    So they meet the same neighbours. The reading of the prompt is not counted, but for a way that ticks before it.
+    So they meet the same neighbours. The reading of the prompt is not counted, except of a way that ticks before it.
     """
     turns, back = {name: Semaphore(0) for name in ways}, Semaphore(0)
-    times, running = {name: [] for name in ways}, list(ways)
+    times: dict[str, list[float]] = {name: [] for name in ways}
 
     def run(name: str) -> None:
-        began = [0.0]
+        began = 0.0
 
         def tick() -> None:
-            times[name].append(clock() - began[0])
+            nonlocal began
+            times[name].append(clock() - began)
             back.release()
             turns[name].acquire()
-            began[0] = clock()
+            began = clock()
 
         turns[name].acquire()
-        try:
-            ways[name](tick)
-        finally:
-            running.remove(name)
-            back.release()
+        ways[name](tick)
 
     with ThreadPoolExecutor(len(ways)) as pool:
-        futures = [pool.submit(run, name) for name in ways]
-        while running:
-            for name in list(running):
+        futures = {name: pool.submit(run, name) for name in ways}
+        for future in futures.values():
+            future.add_done_callback(lambda _: back.release())
+        while running := [name for name, future in futures.items() if not future.done()]:
+            for name in running:
                 turns[name].release()
                 back.acquire()
-    for future in futures:
-        future.result()
+    for future in futures.values():
+        future.result()  # raises what stopped it
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
-def _on_gpu(way: Way) -> list[float]:
-    """Seconds from tick to tick by the GPU's own clock, without making the CPU wait for it."""
-    marks = []
+def _one_by_one(ways: Mapping[str, Way]) -> dict[str, list[float]]:
+    """Seconds from tick to tick of each way by the GPU's own clock, without making the CPU wait for it."""
+    times = {}
+    for name, way in ways.items():
+        marks: list[torch.cuda.Event] = []
 
-    def mark() -> None:
-        marks.append(torch.cuda.Event(enable_timing=True))
-        marks[-1].record()
+        def mark(marks: list[torch.cuda.Event] = marks) -> None:
+            marks.append(torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)))
 
-    way(mark)
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)]
+        way(mark)
+        torch.cuda.synchronize()
+        times[name] = [first.elapsed_time(second) / 1e3 for first, second in pairwise(marks)]
+    return times
 
 
 def clock() -> float:
@@ -237,7 +283,7 @@ def clock() -> float:
 
 
 def ratios(seconds: Mapping[str, Sequence[float]], name: str, over: str) -> list[float]:
-    """Of one way's time to another's, round by round.
+    """One way's time over another's, round by round.
 
     >>> ratios({"ours": [2.0, 6.0], "floor": [2.0, 4.0]}, "ours", "floor")
     [1.0, 1.5]
@@ -247,48 +293,43 @@ def ratios(seconds: Mapping[str, Sequence[float]], name: str, over: str) -> list
 
 def peak_bytes(way: Way, device: torch.device) -> int:
     """The most memory that tensors hold at any time after the first token, weights not counted."""
-    if device.type == "cuda":
-        before, ticks = torch.cuda.memory_allocated(), []
+    return _peak_on_cpu(way) if device.type == "cpu" else _peak_on_gpu(way)
 
-        def tick() -> None:
-            if not ticks:
-                torch.cuda.reset_peak_memory_stats()
-            ticks.append(None)
 
-        way(tick)
-        return torch.cuda.max_memory_allocated() - before
+def _peak_on_gpu(way: Way) -> int:
+    before = torch.cuda.memory_allocated()
+    way(cache(torch.cuda.reset_peak_memory_stats))  # at the first tick alone
+    return torch.cuda.max_memory_allocated() - before
 
+
+def _peak_on_cpu(way: Way) -> int:
+    """By the profiler's record of what was allocated and freed."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler announces itself
 
-    def mark() -> None:
+    def tick() -> None:
         with record_function("pargs.tick"):
             pass
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        way(mark)
-    held = peak = 0
-    started = False
-    for event in profiler.profiler.kineto_results.events():
-        started |= event.name() == "pargs.tick"
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held) if started else peak
-    return peak
+        way(tick)
+    events = profiler.profiler.kineto_results.events()
+    first = next(number for number, event in enumerate(events) if event.name() == "pargs.tick")
+    return max(list(accumulate(event.nbytes() if event.name() == "[memory]" else 0 for event in events))[first:])
 
 
 def passes_per_token(way: Way, models: Models) -> dict[str, float]:
     """Forward passes of each model and the tokens they read, per token written; the reading of the prompt left out."""
     counts = dict.fromkeys(("lm passes", "lm tokens", "reward passes", "reward tokens"), 0)
-    seen = []  # a copy of the counts at each tick
-    hooks = []
-    for name, body in (("lm", models.lm.base_model), ("reward", models.scalar.base_model)):
+    seen: list[dict[str, int]] = []  # a copy of the counts at each tick
 
-        def count(_, __, output, name: str = name) -> None:
-            rows, length = output.last_hidden_state.shape[:2]
-            counts[f"{name} passes"] += 1
-            counts[f"{name} tokens"] += rows * length
+    def counting(model: str, output) -> None:
+        counts[f"{model} passes"] += 1
+        counts[f"{model} tokens"] += output.last_hidden_state.shape[:2].numel()
 
-        hooks.append(body.register_forward_hook(count))
+    hooks = [
+        model.base_model.register_forward_hook(lambda _, __, output, name=name: counting(name, output))
+        for name, model in (("lm", models.lm), ("reward", models.scalar))
+    ]
     way(lambda: seen.append(dict(counts)))
     for hook in hooks:
         hook.remove()
@@ -301,49 +342,46 @@ def weight_bytes(*models: PreTrainedModel) -> int:
     return sum(weights.values())
 
 
+@torch.no_grad()
 def cache_bytes(model: PreTrainedModel, batch: int, length: int) -> int:
     """Memory of the keys and values of `batch` texts of `length` tokens."""
-    cache = DynamicCache()
-    with torch.no_grad():
-        model.base_model(
-            input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True
-        )
-    return batch * length * sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    layers = model.base_model(input_ids=token, use_cache=True).past_key_values.layers
+    return batch * length * sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 # ---- training ----
 
 
-def training_ways(rm: PreTrainedModel, prompt: int, response: int, rows: int = 8) -> dict[str, Callable[[], float]]:
-    """The loss of every prefix of one pair and its gradient: in one pass, and with a row of its own for each prefix.
+def training_ways(rm: PreTrainedModel, prompt: int, response: int, rows: int = 8) -> dict[str, Way]:
+    """The gradient of the loss of every prefix of one pair, in one pass, and that of one prefix in rows of its own.
 
-    Both return seconds. The second would take minutes: `rows` evenly spaced prefixes are timed, and scaled to all.
+    The rows are those of `minimal.prefix_loss`, of `rows` evenly spaced prefixes, with a tick after each: times
+    `response`, such a step is what all prefixes take. Both responses have the same length, so that no end tokens are
+    added.
     """
     ids = torch.randint(rm.get_input_embeddings().num_embeddings, (3, max(prompt, response)), device=rm.device)
-    pair = Pair(ids[0, :prompt].tolist(), ids[1, :response].tolist(), ids[2, :response].tolist())
-    every = [response * (2 * i + 1) // (2 * rows) + 1 for i in range(rows)]
+    asked, won, lost = ids[0, :prompt], ids[1, :response], ids[2, :response]
+    pair = Pair(asked.tolist(), won.tolist(), lost.tolist())
 
-    def step(lengths: Sequence[int], loss: Callable[[dict], Tensor]) -> float:
-        began = clock()
-        for length in lengths:
-            cut = Pair(pair.prompt_ids, pair.chosen_ids[:length], pair.rejected_ids[:length])
-            loss({name: t.to(rm.device) for name, t in collate([cut], pad_id=0).items()}).backward()
-        rm.zero_grad()
-        if rm.device.type == "cuda":
-            torch.cuda.synchronize()
-        return clock() - began
-
-    def all_prefixes(batch: dict[str, Tensor]) -> Tensor:
+    def one_pass(tick: Tick) -> None:
+        tick()
+        batch = {name: tensor.to(rm.device) for name, tensor in collate([pair], pad_id=0).items()}
         rewards = at_response_tokens(prefix_rewards(rm, batch["input_ids"], batch["attention_mask"]), batch)
-        return partial_bradley_terry_loss(*rewards, batch["chosen_lengths"], batch["rejected_lengths"])
+        partial_bradley_terry_loss(*rewards, batch["chosen_lengths"], batch["rejected_lengths"]).backward()
+        rm.zero_grad()
+        tick()
 
-    def one_prefix(batch: dict[str, Tensor]) -> Tensor:
-        return bradley_terry_loss(*final_rewards(rm, batch["input_ids"], batch["attention_mask"]).chunk(2))
+    def one_row(tick: Tick) -> None:
+        tick()
+        for row in range(rows):
+            i = response * (2 * row + 1) // (2 * rows) + 1
+            r_won, r_lost = (minimal.reward(rm, torch.cat([asked, y[:i]])) for y in (won, lost))
+            (-logsigmoid(r_won - r_lost)).backward()
+            rm.zero_grad()
+            tick()
 
-    return {
-        "one pass": lambda: step([response], all_prefixes),
-        "a row per prefix": lambda: step(every, one_prefix) * response / rows,
-    }
+    return {"one pass": one_pass, "a row per prefix": one_row}
 
 
 def ideal_speed_up(prompt: int, response: int) -> float:
