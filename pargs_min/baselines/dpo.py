@@ -1,8 +1,8 @@
-"""Direct preference optimisation, by TRL: the language model itself is trained on the pairs that a reward model would
-be trained on. With enough pairs of the reference it comes to the RLHF policy (`theory/`, T12).
+"""Direct preference optimisation, by TRL: the language model itself is trained on the pairs that would otherwise train
+a reward model. With enough pairs drawn from the reference it reaches the RLHF policy (`theory/`, T12).
 
 Needs the extra `baselines`. Pairs are tokenised by `encode_preferences`, as for reward models: TRL would tokenise
-prompt and response together, into ids that decoding may never meet, and knows no records of token ids.
+prompt and response together, into ids that decoding may never meet, and cannot read records of token ids.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def train_dpo(
         pairs, eval_pairs: from `encode_preferences`.
         beta: weight of the reward, in nats per unit of reward, as in `generate`; DPO's own beta is its inverse.
         args: of transformers; batch sizes count pairs.
-        resume: go on from the last whole checkpoint in `args.output_dir`, if there is one.
+        resume: continue from the last whole checkpoint in `args.output_dir`, if there is one.
 
     Returns:
         TRL's metrics: `train_loss` and `eval_loss` in nats per pair, `eval_rewards/accuracies`, seconds.
@@ -53,30 +53,23 @@ def train_dpo(
         raise ValueError(f"beta must be a positive number, got {beta}")
     theirs = {field.name: getattr(args, field.name) for field in fields(TrainingArguments) if field.init}
     config = DPOConfig(**theirs, beta=1 / beta, max_length=None)
+    train, held_out = (
+        Dataset.from_list([pair._asdict() for pair in some]) if some else None for some in (pairs, eval_pairs)
+    )
     trainer = _PairsAsTheyAre(
-        model,
-        copy.deepcopy(model),
-        config,
-        train_dataset=_dataset(pairs),
-        eval_dataset=_dataset(eval_pairs) if eval_pairs else None,
-        processing_class=tokenizer,
+        model, copy.deepcopy(model), config, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
     )
     if args.logging_strategy == "no":
         trainer.remove_callback(PrinterCallback)
     result = trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if resume else None)
     metrics = result.metrics | (trainer.evaluate() if eval_pairs else {})
-    vars(model).pop("forward", None)  # TRL's, with its own head
+    vars(model).pop("forward", None)  # TRL put its own there, with its own head
     model.eval()
     return metrics
 
 
 class _PairsAsTheyAre(DPOTrainer):
-    """TRL's trainer on token ids."""
+    """TRL's trainer, for pairs that are token ids already."""
 
     def _prepare_dataset(self, dataset, *_):
         return dataset
-
-
-def _dataset(pairs: Sequence[Pair]) -> Dataset:
-    """The columns that TRL's own collator reads are the fields of `Pair`."""
-    return Dataset.from_list([pair._asdict() for pair in pairs])

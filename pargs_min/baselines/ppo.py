@@ -2,18 +2,18 @@
 
     maximise   E_pi[r(y)] - KL(pi || pi_ref) / beta
 
-whose optimum is the RLHF policy, pi_ref(y) exp(beta r(y)) / Z. The details, each as in Ziegler et al. (2019, arXiv
-1909.08593) and Stiennon et al. (2020, arXiv 2009.01325) unless it says otherwise:
+The optimum is the RLHF policy, pi_ref(y) exp(beta r(y)) / Z. The details are those of Ziegler et al. (2019, arXiv
+1909.08593) and Stiennon et al. (2020, arXiv 2009.01325) unless stated otherwise:
 
 1. *Reward.* -(log pi - log pi_ref) / beta at every token, with beta fixed, and r(y) of the whole text at its last one.
-   A response that is cut at the length limit gets the reward of what stands there.
+   A response that is cut at the length limit gets the reward of the text as it stands.
 2. *Advantages.* Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438) with gamma 1 and lambda 0.95,
    whitened over the tokens of a batch.
-3. *Value function.* A network of its own, which starts from the reward model (Stiennon), read at the prefix before the
-   token.
-4. *Loss.* Clipped ratio and clipped value, 0.2 both; 4 passes over each batch, in minibatches.
-5. *Dropout* is off, or the ratio of the first pass would not be one.
-6. Not here: adaptive KL, a separate entropy bonus, reward normalisation.
+3. *Value function.* A network of its own, which starts from the reward model (Stiennon) and is read at the
+   prefix before each token.
+4. *Loss.* Clipped ratio and clipped value, both at 0.2; 4 passes over each batch, in minibatches.
+5. *Dropout* is off; otherwise the ratio of the first pass would not be one.
+6. Not included: adaptive KL, a separate entropy bonus, reward normalisation.
 """
 
 from __future__ import annotations
@@ -24,22 +24,25 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.hf_argparser import HfArg
 
 from pargs_min.codec import left_pad
 from pargs_min.decode import ModelPolicy, response_log_probs, response_rewards, row_uniforms
 from pargs_min.methods import plain
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import RewardFn
+from pargs_min.store import aside
 
 
 def gae(rewards: Tensor, values: Tensor, written: Tensor, lam: float = 0.95, gamma: float = 1.0) -> Tensor:
-    """Advantages of each token, by generalised advantage estimation.
+    """The advantage of each token, by generalised advantage estimation.
 
         A_t = sum_k (gamma lam)^k delta_{t+k},   delta_t = r_t + gamma V(s_{t+1}) - V(s_t),   V = 0 after the end
 
@@ -89,35 +92,42 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 
 @dataclass(frozen=True)
 class PPOSettings:
-    """How to train. Raises ValueError for a number that cannot be."""
+    """How to train.
 
-    beta: float = field(
-        default=1.0, metadata={"help": "Weight of the reward, in nats per unit of reward: 1 / the KL coefficient."}
-    )
-    max_new_tokens: int = field(default=64, metadata={"help": "Tokens of the longest response."})
-    updates: int = field(default=200, metadata={"help": "Batches of texts."})
-    batch_size: int = field(default=64, metadata={"help": "Texts a batch."})
-    passes: int = field(default=4, metadata={"help": "Over each batch."})
-    minibatch_size: int = field(default=16, metadata={"help": "Texts a step of the optimizer."})
-    learning_rate: float = field(default=1e-5, metadata={"help": "Of Adam, constant."})
-    clip: float = field(default=0.2, metadata={"help": "How far the ratio may leave 1, and a value its old one."})
-    value_weight: float = field(default=0.1, metadata={"help": "Of the value loss."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of the advantages."})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "Longer gradients are cut to it."})
-    seed: int = field(default=0, metadata={"help": "Of texts and batches."})
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    beta: float = HfArg(default=1.0, help="Weight of the reward, in nats per unit of reward: 1 / the KL coefficient.")
+    max_new_tokens: int = HfArg(default=64, help="Tokens of the longest response.")
+    updates: int = HfArg(default=200, help="Batches of texts.")
+    batch_size: int = HfArg(default=64, help="Texts per batch.")
+    passes: int = HfArg(default=4, help="Over each batch.")
+    minibatch_size: int = HfArg(default=16, help="Texts per step of the optimizer.")
+    learning_rate: float = HfArg(default=1e-5, help="Of Adam, constant.")
+    clip: float = HfArg(default=0.2, help="How far the ratio may move from 1, and a value from its old one.")
+    value_weight: float = HfArg(default=0.1, help="Of the value loss.")
+    lam: float = HfArg(default=0.95, help="Lambda of the advantages.")
+    max_grad_norm: float = HfArg(default=1.0, help="Longer gradients are cut to it.")
+    seed: int = HfArg(default=0, help="Of texts and batches.")
 
     def __post_init__(self) -> None:
         for name in ("beta", "learning_rate", "clip", "max_grad_norm"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if not 0 < (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {value}")
-        if not (math.isfinite(self.value_weight) and self.value_weight >= 0 and 0 <= self.lam <= 1):
-            raise ValueError(
-                f"value_weight must be a number of at least 0, and lam in 0..1, got {self.value_weight} and {self.lam}"
-            )
         for name in ("max_new_tokens", "updates", "batch_size", "passes", "minibatch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not (0 <= self.value_weight < math.inf and 0 <= self.lam <= 1):
+            raise ValueError(f"value_weight must be at least 0 and lam in 0..1, got {self.value_weight} and {self.lam}")
+
+
+class Models(NamedTuple):
+    """The policy and its value function, which are trained, and the reference."""
+
+    policy: PreTrainedModel
+    value: PreTrainedModel
+    ref: PreTrainedModel
 
 
 def train_ppo(
@@ -130,20 +140,21 @@ def train_ppo(
     checkpoint: str | os.PathLike | None = None,
     save_every: int = 20,
 ) -> Iterator[dict[str, float]]:
-    """Train a language model in place; yields after every update what it wrote before it.
+    """Train a language model in place; yields what each update saw and did.
 
     Args:
         model: a causal language model, the reference before it is trained.
         value_model: a causal reward model (`load_reward_model`), changed in place.
         reward_fn: reward of whole texts.
-        prompts: token ids; each update draws some of them, every prompt once before any comes again.
+        prompts: token ids; each update draws some of them, every prompt once before any is drawn again.
         ends: ids that end a response.
-        checkpoint: a file to keep models and optimizer in, every `save_every` updates; if it is there, the run goes on
-            from it, to the weights of a run that was never interrupted.
+        checkpoint: a file for models and optimizer, written every `save_every` updates. Where it exists, the run
+            continues from it, to the weights of a run that was never interrupted.
 
     Yields:
-        update; reward, mean of a text; kl, mean of log pi / pi_ref of a text in nats; length in tokens; policy_loss,
-        value_loss; clipped, share of tokens whose ratio left the interval.
+        update, from 1; of the texts drawn before the update, means per text: reward, kl (log pi / pi_ref in nats),
+        length (tokens); of its steps: policy_loss, value_loss, and clipped, the share of tokens whose ratio left the
+        interval.
 
     Raises:
         ValueError: if there are no prompts, `save_every` is below 1, the value model has no value at every token, or
@@ -154,33 +165,40 @@ def train_ppo(
         raise ValueError("prompts is empty; give at least one")
     if save_every < 1:
         raise ValueError(f"save_every must be at least 1, got {save_every}")
-    ref = copy.deepcopy(model).eval()
-    models = torch.nn.ModuleList([model.eval(), value_model.eval()])  # eval: no dropout
-    optimizer = torch.optim.Adam(models.parameters(), lr=settings.learning_rate, eps=1e-5)
-    first, asked = 0, hashlib.sha256(json.dumps([prompts, ends]).encode()).hexdigest()
-    if checkpoint is not None and Path(checkpoint).exists():
-        first = _load(checkpoint, models, optimizer, settings, ref, asked, reward_fn)
+    models = Models(model.eval(), value_model.eval(), copy.deepcopy(model).eval())  # eval: no dropout
+    trained = torch.nn.ModuleList([models.policy, models.value])
+    optimizer = torch.optim.Adam(trained.parameters(), lr=settings.learning_rate, eps=1e-5)
+    parts = {"models": trained, "optimizer": optimizer, "ref": models.ref}
+    asked = hashlib.sha256(json.dumps([prompts, ends]).encode()).hexdigest()
+    task = {"settings": vars(settings), "asked": asked}
+    first = 0 if checkpoint is None or not Path(checkpoint).exists() else _load(checkpoint, parts, task, reward_fn)
+
     for update in range(first, settings.updates):
-        batch = rollout(model, value_model, ref, reward_fn, prompts, ends, settings, update)
-        order = torch.Generator().manual_seed(settings.seed * 1_000_003 + update)
-        losses = []
+        # Draw texts from the policy, and find out how much better than expected each of their tokens was.
+        batch = rollout(models, reward_fn, prompts, ends, settings, update)
+
+        # Make the better tokens more likely, and the values more accurate.
+        order, losses = torch.Generator().manual_seed(settings.seed * 1_000_003 + update), []
         for _ in range(settings.passes):
             for rows in torch.randperm(settings.batch_size, generator=order).split(settings.minibatch_size):
-                part = {name: x[rows.to(x.device)] for name, x in batch.items()}
-                loss, numbers = _loss(model, value_model, part, settings)
+                minibatch = {name: tensor[rows.to(tensor.device)] for name, tensor in batch.items()}
+                loss, numbers = _loss(models, minibatch, settings)
                 optimizer.zero_grad()
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(models.parameters(), settings.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(trained.parameters(), settings.max_grad_norm)
                 optimizer.step()
                 losses.append(numbers)
-        if checkpoint is not None and ((update + 1) % save_every == 0 or update + 1 == settings.updates):
+
+        # Save, so that an interruption costs `save_every` updates at most, and report.
+        done = update + 1
+        if checkpoint is not None and (done % save_every == 0 or done == settings.updates):
             seen = {name: batch[name].cpu() for name in ("ids", "mask", "scores")}
-            state = {"models": models.state_dict(), "optimizer": optimizer.state_dict(), "ref": ref.state_dict()}
-            state |= {"settings": vars(settings), "asked": asked, "seen": seen, "updates": update + 1}
-            _save(checkpoint, state)
+            state = {name: part.state_dict() for name, part in parts.items()}
+            with aside(checkpoint) as unfinished:
+                torch.save(state | task | {"seen": seen, "updates": done}, unfinished)
         means = torch.tensor(losses).mean(0).tolist()
         yield {
-            "update": update + 1,
+            "update": done,
             "reward": batch["scores"].mean().item(),
             "kl": batch["kl"].mean().item(),
             "length": batch["written"].sum(1).float().mean().item(),
@@ -189,36 +207,44 @@ def train_ppo(
 
 
 @torch.no_grad()
-def rollout(model, value_model, ref, reward_fn, prompts, ends, settings, update: int) -> dict[str, Tensor]:
-    """A batch of texts of the current policy, with all that the update needs to know of them."""
+def rollout(
+    models: Models,
+    reward_fn: RewardFn,
+    prompts: Sequence[list[int]],
+    ends: Sequence[int],
+    settings: PPOSettings,
+    update: int,
+) -> dict[str, Tensor]:
+    """A batch of B texts of the policy, and what its update has to know about them.
+
+    Returns:
+        ids, mask: (B, P + T) prompts and responses; written: (B, T) which tokens belong to the responses; scores, kl:
+        (B,) of whole responses; old_log_probs, old_values, returns, advantages: (B, T) of their tokens.
+    """
+    # Draw a response to each prompt.
     numbers = range(update * settings.batch_size, (update + 1) * settings.batch_size)
     asked = [_prompt_number(number, len(prompts), settings.seed) for number in numbers]
-    prompt_ids, mask = (x.to(model.device) for x in left_pad([prompts[number] for number in asked]))
+    prompt_ids, mask = (tensor.to(models.ref.device) for tensor in left_pad([prompts[number] for number in asked]))
     uniforms = row_uniforms(settings.seed, asked, numbers, settings.max_new_tokens)
     limits = dict(top_k=0, max_new_tokens=settings.max_new_tokens, eos=ends, uniforms=uniforms)
-    texts = plain(ModelPolicy(model), prompt_ids, mask, **limits)
+    texts = plain(ModelPolicy(models.policy), prompt_ids, mask, **limits)
+
+    # The reward model scores whole texts; policy, reference and value function look at each token.
     scores = response_rewards(reward_fn, prompt_ids, mask, texts)
-    tokens, lengths = texts.tokens, texts.lengths
-    written = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-    batch = {
-        "ids": torch.cat([prompt_ids, tokens], 1),
-        "mask": torch.cat([mask, written.to(mask.dtype)], 1),
-        "written": written,
-        "scores": scores,
-    }
-    old_log_probs, old_values = _log_probs(model, batch), _values(value_model, batch)
-    log_ratios = (old_log_probs - _log_probs(ref, batch)) * written
-    last = torch.arange(tokens.shape[1], device=tokens.device) == lengths[:, None] - 1
-    advantages = gae(scores[:, None] * last - log_ratios / settings.beta, old_values, written, settings.lam)
+    places, lengths = torch.arange(texts.tokens.shape[1], device=mask.device), texts.lengths[:, None]
+    written = places < lengths
+    batch = {"ids": torch.cat([prompt_ids, texts.tokens], 1), "mask": torch.cat([mask, written.to(mask.dtype)], 1)}
+    batch |= {"written": written, "scores": scores}
+    log_probs, values = _log_probs(models.policy, batch), _values(models.value, batch)
+    log_ratios = (log_probs - _log_probs(models.ref, batch)) * written
+
+    # A token is rewarded for staying close to the reference, the last one also for the whole response.
+    rewards = scores[:, None] * (places == lengths - 1) - log_ratios / settings.beta
+    advantages = gae(rewards, values, written, settings.lam)
     ours = advantages[written]
     whitened = (advantages - ours.mean()) / (ours.std(correction=min(1, len(ours) - 1)) + 1e-8)  # one has no spread
-    return batch | {
-        "kl": log_ratios.sum(1),
-        "old_log_probs": old_log_probs,
-        "old_values": old_values,
-        "returns": advantages + old_values,
-        "advantages": whitened,
-    }
+    batch |= {"old_log_probs": log_probs, "old_values": values, "kl": log_ratios.sum(1)}
+    return batch | {"returns": advantages + values, "advantages": whitened}
 
 
 def _prompt_number(number: int, prompts: int, seed: int) -> int:
@@ -227,49 +253,42 @@ def _prompt_number(number: int, prompts: int, seed: int) -> int:
     return int(torch.randperm(prompts, generator=torch.Generator().manual_seed(seed * 1_000_003 + turn))[place])
 
 
-def _loss(model, value_model, batch: dict[str, Tensor], settings: PPOSettings) -> tuple[Tensor, list[float]]:
-    written, log_probs = batch["written"], _log_probs(model, batch)
+def _loss(models: Models, batch: dict[str, Tensor], settings: PPOSettings) -> tuple[Tensor, list[float]]:
+    """The loss, and for the report: policy loss, value loss, share of clipped ratios; all are means over tokens."""
+    log_probs, values = _log_probs(models.policy, batch), _values(models.value, batch)
     policy = clipped_policy_loss(log_probs, batch["old_log_probs"], batch["advantages"], settings.clip)
-    value = clipped_value_loss(_values(value_model, batch), batch["old_values"], batch["returns"], settings.clip)
+    value = clipped_value_loss(values, batch["old_values"], batch["returns"], settings.clip)
     left = ((log_probs - batch["old_log_probs"]).exp() - 1).abs() > settings.clip
-    policy, value, left = (x[written].mean() for x in (policy, value, left.float()))
+    policy, value, left = (each[batch["written"]].mean() for each in (policy, value, left.float()))
     return policy + settings.value_weight * value, [policy.item(), value.item(), left.item()]
 
 
 def _log_probs(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    """(B, T) log pi of each response token, in nats."""
     return response_log_probs(model, batch["ids"], batch["mask"], batch["written"].shape[1])
 
 
 def _values(value_model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
     """(B, T) value of the prefix before each response token."""
-    n = batch["written"].shape[1]
-    return prefix_rewards(value_model, batch["ids"], batch["mask"])[:, -n - 1 : -1]
-
-
-def _save(file, state: dict) -> None:
-    unfinished = Path(f"{file}.unfinished")  # so that the file, once there, is whole
-    torch.save(state, unfinished)
-    unfinished.rename(file)
+    return prefix_rewards(value_model, batch["ids"], batch["mask"])[:, -1 - batch["written"].shape[1] : -1]
 
 
 @torch.no_grad()
-def _load(file, models, optimizer, settings: PPOSettings, ref: PreTrainedModel, asked: str, reward_fn: RewardFn) -> int:
-    """The number of updates done.
+def _load(file: str | os.PathLike, parts: dict, task: dict, reward_fn: RewardFn) -> int:
+    """Load the state of all parts; the number of updates done.
 
     Raises:
-        ValueError: if they were done with other settings, prompts or ends, or by another reward: one that scores the
-            last texts otherwise.
+        ValueError: if they were done with other settings, prompts or ends, or with another reward: one that scores the
+            last texts differently.
     """
-    state = torch.load(file, weights_only=True, map_location="cpu")
-    same = {**state["settings"], "updates": settings.updates}
-    if same != vars(settings):
+    state, device = torch.load(file, weights_only=True, map_location="cpu"), parts["ref"].device
+    if state["settings"] | {"updates": task["settings"]["updates"]} != task["settings"]:
         raise ValueError(f"{file} was made with other settings ({state['settings']}): choose another folder")
-    if state["asked"] != asked:
+    if state["asked"] != task["asked"]:
         raise ValueError(f"{file} was made with other prompts or end tokens: give the same, or choose another folder")
-    ids, mask, scores = (state["seen"][name].to(ref.device) for name in ("ids", "mask", "scores"))
+    ids, mask, scores = (state["seen"][name].to(device) for name in ("ids", "mask", "scores"))
     if not torch.allclose(reward_fn(ids, mask).to(scores.dtype), scores, rtol=1e-2, atol=1e-2):  # devices differ a bit
         raise ValueError(f"{file} was made with another reward model: give the same, or choose another folder")
-    models.load_state_dict(state["models"])
-    optimizer.load_state_dict(state["optimizer"])
-    ref.load_state_dict(state["ref"])
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     return state["updates"]

@@ -21,7 +21,15 @@ from transformers import (
 )
 
 from pargs_min.baselines.dpo import train_dpo
-from pargs_min.baselines.ppo import PPOSettings, clipped_policy_loss, clipped_value_loss, gae, rollout, train_ppo
+from pargs_min.baselines.ppo import (
+    Models,
+    PPOSettings,
+    clipped_policy_loss,
+    clipped_value_loss,
+    gae,
+    rollout,
+    train_ppo,
+)
 from pargs_min.data import Pair
 from pargs_min.reward_model import prefix_rewards
 from tests.strategies import rows
@@ -170,9 +178,8 @@ def test_a_rollout_knows_of_each_text_what_the_text_alone_says():
     """Prompts of unequal lengths, padded; log-probabilities, values and rewards by a forward pass for each text."""
     model, value_model, ref = tiny(GPT2LMHeadModel, 0), tiny(GPT2ForSequenceClassification, 1), tiny(GPT2LMHeadModel, 2)
     settings = PPOSettings(**SETTINGS | dict(batch_size=12, beta=0.5))
-    batch = rollout(
-        model, value_model, ref, lambda ids, mask: ids[:, -1].float(), [[2], [3, 2, 0, 3]], [END], settings, 0
-    )
+    models, prompts = Models(model, value_model, ref), [[2], [3, 2, 0, 3]]
+    batch = rollout(models, lambda ids, mask: ids[:, -1].float(), prompts, [END], settings, update=0)
     assert batch["mask"][:, 0].sum() == 6  # half of the texts are of each prompt
     for row in range(12):
         n = int(batch["written"][row].sum())
@@ -250,7 +257,7 @@ def test_the_value_loss_takes_the_worse_of_value_and_clipped_value():
         (dict(save_every=0), "save_every must be at least 1, got 0"),
         (dict(lam=1.1), r"lam in 0..1, got 0.1 and 1.1"),
         (dict(lam=float("nan")), r"lam in 0..1"),
-        (dict(value_weight=-0.1), "value_weight must be a number of at least 0"),
+        (dict(value_weight=-0.1), "value_weight must be at least 0"),
     ],
 )
 def test_bad_arguments_of_ppo_are_named(change, message):
