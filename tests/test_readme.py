@@ -1,6 +1,7 @@
-"""What the README promises is there: its commands, their options, its equations, its links."""
+"""What the README and its pages promise is there: commands, their options, equations, code, links."""
 
 import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -8,35 +9,83 @@ from pathlib import Path
 
 import pytest
 
+from pargs_min.models import load_reward_model, load_tokenizer, save_reward_model
+
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text("utf-8")
-LINES = re.sub(r"\\\n *", "", README).splitlines()  # a command that goes on in the next line is one
-COMMANDS = [line.strip() for line in LINES if re.match(r"    (python|pargs) ", line)]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "tutorials/README.md",
+    "tutorials/COMMANDS.md",
+    "tutorials/RESULTS.md",
+    "tutorials/SMALL_GPU.md",
+]
+TEXT = {page: (ROOT / page).read_text("utf-8") for page in [*PAGES, "theory/README.md"]}
+README = TEXT["README.md"]
+# A command that continues on the next line is one command.
+LINES = [line for page in PAGES for line in re.sub(r"\\\n *", "", TEXT[page]).splitlines()]
+COMMANDS = [line.strip() for line in LINES if re.match(r"    (python|pargs|torchrun|accelerate) ", line)]
+PARGS = [
+    line[line.index(start) + len(start) :]
+    for line in COMMANDS
+    for start in ("pargs ", "-m pargs_min ")
+    if start in line
+]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
 
 
 def test_two_commands_set_everything_up():
-    demo, test = (line for line in COMMANDS if line.startswith("python -m venv"))
+    demo, test = (line.strip() for line in README.splitlines() if line.startswith("    python -m venv"))
     assert demo == "python -m venv .venv && .venv/bin/pip install -e . -c constraints.txt && .venv/bin/pargs demo"
     assert test == "python -m venv .venv && .venv/bin/pip install -e '.[test]' -c constraints.txt && .venv/bin/pytest"
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text().split()
 
 
-@pytest.mark.parametrize("command", sorted({line.split()[1] for line in COMMANDS if line.startswith("pargs")}))
+@pytest.mark.parametrize("command", sorted({line.split()[0] for line in PARGS}))
 def test_commands_take_the_options_that_are_shown(command):
     run = subprocess.run(
         [sys.executable, "-m", "pargs_min", command, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    shown = {flag for line in COMMANDS if line.startswith(f"pargs {command}") for flag in re.findall(r"--[\w-]+", line)}
+    shown = {flag for line in PARGS if line.split()[0] == command for flag in re.findall(r"--[\w-]+", line)}
     assert shown <= set(re.findall(r"--[\w-]+", run.stdout))
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(pargs_min\.[\w.]+)`", README))))
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(pargs_min\.[\w.]+)`", "".join(TEXT.values())))))
 def test_equations_live_where_the_table_says(name):
     module, _, attribute = name.rpartition(".")
-    found = getattr(import_module(module), attribute) if module != "pargs_min" else import_module(name)
+    found = getattr(import_module(module), attribute, None) or import_module(name)
     assert found.__doc__
 
 
-def test_links_within_the_project_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (ROOT / target).exists(), target
+def test_its_code_runs_on_what_the_demonstration_leaves(tmp_path, monkeypatch, capsys):
+    demo = tmp_path / "runs" / "demo"
+    shutil.copytree(ROOT / "pargs_min" / "world" / "reference_model", demo / "reference")
+    untrained = load_reward_model(demo / "reference")
+    save_reward_model(untrained, load_tokenizer(demo / "reference"), demo / "models" / "partial-seed=0")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {})
+    assert re.search(r"\w+ \w+", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_links_within_the_project_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]+))?\)", TEXT[page]):
+        file = (ROOT / page).parent / target if target else ROOT / page
+        assert file.exists(), target
+        if anchor:
+            assert anchor in anchors(file.read_text("utf-8")), anchor
+
+
+def anchors(text: str) -> set[str]:
+    """How the headings of a page are linked: lower case, no punctuation, hyphens for blanks."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_readme_links_every_tutorial_and_page():
+    for path in [*(ROOT / "tutorials").glob("*.ipynb"), *(ROOT / page for page in PAGES[1:])]:
+        assert f"]({path.relative_to(ROOT).as_posix()})" in README
