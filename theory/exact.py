@@ -116,3 +116,14 @@ def evaluate(world: Automaton, policy: Array) -> Evaluation:
 def rlhf_frontier(world: Automaton, betas: Sequence[float]) -> list[Evaluation]:
     """The exact RLHF policies, one per beta: no policy earns more reward at the same KL (T0)."""
     return [evaluate(world, guided(world, soft_values(world, beta), beta)) for beta in betas]
+
+
+def entropy(world: Automaton) -> float:
+    """Entropy of a response in nats: -sum_i E[log ref(Y_i | Y_1:i-1)]."""
+    return float(-(occupancy(world)[:-1, world.sources] * np.exp(world.log_probs) * world.log_probs).sum())
+
+
+def expected_length(world: Automaton, end: int) -> float:
+    """Expected tokens of a response, the first of its end tokens included: 1 + sum_i P(Y_i is another token)."""
+    flow = occupancy(world)[:-1, world.sources] * np.exp(world.log_probs)
+    return 1 + float(flow[:, world.tokens != end].sum())

@@ -1,7 +1,5 @@
 """The judge that is a language model behind an OpenAI-compatible address."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -66,18 +64,15 @@ class ChatJudge:
 
     def compare(self, ours: Texts, theirs: Texts) -> list:
         """1, 0.5 or 0 per pair; the two raw replies where one of them is not a verdict. Equal texts are a tie."""
-        pairs = [
-            (self._question(a, a["response"], b["response"]), self._question(a, b["response"], a["response"]))
-            if a["response"] != b["response"]
-            else None
-            for a, b in zip(ours, theirs, strict=True)
-        ]
-        questions = {question for pair in pairs if pair for question in pair}
+        pairs = [self._questions(*pair) for pair in zip(ours, theirs, strict=True)]
+        questions = {question for pair in pairs for question in pair}
         replies = self.replies | self._ask_all(questions - self.replies.keys())
-        return [0.5 if pair is None else both_orders(*(replies[question] for question in pair)) for pair in pairs]
+        return [both_orders(*(replies[question] for question in pair)) if pair else 0.5 for pair in pairs]
 
-    def _question(self, text: dict, a: str, b: str) -> str:
-        return self.question.format(prompt=prompt_text(text), a=a, b=b)
+    def _questions(self, one: dict, other: dict) -> list[str]:
+        """In both orders; none where the texts are equal."""
+        orders = (one["response"], other["response"]), (other["response"], one["response"])
+        return [self.question.format(prompt=prompt_text(one), a=a, b=b) for a, b in orders if a != b]
 
     def _request(self, question: str) -> dict:
         return {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": question}]}
@@ -90,10 +85,9 @@ class ChatJudge:
                 asked = {pool.submit(self._ask, question): question for question in sorted(questions)}
                 for answer in progress(as_completed(asked), desc=self.model, total=len(asked)):
                     question, said = asked[answer], answer.result()
-                    reply = _message(said)
-                    replies[question] = said if reply is None else reply
-                    if reply is not None:
-                        self.replies[question] = reply
+                    replies[question] = said
+                    if (reply := _message(said)) is not None:
+                        replies[question] = self.replies[question] = reply
                         append({"address": self.address, "request": self._request(question), "reply": reply})
         finally:
             pool.shutdown(cancel_futures=True)

@@ -3,8 +3,6 @@
 read_files -> compare -> write_comparison, markdown, panels
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections import Counter
@@ -90,17 +88,16 @@ def compare(files: Files, judges: Sequence[Judge] = (), against: str | None = No
         raise ValueError(f"against must be one of {', '.join(files)}, got {against!r}")
     judged = [(judge, _judge(judge, files, against)) for judge in judges]
     samples = min(len(texts) for group in files.values() for texts in _by_prompt(group).values())
-    notes = [*_notes(files, judges, against, samples)]
-    reference = _model(files[against or next(iter(files))])
+    reference = against or next(iter(files))
     rows, answers = [], []
     for label, texts in files.items():
         verdicts = [(judge, by_file[label]) for judge, by_file in judged]
         row = {"file": label} | _row(texts, verdicts, samples)
-        rows.append(row if _model(texts) == reference else row | {"kl": None})
+        rows.append(row if _model(texts) == _model(files[reference]) else row | {"kl": None})
         for i, text in enumerate(texts):
             said = {judge.name: mine[i].answer for judge, mine in verdicts}
             answers.append({"file": label, "prompt_number": text["prompt_number"], "sample": text["sample"]} | said)
-    return Comparison(rows, answers, notes)
+    return Comparison(rows, answers, [*_notes(files, judges, reference, samples)])
 
 
 class Verdict(NamedTuple):
@@ -117,28 +114,22 @@ class Verdict(NamedTuple):
 
 def _judge(judge: Judge, files: Files, against: str | None) -> dict[str, list[Verdict]]:
     """The verdicts on the texts of each file."""
-    if judge.score:
-        answers = {label: judge.score(texts) for label, texts in files.items()}
-        partners = dict(zip(map(_key, files[against]), answers[against], strict=True)) if against else {}
-        return {
-            label: [
-                Verdict(
-                    text["prompt_number"],
-                    answer,
-                    None if label == against else _outcome(answer, partners.get(_key(text))),
-                )
-                for text, answer in zip(texts, answers[label], strict=True)
-            ]
-            for label, texts in files.items()
-        }
-    if against is None or judge.compare is None:
+    if judge.compare and against is None:
         raise ValueError(f"judge {judge.name} compares texts: say with which (--against FILE)")
-    theirs, verdicts = {_key(text): text for text in files[against]}, {}
-    for label, texts in files.items():
-        ours = {_key(text): text for text in texts if label != against and _key(text) in theirs}
-        said = judge.compare([*ours.values()], [theirs[key] for key in ours])
-        outcomes = dict(zip(ours, said, strict=True))
-        verdicts[label] = [Verdict(text["prompt_number"], *[outcomes.get(_key(text))] * 2) for text in texts]
+    texts = {label: {(text["prompt_number"], text["sample"]): text for text in mine} for label, mine in files.items()}
+    scores, verdicts = {}, {}
+    if judge.score:
+        scores = {label: dict(zip(ours, judge.score([*ours.values()]), strict=True)) for label, ours in texts.items()}
+    partners = texts[against] if against else {}
+    for label, ours in texts.items():
+        paired = [key for key in ours if label != against and key in partners]
+        if judge.compare:
+            said = judge.compare([ours[key] for key in paired], [partners[key] for key in paired])
+            answers = won = dict(zip(paired, said, strict=True))
+        else:
+            answers = scores[label]
+            won = {key: _outcome(answers[key], scores[against or label][key]) for key in paired}
+        verdicts[label] = [Verdict(key[0], answers.get(key), won.get(key)) for key in ours]
     return verdicts
 
 
@@ -159,9 +150,6 @@ def _row(texts: list[dict], judged: Sequence[tuple[Judge, list[Verdict]]], sampl
         known = {number: value for number, value in values.items() if not math.isnan(value)}
         return estimate([*known.values()], [*known]) if known else None
 
-    def cost(name: str) -> dict | None:
-        return mean(lambda text: text.get("cost", {}).get(name))
-
     further = {
         name: estimate([measure(verdict.answer) for verdict in verdicts], prompts)
         for judge, verdicts in judged
@@ -180,19 +168,18 @@ def _row(texts: list[dict], judged: Sequence[tuple[Judge, list[Verdict]]], sampl
         "length": mean(lambda text: len(text["response_ids"])),
         "finished": mean(lambda text: text.get("finished")),
         **further,
-        "seconds": cost("seconds"),
-        "model_calls": cost("model_calls"),
+        "seconds": mean(lambda text: text.get("cost", {}).get("seconds")),
+        "model_calls": mean(lambda text: text.get("cost", {}).get("model_calls")),
     }
 
 
 def _summary(judge: Judge, verdicts: list[Verdict]) -> dict:
     scored = [verdict for verdict in verdicts if judge.score and is_number(verdict.answer)]
     decided = [verdict for verdict in verdicts if is_number(verdict.outcome)]
-    asked = [verdict for verdict in verdicts if judge.score or verdict.answer is not None]
     return {
         "reward": estimate([v.answer for v in scored], [v.prompt_number for v in scored]) if scored else None,
         "win_rate": win_rate([v.outcome for v in decided], [v.prompt_number for v in decided]) if decided else None,
-        "out_of_format": sum(not is_number(verdict.answer) for verdict in asked),
+        "out_of_format": sum(not is_number(v.answer) for v in verdicts if judge.score or v.answer is not None),
     }
 
 
@@ -217,7 +204,7 @@ def rouge_l(texts: list[dict]) -> float:
     return sum(pairs) / len(pairs) if pairs else math.nan
 
 
-def _notes(files: Files, judges: Sequence[Judge], against: str | None, samples: int) -> Iterator[str]:
+def _notes(files: Files, judges: Sequence[Judge], reference: str, samples: int) -> Iterator[str]:
     for judge in judges:
         guided = [label for label, texts in files.items() if any(_guided_by(text, judge.name) for text in texts)]
         if guided:
@@ -225,7 +212,6 @@ def _notes(files: Files, judges: Sequence[Judge], against: str | None, samples: 
                 f"the judge {judge.name} guided {', '.join(guided)}: its reward says how well it was optimised, not "
                 "how good the texts are; add a judge that no method has seen"
             )
-    reference = against or next(iter(files))
     for label, texts in files.items():
         if _model(texts) != _model(files[reference]):
             yield (
@@ -236,9 +222,8 @@ def _notes(files: Files, judges: Sequence[Judge], against: str | None, samples: 
     if len(counts) > 1:
         yield f"the prompts have {min(counts)} to {max(counts)} samples: distinct-n is over {samples} of each"
     methods = {text.get("method") for texts in files.values() for text in texts}
-    for name in BOUNDED:
-        if name in methods:
-            yield f"the KL of {name} is an upper bound: {METHODS[name].bound}"
+    for name in [name for name in BOUNDED if name in methods]:
+        yield f"the KL of {name} is an upper bound: {METHODS[name].bound}"
 
 
 def _guided_by(text: dict, judge: str) -> bool:
@@ -273,10 +258,6 @@ def with_kl_to(reference: str, texts: list[dict], ref_log_probs: Sequence[float]
 def _model(texts: list[dict]) -> str | None:
     """Which language model the texts' `kl` is to."""
     return texts[0].get("settings", {}).get("model")
-
-
-def _key(text: dict) -> tuple[int, int]:
-    return text["prompt_number"], text["sample"]
 
 
 def _prompts(texts: list[dict]) -> dict[int, str]:

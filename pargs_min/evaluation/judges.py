@@ -8,8 +8,6 @@ A judge answers with numbers. Anything else that it says is handed on as it came
 as a number.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 import os
@@ -127,8 +125,8 @@ def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         config = load_config(name)
         if not is_classifier(config):
-            kind = ", ".join(config.architectures or []) or "no model"
-            raise ValueError(f"it is {kind}, not a sequence-classification model")
+            kinds = config.architectures or ["no model"]
+            raise ValueError(f"it is {', '.join(kinds)}, not a sequence-classification model")
         return load_reward_model(name, dtype="auto", device=default_device()), load_tokenizer(name)
     except ValueError as error:
         raise ValueError(

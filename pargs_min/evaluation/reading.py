@@ -1,7 +1,5 @@
 """What a judge reads of a record of `pargs generate`: text, a chat, or token ids."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from pargs_min.codec import Codec, encode_responses

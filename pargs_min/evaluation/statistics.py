@@ -3,8 +3,6 @@
 Texts of one prompt resemble each other, so prompts, not texts, are what an error is counted over.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -59,11 +57,7 @@ def mean_and_error(values: Sequence[float], groups: Sequence[Hashable]) -> tuple
 
 
 def bootstrap_interval(
-    values: Sequence[float],
-    groups: Sequence[Hashable],
-    confidence: float = 0.95,
-    resamples: int = 9999,
-    seed: int = 0,
+    values: Sequence[float], groups: Sequence[Hashable], confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
     """Bootstrap interval (BCa) of the mean over prompts: whole prompts are drawn again, with all their texts.
 
@@ -85,7 +79,6 @@ def bootstrap_interval(
         (means,),
         np.mean,
         confidence_level=confidence,
-        n_resamples=resamples,
         batch=max(1, 10**7 // len(means)),  # at most 80 MB at a time
         rng=np.random.default_rng(seed),
     ).confidence_interval
@@ -106,8 +99,8 @@ def _known(number: float) -> float | None:
     return None if math.isnan(number) else number
 
 
-def wilson(successes: float, trials: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval of a proportion.
+def wilson(successes: float, trials: int) -> tuple[float, float]:
+    """Wilson's interval of a proportion, of 95%.
 
         (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n)
 
@@ -128,7 +121,7 @@ def wilson(successes: float, trials: int, confidence: float = 0.95) -> tuple[flo
     [0.062, 0.16]
     """
     low, high = (
-        stats.binomtest(whole, trials).proportion_ci(confidence, method="wilson")
+        stats.binomtest(whole, trials).proportion_ci(method="wilson")
         for whole in (math.floor(successes), math.ceil(successes))
     )
     return float(low.low), float(high.high)

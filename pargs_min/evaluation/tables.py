@@ -1,7 +1,5 @@
 """A comparison on paper: a Markdown table, what its figure shows, and the files that keep it."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

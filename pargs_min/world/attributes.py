@@ -4,8 +4,6 @@ Guidance does not care what its reward stands for. Pairs labelled by an attribut
 model of that attribute, and the same loop controls it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from pargs_min.world.journey import MOODS

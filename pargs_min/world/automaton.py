@@ -10,8 +10,6 @@ that no prefix reaches are never used. A policy is the log-probability of every 
 Everything is float64. T6 is the statement of that name in `theory/`, where `exact.py` has policies and more values.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -110,17 +108,6 @@ def win_rates(world: Automaton, labeler: Array | None = None, policy: Array | No
     """
     labeler = bradley_terry(world.rewards) if labeler is None else labeler
     return expected(world, labeler @ occupancy(world, policy)[-1], policy)
-
-
-def entropy(world: Automaton) -> float:
-    """Entropy of a response in nats: -sum_i E[log ref(Y_i | Y_1:i-1)]."""
-    return float(-(occupancy(world)[:-1, world.sources] * np.exp(world.log_probs) * world.log_probs).sum())
-
-
-def expected_length(world: Automaton, end: int) -> float:
-    """Expected tokens of a response, the first of its end tokens included: 1 + sum_i P(Y_i is another token)."""
-    flow = occupancy(world)[:-1, world.sources] * np.exp(world.log_probs)
-    return 1 + float(flow[:, world.tokens != end].sum())
 
 
 def sample(world: Automaton, uniforms: Array) -> tuple[NDArray[np.int64], Array]:

@@ -1,7 +1,5 @@
 """The gold reward of generated texts, as a judge reads it: off token ids, end token included."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 

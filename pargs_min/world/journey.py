@@ -10,8 +10,6 @@ neutral words at the start, all but settle the ending, and no later word undoes 
 automaton over any word string, and the values of the automaton are known exactly (`exact.py`).
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ own samples, labelled with Bradley-Terry noise on the gold reward, which nothing
 TRAIN_PROMPTS alone: a reward model meets the role and the place of each of HELD_OUT_PROMPTS, but never both together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pargs_min.codec import encode_prompt
@@ -26,7 +23,6 @@ from pargs_min.decode import ModelPolicy, generate, row_uniforms
 from pargs_min.models import load_language_model, load_tokenizer
 from pargs_min.progress import progress
 from pargs_min.store import appending, aside
-from pargs_min.world.automaton import entropy, expected_length
 from pargs_min.world.journey import END, HORIZON, PAD, PROMPTS, TRAIN_PROMPTS, UNKNOWN, Journey
 
 
@@ -123,35 +119,6 @@ def _with_prompts(world: Journey, tokens: NDArray[np.int64]) -> tuple[Tensor, Te
     labels = np.where(ends.cumsum(1) - ends > 0, -100, tokens)
     ids, labels = np.hstack([prompt_ids, tokens]), np.hstack([np.full_like(prompt_ids, -100), labels])
     return torch.from_numpy(ids), torch.from_numpy(labels)
-
-
-@torch.no_grad()
-def reference_gap(model: PreTrainedModel, world: Journey, *, texts: int = 2400, seed: int = 1) -> dict[str, float]:
-    """How close the reference comes to the automaton, on fresh journeys of the grammar; all in nats.
-
-    Returns:
-        model, automaton: surprisal per token of each, on the same texts
-        entropy: the automaton's exact entropy per token, entropy / expected length
-        gap, gap_se: model minus automaton per text, an unbiased estimate of KL(automaton || model); standard error
-    """
-    tokens, log_probs = world.write(np.random.default_rng([seed, texts]).random((texts, HORIZON)))
-    ids, labels = _with_prompts(world, tokens)
-    losses = [
-        cross_entropy(model(input_ids=some).logits[:, :-1].transpose(1, 2), targets[:, 1:], reduction="none").sum(1)
-        for some, targets in zip(ids.split(256), labels.split(256), strict=True)
-    ]
-    by_model, by_automaton, count = torch.cat(losses).double().numpy(), -log_probs.sum(1), int((labels != -100).sum())
-    gap = by_model - by_automaton
-    exact = [
-        (entropy(automaton), expected_length(automaton, world.vocabulary[END])) for automaton in world.automata.values()
-    ]
-    return {
-        "model": by_model.sum() / count,
-        "automaton": by_automaton.sum() / count,
-        "entropy": sum(h for h, _ in exact) / sum(n for _, n in exact),
-        "gap": gap.mean(),
-        "gap_se": gap.std(ddof=1) / len(gap) ** 0.5,
-    }
 
 
 def write_pairs(

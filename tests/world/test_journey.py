@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pargs_min.world import journey
-from pargs_min.world.automaton import entropy
 from pargs_min.world.journey import (
     END,
     HELD_OUT_PROMPTS,
@@ -171,7 +170,7 @@ def test_samples_agree_with_the_exact_reward_and_entropy():
     reward = np.mean([exact.expected(automaton, automaton.rewards)[0, 0] for automaton in automata])
     assert abs(np.mean(WORLD.gold(PROMPT_OF, TEXTS)) - reward) < 6.25 * bound
     assert LOG_PROBS.min() > -40
-    assert abs(-LOG_PROBS.mean() - np.mean([entropy(automaton) for automaton in automata])) < 40 * bound
+    assert abs(-LOG_PROBS.mean() - np.mean([exact.entropy(automaton) for automaton in automata])) < 40 * bound
 
 
 def expected_gold(world: Journey, prompt: str, prefix: str) -> float:
