@@ -1,7 +1,5 @@
 """The judges by name: those of `evaluation/`, and the gold reward of the embedded world."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 

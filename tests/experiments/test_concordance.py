@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from pargs_min.experiments.concordance import Siblings, ceiling, concordance, exact_siblings, rollout_siblings, score
+from pargs_min.experiments import concordance as module
+from pargs_min.experiments.concordance import (
+    Siblings,
+    ceiling,
+    concordance,
+    exact_siblings,
+    rollout_siblings,
+    score_siblings,
+)
 from pargs_min.reward_model import final_rewards
 from pargs_min.world.journey import END, HELD_OUT_PROMPTS, Journey
 from pargs_min.world.reference import word_tokenizer
@@ -48,7 +56,7 @@ def test_candidates_are_scored_as_texts_that_end_in_them():
     """Prefixes of unequal length, unequal numbers of candidates, several batches."""
     model = tiny_reward_model()
     some = [Siblings([3, 4], [2, 5], [], []), Siblings([6, 7, 8], [9, 2, 3], [], []), Siblings([5], [4], [], [])]
-    for one, scores in zip(some, score(model, some, batch_size=2), strict=True):
+    for one, scores in zip(some, score_siblings(model, some, batch_size=2), strict=True):
         assert len(scores) == len(one.candidates)
         for token, found in zip(one.candidates, scores, strict=True):
             text = torch.tensor([[*one.prefix_ids, token]])
@@ -100,3 +108,26 @@ def test_rollouts_complete_each_candidate_and_count_its_wins():
             reward = sum(text["response_ids"]) % 5
             wins = np.mean([0.5 * ((reward > other) + (reward >= other)) for other in others])
             assert one.win_rates[m][k] == pytest.approx(wins)
+
+
+def test_every_prefix_has_completions_of_its_own_seed(monkeypatch):
+    """Also where one prompt's number makes up for another's length."""
+    seeds, generate = [], module.generate_texts
+
+    def recorded(*arguments, seed, **settings):
+        seeds.append(seed)
+        return generate(*arguments, seed=seed, **settings)
+
+    monkeypatch.setattr(module, "generate_texts", recorded)
+    lm, tokenizer, prompts = tiny_lm(vocabulary=14), tiny_tokenizer(), [{"prompt": word} for word in "abcdefg"]
+    settings = dict(max_new_tokens=8, top_k=2, completions=2, opponents=2)
+    found = [*rollout_siblings(lm, tokenizer, prompts, lambda texts: [0] * len(texts), **settings)]
+    assert len(seeds) == 1 + len(found) > 10
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_the_shortest_texts_have_siblings_at_their_first_token():
+    """A quarter of three tokens is none: the prefix is the prompt."""
+    lm, tokenizer = tiny_lm(vocabulary=14), tiny_tokenizer()
+    first, *_ = rollout_siblings(lm, tokenizer, [{"prompt": "a b"}], lambda texts: [0] * len(texts), max_new_tokens=3)
+    assert first.prefix_ids == tokenizer("a b").input_ids

@@ -1,28 +1,35 @@
-"""The demonstration: a miniature of it end to end."""
+"""The demonstration: a miniature of it from start to end."""
 
-from concurrent.futures import ThreadPoolExecutor
+import json
+import re
+from dataclasses import replace
+
+import pytest
 
 from pargs_min.experiments import demo
-from pargs_min.experiments import measure as lab
-from pargs_min.experiments import studies as study
-from pargs_min.experiments.demo import run
+from pargs_min.experiments.demo import PROMPT, run
+from pargs_min.experiments.setup import embedded
 
 
+@pytest.mark.usefixtures("one_process")
 def test_the_whole_job_in_miniature(tmp_path, monkeypatch):
-    monkeypatch.setattr(lab, "workers", lambda processes: ThreadPoolExecutor(1))
-    monkeypatch.setattr(study, "BETAS", (0.5, 2.0))
-    monkeypatch.setattr(demo, "MODELS", 1)
-    monkeypatch.setattr(demo, "small", lambda folder, seed: lab.embedded(folder, quick=True, seed=seed))
+    monkeypatch.setattr(demo, "small", lambda folder, seed: replace(embedded(folder, quick=True), epochs=3.2))
     said = []
     run(tmp_path, quick=True, say=said.append)
-    assert said[0].startswith("reference: ")
-    texts = {words.split("\n")[1]: words.split("\n")[2:] for words in said[1:-1]}
-    assert {"plain", "args beta=2", "pargs beta=2", "pargs-greedy beta=2", "best-of-n n=16"} <= texts.keys()
-    assert all(len(some) == 3 for some in texts.values())
-    assert ["|", "pargs", "|", "2"] in [line.split()[:4] for line in said[-1].splitlines()]
-    assert "PARGS less plain" in said[-1]
-    for picture in ("partial-vs-full.png", "prefix_accuracy.png"):
-        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    everything = "\n".join(said)
+    assert [stage in everything for stage in ("[1/3]", "[2/3]", "[3/3]")] == [True] * 3
+    for word in ("gold", "KL", "nats", "off-grammar", "passes", "beta"):  # each is said before or beside the table
+        assert word in everything
+
+    rows = json.loads((tmp_path / "demo.json").read_text())["rows"]
+    assert len(rows) <= 8
+    assert {row["method"] for row in rows} >= {"plain", "args", "pargs", "cd"}
+    assert ["|", "pargs", "|", "2"] in [line.split()[:4] for line in everything.splitlines()]
+    assert "±" not in (tmp_path / "demo.md").read_text()  # nothing varies in one run
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    texts = re.findall(r"^    (plain|args|pargs) +-?\d\.\d\d  .+", everything, re.MULTILINE)
+    assert texts == ["plain", "args", "pargs"]
+    assert PROMPT in everything
 
     trained = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.safetensors")}
     assert len(trained) == 4  # the reference and a reward model of each kind

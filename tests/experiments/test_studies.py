@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
-from transformers import AutoTokenizer
 
-from pargs_min.benchmark import ways as cost
+from pargs_min import plots
+from pargs_min.benchmark import ways
 from pargs_min.cli import main
-from pargs_min.experiments import measure as lab
-from pargs_min.experiments import studies as study
-from pargs_min.experiments.measure import embedded, interval
-from pargs_min.experiments.studies import NAMES, at_equal_kl, relabelled, run, table, without_nan
+from pargs_min.experiments import measure, report, studies
+from pargs_min.experiments.measure import FULL, Cell, Shape
+from pargs_min.experiments.report import legend, table
+from pargs_min.experiments.setup import SHIPPED, embedded
+from pargs_min.experiments.studies import NAMES, run
+from pargs_min.experiments.studies.attribute import relabelled
+from pargs_min.experiments.studies.partial_vs_full import conclude
+from pargs_min.experiments.sweep import Row, interval
+from pargs_min.models import load_tokenizer
 from pargs_min.records import read_preferences
+
+MODULES = {name: import_module(f"{studies.__name__}.{name.replace('-', '_')}") for name in NAMES}
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +32,9 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    monkeypatch.setattr(lab, "workers", lambda processes: ThreadPoolExecutor(1))
-    monkeypatch.setattr(study, "BETAS", (0.5, 2.0))
+def in_miniature(monkeypatch, one_process):
+    for module in MODULES.values():
+        monkeypatch.setattr(module, "BETAS", (0.5, 2.0), raising=False)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "cost"])
@@ -39,14 +46,14 @@ def test_a_study_writes_its_table_its_figure_and_its_numbers_and_does_nothing_tw
     assert (tmp_path / f"{name}.md").read_text() == text + "\n"
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     measured = []
-    monkeypatch.setattr(lab, "measure", lambda *cell: measured.append(cell) or {})
+    monkeypatch.setattr(measure, "measure", lambda *cell: measured.append(cell) or {})
     assert run(name, world, tmp_path, seeds=[0], quick=True) == text
     assert not measured
 
 
 def test_cost_is_the_report_of_the_benchmark(world, tmp_path, monkeypatch):
     shape = dict(vocab_size=30, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
-    monkeypatch.setitem(cost.SHAPES, "tiny", ("gpt2", shape))
+    monkeypatch.setitem(ways.SHAPES, "tiny", ("gpt2", shape))
     assert "our loop" in run("cost", world, tmp_path, seeds=[0], quick=True)
     assert {file.suffix for file in tmp_path.glob("cost.*")} == {".md", ".json", ".png"}
 
@@ -54,7 +61,7 @@ def test_cost_is_the_report_of_the_benchmark(world, tmp_path, monkeypatch):
 def test_pairs_are_labelled_anew_by_the_attribute(world):
     other = relabelled(world, "brevity", "pargs_min.world.attributes:brevity")
     before, after = read_preferences(world.pairs), read_preferences(other.pairs)
-    tokenizer = AutoTokenizer.from_pretrained(world.model)
+    tokenizer = load_tokenizer(world.model)
 
     def words(ids):
         return len(tokenizer.decode(ids, skip_special_tokens=True).split())
@@ -64,8 +71,8 @@ def test_pairs_are_labelled_anew_by_the_attribute(world):
     assert {tuple(pair.prompt) for pair in after} <= {tuple(pair.prompt) for pair in before}
 
 
-def row(method, rewards, kls, beta=None):
-    return {"method": method, "beta": beta, "reward": interval(rewards), "kl": interval(kls)}
+def row(method, rewards, kls, **settings):
+    return Row(Cell(0, method, **settings), {"reward": interval(rewards), "kl": interval(kls)})
 
 
 def test_pargs_and_others_are_compared_at_the_kl_of_the_other_seed_by_seed():
@@ -74,19 +81,20 @@ def test_pargs_and_others_are_compared_at_the_kl_of_the_other_seed_by_seed():
         row("pargs", [2.0, 3.0], [1.0, 2.0], beta=1.0),
         row("args", [0.5, 1.0], [0.5, 1.0], beta=1.0),  # there PARGS has 1 and 2
         row("args", [0.0, 1.0], [9.0, 9.0], beta=2.0),  # beyond its largest KL: 2 and 3
-        row("best-of-n", [3.0, 3.0], [1.0, 1.0]) | {"n": 4},  # there PARGS has 2 and 2
+        row("best-of-n", [3.0, 3.0], [1.0, 1.0], n=4),  # there PARGS has 2 and 2
         row("args-greedy", [9.0, 9.0], [9.0, 9.0], beta=2.0),
     ]
-    (text,) = at_equal_kl(rows)
-    _, first, second, bound, plain = text.split("\n")
+    _, first, second, bound, plain = conclude(rows).split("\n")
     assert "beta=1 (0.75): +0.75" in first  # .5 and 1
     assert "beta=2 (9.00): +2.00" in second
     assert "best-of-n n=4 (1.00): at most -1.00" in bound
-    assert "PARGS less plain, beta=1: +2.00, 95% [+2.00, +2.00] over 2 seeds" in plain
+    assert "PARGS minus plain, beta=1: +2.00, 95% [+2.00, +2.00] over 2 seeds" in plain
+    alone = [row("plain", [0.0], [0.0]), row("pargs", [2.0], [1.0], beta=1.0)]
+    assert conclude(alone).split("\n")[1:] == ["- PARGS minus plain, beta=1: +2.00 (one seed)"]
 
 
 def test_the_table_names_what_was_varied_and_marks_bounds():
-    rows = [row("plain", [1.0, 2.0], [0.0, 0.0]) | {"n": None}, row("best-of-n", [3.0, 3.5], [0.6, 0.6]) | {"n": 4}]
+    rows = [row("plain", [1.0, 2.0], [0.0, 0.0]), row("best-of-n", [3.0, 3.5], [0.6, 0.6], n=4)]
     shown = table(rows, ("reward", "kl", "gap")).split("\n")
     head, _, first, second = (" ".join(line.split()) for line in shown)
     assert head == "| method | n | reward | KL |"
@@ -94,9 +102,35 @@ def test_the_table_names_what_was_varied_and_marks_bounds():
     assert second == "| best-of-n | 4 | 3.25 ± 0.25 | ≤ 0.60 ± 0.00 |"
     each = table(rows, ("reward",), each_seed=True).split("\n")
     assert each[0].split()[-4:] == ["|", "each", "seed", "|"]
-    assert each[3].endswith("| 3.25 ± 0.25 | 3.00 3.50 |")
+    assert " ".join(each[3].split()).endswith("| 3.25 ± 0.25 | 3.00 3.50 |")
     assert len({len(line) for line in each}) == 1  # in columns, for a terminal
-    assert without_nan({"a": [float("nan"), 1.0]}) == {"a": [None, 1.0]}
+
+
+def test_the_legend_says_what_the_columns_are_and_what_varies():
+    rows = [row("plain", [1.0, 2.0], [0.0, 0.0])]
+    reward, kl, over = legend(rows, ("reward", "kl", "gap"), seeds=2).split("\n")
+    assert reward.startswith("- reward: ")
+    assert "nats per text" in kl
+    assert over.startswith("± is the standard error over 2 seeds")
+    assert "±" not in legend(rows, ("reward", "kl"), seeds=1)
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_every_column_is_explained(name):
+    assert set(studies.STUDIES[name].columns) <= report.MEASURES.keys()
+
+
+def test_the_figure_of_the_frontier_leaves_out_greedy_methods_and_names_what_lies_beyond(world):
+    _, (axes,) = plots.panels(1)
+    rows = [
+        row("plain", [1.0, 2.0], [0.0, 0.0]),
+        row("pargs-greedy", [3.0, 3.5], [20.0, 20.0], beta=2.0),
+        row("best-of-n", [3.0, 3.5], [8.0, 8.0], n=64),
+    ]
+    report.reward_against_kl(axes, rows, world)
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["RLHF (the most at each KL)", "plain", "best-of-n (KL is a bound)"]
+    assert axes.get_title("right") == "beyond the right edge: best-of-n n=64 at 8 nats"
 
 
 def test_a_study_of_a_model_of_ones_own(world, tmp_path, capsys):
@@ -124,11 +158,30 @@ def test_what_cannot_be_studied_is_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_lab_without_texts_is_refused(world):
-    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
-        replace(world, samples=0)
+def test_an_attribute_may_be_judged_by_a_reward_model_or_by_the_world(world, tmp_path):
+    """Their records hold what such judges read."""
+    for judge in (str(measure.make(world, FULL, 0)), "toy"):
+        other = relabelled(replace(world, folder=str(tmp_path)), judge.rpartition("/")[2], judge)
+        assert read_preferences(other.pairs)
+
+
+def test_shapes_are_the_models_that_they_say():
+    tokenizer = load_tokenizer(SHIPPED)
+    for family, layers, width in (("gpt2", 1, 32), ("llama", 2, 64)):
+        config = Shape(family, layers, width).model(tokenizer).config
+        assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (
+            layers,
+            width,
+            width // 16,
+        )
+        assert (config.vocab_size, config.pad_token_id, config.eos_token_id) == (len(tokenizer), 0, 1)
 
 
 def test_every_question_has_a_study():
-    assert all(f"\n    {name} " in study.__doc__ for name in NAMES)
+    """The list in the help is the first line of each study's file."""
+    listed = [line.split(None, 1) for line in studies.__doc__.split("\n") if line.startswith("    ")]
+    questions = {name: MODULES[name].__doc__.split("\n")[0] for name in NAMES}
+    assert {name: question.capitalize() for name, question in listed} == {
+        name: question.capitalize() for name, question in questions.items()
+    }
     assert len(NAMES) == 9

@@ -1,0 +1,178 @@
+"""How studies show what they measured: tables with a legend, and curves with their intervals."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pargs_min import plots
+from pargs_min.evaluation.statistics import FrontierPoint
+from pargs_min.experiments.measure import Cell, rlhf_policies
+from pargs_min.experiments.setup import Lab, as_json
+from pargs_min.experiments.sweep import Estimate, Row
+from pargs_min.markdown import markdown_table
+from pargs_min.store import write_json
+
+BETAS = (0.5, 1.0, 2.0, 3.0)
+BETA = 2.0  # where one is enough
+PARTICLES = 8
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question: its cells for one seed, and how the answer is shown."""
+
+    cells: Callable[[Lab, int], Iterator[Cell]]
+    draw: Callable[[list[Row], Lab], Figure]
+    columns: tuple[str, ...]  # of the table
+    labs: Callable[[Lab, bool], dict[str, Lab]] = lambda lab, quick: {"": lab}
+    conclude: Callable[[list[Row]], str] = lambda rows: ""
+    each_seed: bool = False  # show the reward of each
+
+
+@cache
+def optimum(lab: Lab) -> list[FrontierPoint]:
+    """The RLHF policies of the judge's reward, from little KL to much."""
+    return rlhf_policies(lab, [*np.linspace(0, 1, 41), *np.linspace(1.1, 6, 50)])
+
+
+def with_rlhf(row: Row, lab: Lab) -> Row:
+    """The row with `rlhf`, the most reward that any policy has at its KL, where that is known and the KL a policy's."""
+    if not row.cell.method or row.cell.writes.greedy:
+        return row
+    points, kl = optimum(lab), row.found["kl"].mean
+    if not points or kl > points[-1].kl:
+        return row
+    reward = np.interp(kl, [point.kl for point in points], [point.reward for point in points])
+    return Row(row.cell, row.found | {"rlhf": Estimate(float(reward))})
+
+
+# ---- texts ----
+
+HEADS = dict(lab="world", method="method", beta="beta", top_k="k", n="n", particles="particles", recipe="reward model")
+MEASURES = {  # what a column is called, its decimals, and what it says
+    "reward": ("reward", 2, "by the judge, per text"),
+    "prompt_error": ("± over prompts", 2, "standard error of the reward over prompts, seeds averaged"),
+    "rlhf": ("RLHF at this KL", 2, "the most reward that any policy has at this KL, estimated from plain texts"),
+    "kl": ("KL", 2, "to the reference, in nats per text; ≤ marks an upper bound"),
+    "gap": ("KL to RLHF", 2, "to the RLHF policy of the same beta, in nats per text"),
+    "calls": ("passes", 0, "forward passes of one row by any model, per text"),
+    "length": ("tokens", 1, "per text, its end token included"),
+    "distinct2": ("distinct-2", 2, "share of distinct bigrams among the texts of a prompt"),
+    "off_grammar": ("off-grammar", 3, "share of texts that the world's grammar cannot have written"),
+    "whole": ("accuracy", 3, "share of held-out pairs whose chosen response has more reward"),
+    "concordance": ("concordance", 3, "share of candidate pairs ranked as their completions' win rates"),
+    "gain": ("by gain", 3, "concordance, each pair weighted by the squared gap between its win rates"),
+    "ceiling": ("ceiling", 3, "concordance that noise in the win rates leaves to a perfect reward model"),
+}
+
+
+def table(rows: list[Row], columns: Sequence[str], each_seed: bool = False) -> str:
+    """The rows as Markdown: the settings that vary, means ± standard errors over seeds, and each seed's reward."""
+    varied = [name for name in HEADS if len({getattr(row.cell, name) for row in rows}) > 1]
+    shown = [name for name in columns if any(name in row.found for row in rows)]
+    head = [HEADS[name] for name in varied] + [MEASURES[name][0] for name in shown] + ["each seed"] * each_seed
+    lines = []
+    for row in rows:
+        line = [_setting(getattr(row.cell, name)) for name in varied] + [_measure(row, name) for name in shown]
+        if each_seed:
+            line.append(" ".join(f"{value:.2f}" for value in row.found["reward"].seeds))
+        lines.append(line)
+    return markdown_table(head, lines, "l" * len(varied) + "r" * (len(head) - len(varied)))
+
+
+def _setting(value: object) -> str:
+    return "" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _measure(row: Row, name: str) -> str:
+    if (found := row.found.get(name)) is None:
+        return ""
+    digits, bound = MEASURES[name][1], "≤ " if name == "kl" and row.cell.writes.bound else ""
+    error = "" if math.isnan(found.error) else f" ± {found.error:.{digits}f}"
+    return f"{bound}{round(found.mean, digits) + 0.0:.{digits}f}{error}"  # + 0.0: no minus before a zero
+
+
+def legend(rows: list[Row], columns: Sequence[str], seeds: int) -> str:
+    """What the columns of a table say, and what its standard errors are over."""
+    shown = [MEASURES[name] for name in columns if any(name in row.found for row in rows)]
+    varies = "of what is trained and of the texts; reference, pairs and prompts stay the same"
+    over = [f"± is the standard error over {seeds} seeds: {varies}."] * (seeds > 1)
+    return "\n".join([*(f"- {title}: {says}" for title, _, says in shown), *over])
+
+
+def write(stem: Path, text: str, rows: list[Row], drawing: Figure, **facts) -> None:
+    """Write what was found as text, as JSON and as a figure: stem.md, stem.json, stem.png."""
+    stem.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+    write_json(stem.with_suffix(".json"), as_json(facts) | {"rows": [row.as_json() for row in rows]})
+    plots.save(drawing, stem.with_suffix(".png"))
+
+
+# ---- figures ----
+
+SHOWN_KL = 6.0  # nats
+INTERVALS = "bars: 95% interval over seeds"
+RANKED = "candidates ranked right (by gain)"
+KL_LABEL = "KL to the reference (nats per text)"
+
+
+def kl(row: Row) -> float:
+    return row.found["kl"].mean
+
+
+def grouped(rows: list[Row], name: str) -> dict[Any, list[Row]]:
+    """The rows by a setting of their cells."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(getattr(row.cell, name), []).append(row)
+    return groups
+
+
+def curve(
+    axes: Axes, rows: list[Row], x: Callable[[Row], Any], y: str, label: str, ink: tuple[str, str], **style
+) -> None:
+    """A line through rows, with the intervals of y over seeds."""
+    found = [(x(row), row.found[y]) for row in rows if y in row.found]
+    if points := sorted((at, one.mean, one.mean - one.low, one.high - one.mean) for at, one in found):
+        at, mean, *bars = np.array(points).T
+        axes.errorbar(at, mean, np.nan_to_num(bars), color=ink[0], marker=ink[1], label=label, capsize=2, **style)
+
+
+def curves(axes: Axes, rows: list[Row], x: Callable[[Row], Any], y: str, **style) -> None:
+    """A curve for each method."""
+    for method, group in grouped(rows, "method").items():
+        curve(axes, group, x, y, method, plots.INKS[method], **style)
+
+
+def log_scale(axes: Axes, ticks: Sequence[float]) -> None:
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
+def reward_against_kl(axes: Axes, rows: list[Row], lab: Lab) -> None:
+    """A curve for each method, small marks for single seeds, and the most that any policy reaches.
+
+    Greedy methods are left out: the divergence of a policy with one text is another matter. So is what lies far right.
+    """
+    rows = [row for row in rows if not row.cell.writes.greedy]
+    points = [(point.kl, point.reward) for point in optimum(lab)]
+    axes.plot(*zip(*points, strict=True), color=plots.BLACK, label="RLHF (the most at each KL)")
+    for method, group in grouped(rows, "method").items():
+        ink, mark = plots.INKS[method]
+        line, bound = "-" if group[0].cell.writes.guided else "none", group[0].cell.writes.bound
+        label = f"{method} (KL is a bound)" if bound else method
+        curve(axes, group, kl, "reward", label, (ink, mark), linestyle=line)
+        for row in group:
+            axes.scatter(row.found["kl"].seeds, row.found["reward"].seeds, s=8, color=ink, marker=mark, alpha=0.5)
+    plots.root_scale(axes, min(SHOWN_KL, max(max(row.found["kl"].seeds) for row in rows)))
+    if beyond := [f"{row.cell} at {kl(row):.0f} nats" for row in rows if kl(row) > SHOWN_KL]:
+        axes.set_title(f"beyond the right edge: {', '.join(beyond)}", loc="right", fontsize=8)
+    axes.set(xlabel=KL_LABEL, ylabel="reward")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

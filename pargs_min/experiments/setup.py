@@ -1,0 +1,174 @@
+"""What experiments are made on: a reference model, its preference pairs, prompts and a judge.
+
+All of it is named by one frozen `Lab`, which is also the key that what was read or computed is kept under.
+"""
+
+import math
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pargs_min.data import Pair, encode_preferences, split_by_prompt
+from pargs_min.evaluation.judges import Judge, is_number
+from pargs_min.experiments.judging import named_judge
+from pargs_min.models import default_device, load_language_model, load_tokenizer
+from pargs_min.records import read_preferences, read_prompts
+from pargs_min.reward_model import context_length
+from pargs_min.store import appending, aside
+from pargs_min.world.journey import HELD_OUT_PROMPTS, HORIZON, TRAIN_PROMPTS, Journey
+from pargs_min.world.reference import reference, write_pairs
+
+# The reference of the embedded world at its defaults, as `pargs_min.world.reference.reference(folder)` trains it.
+SHIPPED = Path(__file__).parents[1] / "world" / "reference_model"
+STEPS = 1500
+
+
+@dataclass(frozen=True)
+class Lab:
+    """What experiments are made on, and the settings that they share; everything made stays in the folder.
+
+    Raises:
+        ValueError: if a count is below 1.
+    """
+
+    folder: str
+    model: str  # the reference: a folder or a hub id
+    pairs: str  # preference pairs to train on, as for `pargs train`
+    prompts: str  # to generate for
+    judge: str  # of whole texts, see `named_judge`
+    held_out: str | None = None  # pairs to test reward models on; by default those of a tenth of the prompts
+    world: Journey | None = None  # the embedded world that all this comes from, if it does
+    max_new_tokens: int = 64
+    samples: int = 16  # texts per prompt in every cell
+    plain_samples: int = 64  # texts per prompt that the RLHF policy is estimated from
+    batch_size: int = 32  # texts decoded together
+    pairs_per_step: int = 16
+    epochs: float = 1.0
+    learning_rate: float = 1e-5  # of reward models
+    dpo_learning_rate: float = 1e-6
+    ppo_learning_rate: float = 1e-5
+    ppo_updates: int = 100
+    append_eos: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "samples", "plain_samples", "batch_size", "pairs_per_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def file(self, name: str) -> Path:
+        """A file of the lab's folder."""
+        return Path(self.folder) / name
+
+
+def embedded(
+    folder: Path,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    steps: int = STEPS,
+    pairs: int = 8000,
+    held_out: int = 1000,
+    world: Journey | None = None,
+) -> Lab:
+    """The embedded world as a lab: its reference and its pairs, made now unless the folder has them.
+
+    The reference of the default arguments is shipped with the package, and copied.
+
+    Args:
+        quick: make everything so small that it shows only that it runs.
+        seed: of the reference and the pairs.
+        steps: training steps of the reference.
+        pairs, held_out: how many to train on and to test on.
+    """
+    sizes: dict[str, Any] = dict(samples=64, plain_samples=4000, batch_size=256, epochs=3.2, ppo_updates=80)
+    if quick:
+        steps, pairs, held_out = 60, 200, 20
+        sizes = dict(samples=2, plain_samples=40, batch_size=16, epochs=0.6, ppo_updates=2)
+    home, world = folder / "reference", world or Journey()
+    if (seed, steps, world) == (0, STEPS, Journey()) and not home.exists():
+        with aside(home) as unfinished:
+            shutil.copytree(SHIPPED, unfinished)
+    lm, tokenizer = reference(home, world, seed=seed, steps=steps)
+    files = {name: folder / f"{name}.jsonl" for name in ("pairs", "held_out", "prompts")}
+    for name, prompts, count in (("pairs", TRAIN_PROMPTS, pairs), ("held_out", HELD_OUT_PROMPTS, held_out)):
+        if not files[name].exists():
+            write_pairs(files[name], lm, tokenizer, world, pairs=count, seed=seed, prompts=prompts)
+    write_lines(files["prompts"], [{"prompt": prompt} for prompt in HELD_OUT_PROMPTS])
+    names = {name: str(path) for name, path in {"folder": folder, "model": home, **files}.items()}
+    sizes |= names | dict(learning_rate=1e-3, dpo_learning_rate=1e-4, ppo_learning_rate=3e-4, pairs_per_step=64)
+    # The world goes without the tables that it has built: labs travel to other processes.
+    return Lab(**sizes, judge="toy", world=replace(world), max_new_tokens=HORIZON)
+
+
+class Material(NamedTuple):
+    """What a lab names, read into memory."""
+
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[dict]
+    pairs: list[Pair]
+    held_out: list[Pair]
+
+
+@cache
+def material(lab: Lab) -> Material:
+    """The material of a lab, read once per process."""
+    tokenizer = load_tokenizer(lab.model)
+    lm = load_language_model(lab.model, device=default_device())
+
+    def encoded(file: str) -> list[Pair]:
+        return encode_preferences(read_preferences(file), tokenizer, context_length(lm), lab.append_eos)[0]
+
+    pairs = encoded(lab.pairs)
+    pairs, held_out = split_by_prompt(pairs, 0.1) if lab.held_out is None else (pairs, encoded(lab.held_out))
+    return Material(lm, tokenizer, read_prompts(lab.prompts), pairs, held_out)
+
+
+@cache
+def judge_of(lab: Lab) -> Judge:
+    """The lab's judge, loaded once per process."""
+    return named_judge(lab.judge, lab.file("verdicts.jsonl"))
+
+
+def judged(lab: Lab, texts: Sequence[dict]) -> list[float]:
+    """The judge's reward of each text. Raises ValueError if it gives none, or only compares texts."""
+    if (score := judge_of(lab).score) is None:
+        raise ValueError(f"judge {lab.judge} compares texts; give one that scores them one by one")
+    answers = score(texts)
+    for text, answer in zip(texts, answers, strict=True):
+        if not is_number(answer):
+            raise ValueError(f"judge {lab.judge} answers {answer!r:.60} to {text['response']!r:.60}; expected a number")
+    return [float(answer) for answer in answers]
+
+
+# ---- files ----
+
+
+def write_lines(file: Path, records: Iterable[dict]) -> None:
+    """Write a JSONL file, whole or not at all."""
+    with aside(file) as unfinished, appending(unfinished) as append:
+        for record in records:
+            append(record)
+
+
+def as_json(value: Any) -> Any:
+    """The value as JSON holds it: dataclasses as objects without what is None, nan as null.
+
+    >>> as_json({"a": (math.nan, 1.0)})
+    {'a': [None, 1.0]}
+    """
+    if is_dataclass(value):
+        named = {field.name: getattr(value, field.name) for field in fields(value)}
+        value = {name: inner for name, inner in named.items() if inner is not None}
+    if isinstance(value, dict):
+        return {name: as_json(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(inner) for inner in value]
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)

@@ -1,0 +1,93 @@
+"""Does the same method control a style, a topic, a length?"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from pargs_min import plots
+from pargs_min.codec import Codec, encode_responses
+from pargs_min.experiments.measure import FULL, PARTIAL, Cell
+from pargs_min.experiments.report import BETAS, KL_LABEL, Study, curves, grouped, kl
+from pargs_min.experiments.setup import Lab, judged, write_lines
+from pargs_min.experiments.sweep import Row
+from pargs_min.models import load_tokenizer
+from pargs_min.records import is_messages, read_preferences
+
+ATTRIBUTES = ("style", "topic", "brevity")  # of `pargs_min.world.attributes`
+
+
+def labs(lab: Lab, quick: bool) -> dict[str, Lab]:
+    """The same texts, labelled anew by the attribute, which is also the judge."""
+    if lab.world is None:
+        return {"": relabelled(lab, "attribute", lab.judge)}
+    return {name: relabelled(lab, name, f"pargs_min.world.attributes:{name}") for name in ATTRIBUTES}
+
+
+def relabelled(lab: Lab, name: str, judge: str) -> Lab:
+    """A lab with the given one's pairs, labelled by this judge; half the epochs are enough without noisy labels."""
+    folder = lab.file(name)
+    folder.mkdir(exist_ok=True)
+    plain_samples = min(lab.plain_samples, 400)
+    other = replace(
+        lab, folder=str(folder), judge=judge, world=None, epochs=lab.epochs / 2, plain_samples=plain_samples
+    )
+    for kind in ("pairs", "held_out"):
+        if source := getattr(lab, kind):
+            file = folder / f"{kind}.jsonl"
+            if not file.exists():
+                write_lines(file, by_reward(other, source))
+            files: dict[str, Any] = {kind: str(file)}
+            other = replace(other, **files)
+    return other
+
+
+def by_reward(lab: Lab, source: str) -> Iterator[dict]:
+    """The pairs of a file, the response with more of the judge's reward chosen; ties are left out."""
+    pairs, codec = read_preferences(source), Codec(load_tokenizer(lab.model))
+    responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
+    texts = []
+    for number, (response, ids) in enumerate(zip(responses, encode_responses(codec.tokenizer, responses), strict=True)):
+        prompt, end = pairs[number // 2].prompt, [codec.tokenizer.eos_token_id] * lab.append_eos
+        texts.append(
+            {
+                "prompt": codec.text(prompt) if is_ids(prompt) else prompt,
+                "prompt_number": number // 2,
+                "sample": number % 2,
+                "response": codec.text(ids) if is_ids(response) else response,
+                "response_ids": ids if codec.finished(ids) else ids + end,
+                "finished": lab.append_eos,
+            }
+        )
+    rewards = judged(lab, texts)
+    for pair, first, second in zip(pairs, rewards[::2], rewards[1::2], strict=True):
+        if first != second:
+            chosen, rejected = (pair.chosen, pair.rejected) if first > second else (pair.rejected, pair.chosen)
+            record = {"prompt": pair.prompt, "chosen": chosen, "rejected": rejected}
+            yield {f"{name}_ids" if is_ids(value) else name: value for name, value in record.items()}
+
+
+def is_ids(value: object) -> bool:
+    return isinstance(value, list) and not is_messages(value)
+
+
+def cells(lab: Lab, seed: int) -> Iterator[Cell]:
+    for name in ATTRIBUTES if lab.world else ("",):
+        yield Cell(seed, "plain", lab=name)
+        for method, recipe in (("args", FULL), ("pargs", PARTIAL)):
+            for beta in BETAS[:3]:
+                yield Cell(seed, method, lab=name, beta=beta, recipe=recipe)
+
+
+def draw(rows: list[Row], lab: Lab) -> Figure:
+    attributes = grouped(rows, "lab")
+    drawing, axes = plots.panels(len(attributes), (3.9 * max(len(attributes), 2), 3.8))
+    for panel, (name, group) in zip(axes, attributes.items(), strict=True):
+        curves(panel, group, kl, "reward")
+        panel.set(xlabel=KL_LABEL, ylabel=name or lab.judge)
+    axes[0].legend(frameon=False, fontsize=8)
+    return drawing
+
+
+STUDY = Study(cells, draw, ("reward", "prompt_error", "rlhf", "kl", "length"), labs=labs)

@@ -1,0 +1,50 @@
+"""Does the best beta, and the best k, carry over to other worlds and references?"""
+
+from collections.abc import Iterator
+from fractions import Fraction
+
+from matplotlib.figure import Figure
+
+from pargs_min import plots
+from pargs_min.experiments.measure import PARTIAL, Cell
+from pargs_min.experiments.report import BETAS, INTERVALS, Study, curve, grouped
+from pargs_min.experiments.setup import Lab, embedded
+from pargs_min.experiments.sweep import Row
+from pargs_min.world.journey import Journey
+
+OTHERS: dict[str, dict] = {
+    "forgiving": {"world": Journey(luck=Fraction(1, 4))},  # a first mistake can be undone
+    "early reference": {"steps": 500},  # a third of the training
+}
+
+
+def labs(lab: Lab, quick: bool) -> dict[str, Lab]:
+    """The lab itself and, if it is the embedded world, others like it."""
+    found = {"": lab}
+    for name, settings in OTHERS.items() if lab.world else ():
+        folder = lab.file(name.replace(" ", "-"))
+        folder.mkdir(exist_ok=True)
+        found[name] = embedded(folder, quick=quick, **settings)
+    return found
+
+
+def cells(lab: Lab, seed: int) -> Iterator[Cell]:
+    for name in ("", *OTHERS) if lab.world else ("",):
+        for top_k in (3, 10, 0):
+            for beta in (*BETAS, 4.0):
+                yield Cell(seed, "pargs", lab=name, top_k=top_k, beta=beta, recipe=PARTIAL)
+
+
+def draw(rows: list[Row], lab: Lab) -> Figure:
+    worlds, inks = grouped(rows, "lab"), {3: (plots.SKY, "s"), 10: (plots.BLUE, "o"), 0: (plots.ORANGE, "^")}
+    drawing, axes = plots.panels(len(worlds), (3.9 * max(len(worlds), 2), 3.8))
+    for panel, (name, group) in zip(axes, worlds.items(), strict=True):
+        for k, some in grouped(group, "top_k").items():
+            label = f"k = {k}" if k else "all tokens"
+            curve(panel, some, lambda row: row.cell.beta, "reward", label, inks[k])
+        panel.set(xlabel=f"beta ({INTERVALS})", ylabel="reward", title=name or "as usual")
+    axes[0].legend(frameon=False, fontsize=8)
+    return drawing
+
+
+STUDY = Study(cells, draw, ("reward", "prompt_error", "rlhf", "kl", "off_grammar"), labs=labs)

@@ -1,0 +1,43 @@
+"""At which lengths does a reward model know anything, and does it generalise to others?"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from pargs_min import plots
+from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell
+from pargs_min.experiments.report import Study
+from pargs_min.experiments.setup import Lab
+from pargs_min.experiments.sweep import Row
+
+
+def cells(lab: Lab, seed: int) -> Iterator[Cell]:
+    third = lab.max_new_tokens // 3
+    some = [replace(PARTIAL, lengths=lengths) for lengths in ((1, third), (third + 1, None))]
+    for recipe in (FULL, VALUE, PARTIAL, *some):
+        yield Cell(seed, recipe=recipe, quality=True)
+
+
+def draw(rows: list[Row], lab: Lab) -> Figure:
+    drawing, axes = plots.panels(3, (12.6, 4.2))
+    measures = {
+        "accuracy": "held-out pairs ordered as labelled",
+        "final": "rank correlation with its own final reward",
+        "gold": "rank correlation with the judge's reward",
+    }
+    inks = (plots.RED, plots.GREEN, plots.BLUE, plots.SKY, plots.ORANGE)
+    for panel, (measure, label) in zip(axes, measures.items(), strict=True):
+        for row, ink in zip(rows, inks, strict=True):
+            values = np.array(row.found[measure].seeds, dtype=float)
+            lengths = range(1, values.shape[1] + 1)
+            panel.plot(lengths, values.mean(0), color=ink, linewidth=2, label=str(row.cell.recipe))
+            panel.fill_between(lengths, values.min(0), values.max(0), color=ink, alpha=0.15, linewidth=0)
+        panel.axhline(0.5 if measure == "accuracy" else 0, color=plots.BLACK, linewidth=0.8, linestyle=":")
+        panel.set(xlabel="prefix length (tokens; band: all seeds)", ylabel=label)
+    axes[0].legend(frameon=False, fontsize=8)
+    return drawing
+
+
+STUDY = Study(cells, draw, ("whole", "concordance", "gain", "ceiling"))

@@ -1,0 +1,169 @@
+"""A grid of cells: run in several processes, kept as it comes, resumed where it stopped, gathered over seeds."""
+
+import math
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import stats
+from transformers.utils import logging
+
+from pargs_min.evaluation.statistics import mean_and_error
+from pargs_min.experiments import measure
+from pargs_min.experiments.measure import Cell
+from pargs_min.experiments.setup import Lab, as_json
+from pargs_min.progress import progress
+from pargs_min.records import read_jsonl
+from pargs_min.store import appending
+
+Labs = Mapping[str, Lab]  # by the name that cells give; "" where there is one
+
+
+def sweep(labs: Labs, cells: Sequence[Cell], file: Path, processes: int = 2) -> dict[Cell, dict]:
+    """Measure every cell that the file does not hold yet, appending each as it comes; what all cells found, in order.
+
+    The first line of the file is {"labs": ...}, every other one {"cell": ..., "found": ...}.
+
+    Raises:
+        ValueError: if the file was made with other labs, or a cell needs what is not installed.
+    """
+    objectives = {recipe.objective for cell in cells for recipe in cell.recipes}
+    if objectives & measure.NEED_TRL and find_spec("trl") is None:
+        raise ValueError("these cells train DPO, which is TRL's: pip install -e '.[baselines]' -c constraints.txt")
+    done = _read(file, labs, cells)
+    left = [cell for cell in cells if cell not in done]
+    _prepare(labs, left)
+    with workers(processes) as pool:
+
+        def run(function: Callable, jobs: Iterable[tuple], desc: str) -> Iterator[tuple[tuple, Any]]:
+            futures = {pool.submit(function, *job): job for job in jobs}
+            try:
+                for future in progress(as_completed(futures), desc=desc, total=len(futures)):
+                    yield futures[future], future.result()
+            finally:  # an error or an interrupt drops what has not begun
+                for future in futures:
+                    future.cancel()
+
+        # Models first, each once: cells share them.
+        for stage in filter(None, _missing_models(labs, left)):
+            for _ in run(measure.make, stage, "models"):
+                pass
+        with appending(file) as append:
+            for (_, cell), found in run(measure.measure, [(labs[cell.lab], cell) for cell in left], "cells"):
+                append({"cell": as_json(cell), "found": found})
+                done[cell] = found
+    return {cell: done[cell] for cell in cells}
+
+
+def _read(file: Path, labs: Labs, cells: Sequence[Cell]) -> dict[Cell, dict]:
+    """What the file holds of these cells; a new file gets its first line."""
+    head, known = {"labs": as_json(labs)}, [(cell, as_json(cell)) for cell in cells]
+    lines = [line for line, _ in read_jsonl(file, growing=True)] if file.exists() else []
+    if not lines:
+        with appending(file) as append:
+            append(head)
+    elif lines[0] != head:
+        raise ValueError(f"{file} was made with other settings: choose another --output-dir, or delete it")
+    return {cell: line["found"] for line in lines[1:] for cell, written in known if written == line["cell"]}
+
+
+def _prepare(labs: Labs, cells: Sequence[Cell]) -> None:
+    """Make what several processes would otherwise make at once."""
+    for name, lab in labs.items():
+        mine = [cell for cell in cells if cell.lab == name]
+        if any(cell.recipe == measure.VALUE for cell in mine):
+            measure.samples(lab)
+        if any(cell.method for cell in mine):
+            measure.plain_rewards(lab)
+        if any(cell.quality for cell in mine):
+            measure.siblings(lab)
+
+
+def _missing_models(labs: Labs, cells: Sequence[Cell]) -> tuple[list[tuple], list[tuple]]:
+    """Models to train, as arguments of `make`: those that need no other model, then those that do."""
+    wanted = [(labs[cell.lab], recipe, cell.seed) for cell in cells for recipe in cell.recipes]
+    parts = [(lab, part, seed) for lab, recipe, seed in wanted for part in recipe.ingredients]
+    missing = [job for job in dict.fromkeys(parts + wanted) if not measure.model_folder(*job).exists()]
+    return [job for job in missing if not job[1].ingredients], [job for job in missing if job[1].ingredients]
+
+
+def workers(processes: int) -> Executor:
+    """Processes that train and decode side by side."""
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), quiet_worker)
+
+
+def quiet_worker() -> None:
+    """One thread, since processes share the cores, and no word: the first process reports, also of an interrupt."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+# ---- over seeds ----
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, its standard error and the ends of Student's 95% interval, and the value of each seed.
+
+    For curves all of them are lists, place by place; nan where they are not known.
+    """
+
+    mean: Any
+    error: Any = math.nan
+    low: Any = math.nan
+    high: Any = math.nan
+    seeds: Sequence = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell of any seed, and what its seeds found."""
+
+    cell: Cell
+    found: dict[str, Estimate]
+
+    def as_json(self) -> dict:
+        """One flat object, without the seed."""
+        return {name: value for name, value in as_json(self.cell).items() if name != "seed"} | as_json(self.found)
+
+
+def gather(measured: Mapping[Cell, dict]) -> list[Row]:
+    """A row for all cells that differ in their seed only, with an `Estimate` of each measure.
+
+    prompt_error is the standard error of the reward over prompts, seeds averaged.
+    """
+    groups: dict[Cell, list[dict]] = {}
+    for cell, found in measured.items():
+        groups.setdefault(replace(cell, seed=0), []).append(found)
+    return [Row(cell, _summary(seeds)) for cell, seeds in groups.items()]
+
+
+def _summary(seeds: list[dict]) -> dict[str, Estimate]:
+    summary = {name: interval([found[name] for found in seeds if name in found]) for name in seeds[0]}
+    if "by_prompt" in summary:
+        means = summary.pop("by_prompt").mean
+        summary["prompt_error"] = Estimate(mean_and_error(means, range(len(means)))[1])
+    return summary
+
+
+def interval(values: Sequence) -> Estimate:
+    """The `Estimate` of numbers, or of curves of equal length, that differ in their seed.
+
+    >>> found = interval([1.0, 3.0])
+    >>> found.mean, found.error, round(found.low, 2), round(found.high, 2)
+    (2.0, 1.0, -10.71, 14.71)
+    """
+    array, n = np.array(values, dtype=float), len(values)
+    mean = array.mean(0)
+    error = array.std(0, ddof=1) / math.sqrt(n) if n > 1 else mean * math.nan
+    half = error * stats.t.ppf(0.975, n - 1) if n > 1 else error
+    return Estimate(mean.tolist(), error.tolist(), (mean - half).tolist(), (mean + half).tolist(), list(values))

@@ -1,0 +1,114 @@
+"""Grids of cells: what is kept when one is interrupted, what is trained once, how seeds are gathered."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pargs_min.experiments import measure, sweep
+from pargs_min.experiments.measure import FULL, VALUE, Cell
+from pargs_min.experiments.sweep import gather
+
+
+@pytest.mark.usefixtures("one_process")
+def test_an_interrupted_grid_keeps_its_cells_and_goes_on(lab, tmp_path, monkeypatch):
+    measured, limit = [], [3]
+
+    def counted(lab, cell):
+        if len(measured) == limit[0]:
+            raise KeyboardInterrupt
+        measured.append(cell)
+        return {"reward": float(cell.seed)}
+
+    monkeypatch.setattr(measure, "measure", counted)
+    cells, file = [Cell(seed, "plain") for seed in range(6)], tmp_path / "grid.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep({"": lab}, cells, file)
+    with file.open("a") as out:
+        out.write('{"cell": {"method": "plain", "seed": 5}, "found": {"rew')  # what a killed run leaves
+    limit[0] = None
+    found = sweep.sweep({"": lab}, cells, file)
+    assert [cell.seed for cell in measured] == list(range(6))  # none twice
+    assert list(found) == cells
+    assert [one["reward"] for one in found.values()] == list(range(6))
+    assert sweep.sweep({"": lab}, cells, file) == found
+    assert len(measured) == 6
+    with pytest.raises(ValueError, match="made with other settings"):
+        sweep.sweep({"": replace(lab, samples=4)}, cells, file)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_grid_that_was_killed_at_once_begins_anew(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "measure", lambda lab, cell: {"reward": 1.0})
+    (tmp_path / "grid.jsonl").write_text('{"labs": {"')
+    for _ in range(2):
+        assert sweep.sweep({"": lab}, [Cell(0, "plain")], tmp_path / "grid.jsonl") == {Cell(0, "plain"): {"reward": 1}}
+
+
+@pytest.mark.usefixtures("one_process")
+def test_what_cells_share_is_trained_once_and_ingredients_first(lab, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(measure, "make", lambda lab, recipe, seed: made.append(recipe.folder_name(seed)))
+    monkeypatch.setattr(measure, "measure", lambda lab, cell: {})
+    cells = [
+        Cell(0, "cd", beta=1.0, recipe=VALUE),
+        Cell(0, "cd", beta=2.0, recipe=VALUE),
+        Cell(0, "args", beta=1.0, recipe=FULL),
+        Cell(1, "ppo", beta=1.0),
+    ]
+    sweep.sweep({"": lab}, cells, tmp_path / "grid.jsonl")
+    assert sorted(made[:2]) == ["full-seed=0", "full-seed=1"]
+    assert sorted(made[2:]) == ["ppo-beta=1.0-seed=1", "value-seed=0"]
+
+
+def test_what_is_not_installed_is_said_before_anything_is_made(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="which is TRL's: pip install"):
+        sweep.sweep({"": lab}, [Cell(0, "dpo", beta=1.0)], tmp_path / "grid.jsonl")
+    assert not (tmp_path / "grid.jsonl").exists()
+
+
+def test_workers_have_one_thread_each_and_end_at_an_interrupt_without_a_word(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    with sweep.workers(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 1
+        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_DFL
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_an_error_or_an_interrupt_drops_what_has_not_begun(lab, tmp_path, monkeypatch, error):
+    begun = []
+
+    def measured(lab, cell):
+        begun.append(cell)
+        if cell.seed == 0:
+            raise error
+        time.sleep(0.05)
+
+    monkeypatch.setattr(measure, "measure", measured)
+    with pytest.raises(error):
+        sweep.sweep({"": lab}, [Cell(seed, "plain") for seed in range(100)], tmp_path / "grid.jsonl")
+    assert len(begun) < 50
+
+
+def test_rows_gather_the_seeds_of_a_cell():
+    first, second = gather(
+        {
+            Cell(seed, method): {"reward": reward, "by_prompt": [reward, reward + 2], "accuracy": [reward, 0.0]}
+            for method, seed, reward in (("plain", 0, 1.0), ("pargs", 0, 5.0), ("plain", 1, 3.0))
+        }
+    )
+    assert (first.cell.method, second.cell.method) == ("plain", "pargs")
+    found = first.found["reward"]
+    assert (found.mean, found.error, found.seeds) == (2.0, 1.0, [1.0, 3.0])
+    assert first.found["prompt_error"].mean == 1.0
+    assert first.found["accuracy"].mean == [2.0, 0.0]
+    assert math.isnan(second.found["reward"].error)
+    assert second.as_json()["reward"] == {"mean": 5.0, "error": None, "low": None, "high": None, "seeds": [5.0]}
+    assert "seed" not in second.as_json()
