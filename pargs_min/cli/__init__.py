@@ -3,8 +3,6 @@
 A command's file is imported when it is called, so that `pargs --help` is instant; there heavy imports stand on top.
 """
 
-from __future__ import annotations
-
 import sys
 import warnings
 from importlib import import_module

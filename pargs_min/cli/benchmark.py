@@ -1,7 +1,5 @@
 """`pargs benchmark`: what a guided token costs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal

@@ -1,7 +1,5 @@
 """`pargs generate` and `pargs trace`: texts of a language model, guided by a reward model or not."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`pargs evaluate`: what texts are worth, in one table."""
 
-from __future__ import annotations
-
 from argparse import ArgumentParser
 from pathlib import Path
 

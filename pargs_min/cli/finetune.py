@@ -1,7 +1,5 @@
 """`pargs dpo` and `pargs ppo`: fine-tuning of the language model itself, to compare with."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial

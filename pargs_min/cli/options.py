@@ -1,8 +1,6 @@
 """Options of the commands: each field of a dataclass becomes a flag (transformers' `HfArgumentParser`)."""
 
-from __future__ import annotations
-
-from argparse import Action, ArgumentDefaultsHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,8 +11,8 @@ BETA = "Weight of the reward, in nats per unit of reward: the inverse of the bet
 DEVICE = "Default: cuda if available, else cpu."
 
 
-class _Help(ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for None: what that means is said by the option's help."""
+class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for None: what that means is said by the option's help. Descriptions keep their lines."""
 
     def _get_help_string(self, action: Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)

@@ -1,11 +1,7 @@
 """`pargs demo` and `pargs study`: experiments, on the embedded world or on a model of one's own."""
 
-from __future__ import annotations
-
-from argparse import RawTextHelpFormatter
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,10 +16,10 @@ class DemoOptions:
     """Options of `pargs demo`."""
 
     output_dir: str | None = HfArg(
-        default=None, help="For models, figures and results. Default: runs/demo, or runs/demo-quick with --quick."
+        default=None, help="For models, figure and results. Default: runs/demo, or runs/demo-quick with --quick."
     )
-    quick: bool = HfArg(default=False, help="Everything much smaller: it takes a minute, and has numbers to match.")
-    seed: int = HfArg(default=0, help="Seed of the reference, the pairs, the first reward model and the texts.")
+    quick: bool = HfArg(default=False, help="Everything much smaller, and numbers to match.")
+    seed: int = HfArg(default=0, help="Seed of everything made; 0 takes the reference shipped with the package.")
 
 
 def demo(arguments: list[str]) -> None:
@@ -78,8 +74,7 @@ def study(arguments: list[str]) -> None:
         rest = ["--help"]
     elif name not in studies.NAMES:
         raise ValueError(f"no study {name!r}; there are {', '.join(studies.NAMES)}")
-    about: dict[str, Any] = dict(description=studies.__doc__, formatter_class=RawTextHelpFormatter)
-    (options,) = parse(study, rest, StudyOptions, prog="pargs study NAME", **about)
+    (options,) = parse(study, rest, StudyOptions, prog="pargs study NAME", description=studies.__doc__ or "")
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     lab = _lab(options, folder)

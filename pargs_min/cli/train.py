@@ -1,7 +1,5 @@
 """`pargs train`: reward models and value models; and what it shares with `pargs dpo`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
