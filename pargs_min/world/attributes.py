@@ -10,7 +10,7 @@ from pargs_min.world.journey import MOODS
 
 
 def style(prompts: Sequence[str], responses: Sequence[str]) -> list[int]:
-    """Fair words less dark ones.
+    """The number of fair words, minus that of dark ones.
 
     >>> style([""], ["she walks past golden hills under grim skies but comes home warm"])
     [1]

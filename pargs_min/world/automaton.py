@@ -1,9 +1,9 @@
 """Exact values of a reference policy with finitely many states, by recursion over (time, state).
 
 A response is a path of exactly `horizon` tokens through an `Automaton`: after the end token only end tokens follow.
-Two prefixes of one length that lead to one state have the same futures, hence the same values, so a table over
-(time, state) holds what enumeration would need |V|^T rows for. The recursion knows nothing of any world: `journey.py`
-builds automata from a grammar, and a tree of all prefixes is an automaton too.
+Prefixes of equal length that lead to the same state have the same future and so the same value: a table over (time,
+state) replaces one of |V|^T rows. Nothing here depends on a particular world: `journey.py` builds automata from a
+grammar, and a tree of all prefixes is an automaton too.
 
 Shapes: S states, E edges, T the horizon. Tables of values are (T + 1, S): row i holds prefixes of length i; entries
 that no prefix reaches are never used. A policy is the log-probability of every edge at every step, (T, E), in nats.

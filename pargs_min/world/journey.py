@@ -3,11 +3,11 @@
     the sailor leaves for the island : she packs a small flute and walks the ridge past golden hills into wolves
     but comes home warm with songs
 
-A grammar writes such journeys, 8 to 24 words, for twelve prompts (a role and a place). Each road of a place has its own
-trouble, each item is of use in one trouble, and only who carries the right thing comes home. So the item and the road,
-neutral words at the start, all but settle the ending, and no later word undoes them; the words on the way mislead
-(under fair skies a traveller strays from her road). The gold reward is read off how the journey ends. It is a finite
-automaton over any word string, and the values of the automaton are known exactly (`exact.py`).
+A grammar writes such journeys, 8 to 24 words long, for twelve prompts (a role and a place). Each road of a place has its
+own trouble, each item helps in one trouble, and only a traveller who carries the right thing comes home. So the item
+and the road, neutral words at the start, all but settle the ending, and no later word undoes them; the words on the way
+mislead (under fair skies a traveller strays from her road). The gold reward depends on how the journey ends. All of it
+is a finite automaton over words, so values are known exactly (`automaton.py`).
 """
 
 from collections import defaultdict
@@ -228,7 +228,7 @@ class Journey:
     def gold(self, prompts: Sequence[str], responses: Sequence[str | Sequence[int]]) -> list[float]:
         """The gold reward of each response, as text or as token ids, to its prompt.
 
-        A response goes up to its first end token, if it has one. What the grammar cannot have written, an unfinished
+        A response ends at its first end token, if it has one. What the grammar cannot have written, an unfinished
         journey included, is worth OFF_GRAMMAR. Raises ValueError for a prompt that is not among PROMPTS.
         """
         return [self._gold(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
@@ -254,10 +254,10 @@ def _final_reward(state: State) -> float:
 
 
 def trouble_ahead(use: str, own: str, mood: str) -> dict[str, Fraction]:
-    """P(trouble) for who packed against `use`, on a road whose own trouble is `own`, after the last mood she saw.
+    """P(trouble) for a traveller who packed against `use`, on a road whose own trouble is `own`, after the last mood she saw.
 
-    Dark moods keep her on her road, so she meets its own trouble; under fair ones she strays to where what she packed
-    is of no use.
+    Dark moods keep her on her road, where she meets its own trouble; under fair ones she strays to where what she
+    packed is of no use.
     """
     likely, p = (
         (use, Fraction(3, 20)) if mood == "fair" else (own, Fraction(19, 20) if mood == "dark" else Fraction(13, 20))
