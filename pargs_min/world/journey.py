@@ -3,7 +3,7 @@
     the sailor leaves for the island : she packs a small flute and walks the ridge past golden hills into wolves
     but comes home warm with songs
 
-A grammar writes such journeys, 8 to 24 words long, for twelve prompts (a role and a place). Each road of a place has its
+A grammar writes such journeys, 8 to 24 words, for twelve prompts (a role and a place). Each road of a place has its
 own trouble, each item helps in one trouble, and only a traveller who carries the right thing comes home. So the item
 and the road, neutral words at the start, all but settle the ending, and no later word undoes them; the words on the way
 mislead (under fair skies a traveller strays from her road). The gold reward depends on how the journey ends. All of it
@@ -254,7 +254,7 @@ def _final_reward(state: State) -> float:
 
 
 def trouble_ahead(use: str, own: str, mood: str) -> dict[str, Fraction]:
-    """P(trouble) for a traveller who packed against `use`, on a road whose own trouble is `own`, after the last mood she saw.
+    """P(trouble) for a traveller who packed against `use`, on a road of the trouble `own`, after the last mood she saw.
 
     Dark moods keep her on her road, where she meets its own trouble; under fair ones she strays to where what she
     packed is of no use.
