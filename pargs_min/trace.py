@@ -16,10 +16,9 @@ guidance moved it; over a text's tokens the sum is its `path_kl`.
 
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from importlib.resources import files
-from string import Template
 
+from jinja2 import Environment
 from transformers import PreTrainedTokenizerBase
 
 from pargs_min.decode import Step
@@ -126,17 +125,25 @@ def to_text(trace: Sequence[Mapping]) -> str:
     """
     lines = []
     for record in trace:
-        rows = [(c["token"], c["ref_prob"], f"{c['reward']:.3f}", c["prob"], c["drawn"]) for c in record["candidates"]]
-        if count := record["others"]["count"]:
-            rows.append((f"{count} more", record["others"]["ref_prob"], "", record["others"]["prob"], False))
-        width = max(5, *(_columns(token) for token, *_ in rows))
+        listed = _rows(record)
+        width = max(5, *(_columns(row["token"]) for row in listed))
         title = f"step {record['step'] + 1}"
         lines.append(f"{title:11}{'token':{width}}  reference    reward  guided")
-        for token, ref_prob, reward, prob, mark in rows:
-            padded = token + " " * (width - _columns(token))
-            numbers = f"{_number(ref_prob):>9}{reward:>10}{_number(prob):>8}"
-            lines.append(f"{'>' if mark else '':>9}  {padded}  {numbers}  {'#' * round(20 * prob)}".rstrip())
+        for row in listed:
+            padded = row["token"] + " " * (width - _columns(row["token"]))
+            numbers = f"{_number(row['ref_prob']):>9}{row['reward']:>10}{_number(row['prob']):>8}"
+            mark, bar = ">" if row["kind"] == "drawn" else "", "#" * round(20 * row["prob"])
+            lines.append(f"{mark:>9}  {padded}  {numbers}  {bar}".rstrip())
     return "\n".join(lines)
+
+
+def _rows(record: Mapping) -> list[dict]:
+    """What both forms show of a step: its candidates, and the others in one row."""
+    kinds = {True: "drawn", False: ""}
+    rows = [c | {"reward": f"{c['reward']:.3f}", "kind": kinds[c["drawn"]]} for c in record["candidates"]]
+    if count := record["others"]["count"]:
+        rows.append(record["others"] | {"token": f"{count} more", "reward": "", "kind": "rest"})
+    return rows
 
 
 def _columns(text: str) -> int:
@@ -154,45 +161,6 @@ def to_html(trace: Sequence[Mapping], title: str, settings: Mapping[str, object]
         title: of the page.
         settings: what to say of the run above the text: name -> value.
     """
-    page = Template(files("pargs_min").joinpath("trace.html").read_text("utf-8"))  # loads nothing, says its own policy
-    return page.substitute(
-        title=escape(title),
-        settings="".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in settings.items()),
-        text="\n".join(_link(record) for record in trace),
-        nats=f"{sum(record['nats'] for record in trace):.2f}",
-        steps="\n".join(_section(record) for record in trace),
-    )
-
-
-def _link(record: Mapping) -> str:
-    token = drawn(record)
-    moved = record["nats"]
-    kind = "up" if moved > 0.1 else "down" if moved < -0.1 else "same"
-    return (
-        f'<a class="{kind}" href="#step-{record["step"] + 1}" '
-        f'title="{moved:+.2f} nats by guidance">{escape(token["token"])}</a>'
-    )
-
-
-def _section(record: Mapping) -> str:
-    number = record["step"] + 1
-    rows = [_row(c["token"], c["ref_prob"], f"{c['reward']:.3f}", c["prob"], c["drawn"]) for c in record["candidates"]]
-    if count := record["others"]["count"]:
-        rows.append(_row(f"{count} more", record["others"]["ref_prob"], "", record["others"]["prob"], False, "rest"))
-    return (
-        f'<section id="step-{number}"><table><caption>Step {number}: <b>{escape(drawn(record)["token"])}</b></caption>'
-        '<thead><tr><th scope="col">token</th><th scope="col">reference</th><th scope="col">reward</th>'
-        f'<th scope="col">guided</th></tr></thead><tbody>{"".join(rows)}</tbody></table></section>'
-    )
-
-
-def _row(token: str, ref_prob: float, reward: str, prob: float, is_drawn: bool, kind: str = "") -> str:
-    kind, mark = ("drawn", '<span class="mark">drawn</span>') if is_drawn else (kind, "")
-    return (
-        f'<tr class="{kind}"><th scope="row">{escape(token)}{mark}</th>{_bar("ref", ref_prob)}<td>{reward}</td>'
-        f"{_bar('guided', prob)}</tr>"
-    )
-
-
-def _bar(kind: str, probability: float) -> str:
-    return f'<td>{_number(probability)}<i class="{kind}" style="width:{100 * probability:.1f}%"></i></td>'
+    source = files("pargs_min").joinpath("trace.html").read_text("utf-8")  # its policy: a browser loads nothing for it
+    page = Environment(autoescape=True, trim_blocks=True).from_string(source)
+    return page.render(trace=trace, title=title, settings=settings, drawn=drawn, rows=_rows, number=_number)
