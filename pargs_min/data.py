@@ -203,10 +203,7 @@ def collate_texts(texts: Sequence[Text], pad_id: int) -> dict[str, Tensor]:
 def _right_padded(rows: Sequence[list[int]], pad_id: int) -> dict[str, Tensor]:
     lengths = torch.tensor([len(row) for row in rows])
     input_ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
-    return {
-        "input_ids": input_ids,
-        "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-    }
+    return {"input_ids": input_ids, "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()}
 
 
 def at_response_tokens(values: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -21,16 +21,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from pargs_min.decode import (
-    Generation,
-    PolicyStepper,
-    RewardScorer,
-    Step,
-    generate,
-    greedy,
-    response_rewards,
-    sample,
-)
+from pargs_min.decode import Generation, PolicyStepper, RewardScorer, Step, generate, greedy, response_rewards, sample
 from pargs_min.scoring import RewardFn
 
 # (B, n) log-weights, (B,) uniforms -> (B, n) particles to go on from; each is chosen n times its weight on average

@@ -15,13 +15,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel, StaticCache
 
-from pargs_min.reward_model import (
-    body_and_head,
-    context_length,
-    position_arguments,
-    token_positions,
-    token_rewards,
-)
+from pargs_min.reward_model import body_and_head, context_length, position_arguments, token_positions, token_rewards
 from pargs_min.scoring import SiblingScorer, attention_window
 
 

@@ -34,14 +34,7 @@ from pargs_min.methods import METHODS, OBJECTIVES, Method, Run, guided_by, no_re
 from pargs_min.models import recorded
 from pargs_min.records import read_jsonl
 from pargs_min.reward_model import context_length, has_vocabulary_head
-from pargs_min.scoring import (
-    ReencodeScorer,
-    RewardFn,
-    SiblingScorer,
-    VocabularyScorer,
-    model_rewards,
-    text_rewards,
-)
+from pargs_min.scoring import ReencodeScorer, RewardFn, SiblingScorer, VocabularyScorer, model_rewards, text_rewards
 from pargs_min.static import StaticPolicy, StaticScorer
 from pargs_min.store import appending
 
@@ -317,11 +310,7 @@ def _longest(encoded: list[list[int]], max_new_tokens: int, *models: PreTrainedM
 
 
 def _reward(
-    model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    codec: Codec,
-    longest: int,
-    guided: bool,
+    model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, codec: Codec, longest: int, guided: bool
 ) -> tuple[RewardFn | None, RewardScorer | None]:
     """The fastest right way to ask this reward model: of whole texts, and of the candidates of a step."""
     if model is None:
