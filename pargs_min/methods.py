@@ -6,7 +6,7 @@ Whoever needs to know something of a method (what trains its reward, how its KL 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,22 +32,25 @@ def no_reward(ids: Tensor, mask: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A batch of B prompts, and all that a method may need to write one response to each.
-
-    A method with several `rows` behind each response has `uniforms` (B * rows, N), the rows of a prompt together.
-    """
+class Setup:
+    """What a method writes with: the same for every batch of a run."""
 
     policy: PolicyStepper
-    prompt_ids: Tensor  # (B, P), padded on the left
-    mask: Tensor
-    settings: dict[str, Any]  # of `generate`: top_k, max_new_tokens, temperature, eos, uniforms, on_step
-    choices: Tensor  # (B, N + 1) uniforms that choose among particles (smc)
+    settings: dict[str, Any]  # of `generate`: top_k, max_new_tokens, temperature, eos, on_step
     beta: float = 0.0
     scorer: RewardScorer = field(default_factory=NoReward)  # reward of prefixes
     reward_fn: RewardFn = no_reward  # reward of whole texts
-    rows: int = 1
+    rows: int = 1  # behind each response
     final: RewardFn | None = None  # what smc weighs whole texts by; None takes the scorer's last reward
+
+
+class Batch(NamedTuple):
+    """A batch of B prompts, and the random numbers for one response to each."""
+
+    prompt_ids: Tensor  # (B, P), padded on the left
+    mask: Tensor
+    uniforms: Tensor  # (B * rows, N), the rows of a prompt together
+    choices: Tensor  # (B, N + 1), by which smc chooses among particles
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Method:
 
     name: str
     does: str
-    write: Callable[["Method", Run], tuple[Generation, Tensor]]  # B responses, and the (B,) kl of each in nats
+    write: Callable[["Method", Setup, Batch], tuple[Generation, Tensor]]  # B responses, and the (B,) kl of each in nats
     guided: bool = False  # the reward enters at every token
     draw: Draw = sample
     objective: str | None = None  # what its reward model must be trained with; None: any will do
@@ -147,34 +150,27 @@ def best_of_n(
     return Generation(*(getattr(samples, column.name)[best] for column in fields(samples)))
 
 
-def _plain(method: Method, run: Run) -> tuple[Generation, Tensor]:
-    generation = plain(run.policy, run.prompt_ids, run.mask, **run.settings)
+def _plain(method: Method, setup: Setup, batch: Batch) -> tuple[Generation, Tensor]:
+    generation = plain(setup.policy, batch.prompt_ids, batch.mask, uniforms=batch.uniforms, **setup.settings)
     return generation, path_kl(method.name, generation)
 
 
-def _guided(method: Method, run: Run) -> tuple[Generation, Tensor]:
-    generation = guided(method.name, run.policy, run.scorer, run.prompt_ids, run.mask, beta=run.beta, **run.settings)
+def _guided(method: Method, setup: Setup, batch: Batch) -> tuple[Generation, Tensor]:
+    settings = setup.settings | dict(beta=setup.beta, uniforms=batch.uniforms)
+    generation = guided(method.name, setup.policy, setup.scorer, batch.prompt_ids, batch.mask, **settings)
     return generation, path_kl(method.name, generation)
 
 
-def _best_of_n(method: Method, run: Run) -> tuple[Generation, Tensor]:
-    generation = best_of_n(run.policy, run.reward_fn, run.prompt_ids, run.mask, n=run.rows, **run.settings)
-    return generation, path_kl(method.name, generation, run.rows)
+def _best_of_n(method: Method, setup: Setup, batch: Batch) -> tuple[Generation, Tensor]:
+    settings = setup.settings | dict(n=setup.rows, uniforms=batch.uniforms)
+    generation = best_of_n(setup.policy, setup.reward_fn, batch.prompt_ids, batch.mask, **settings)
+    return generation, path_kl(method.name, generation, setup.rows)
 
 
-def _smc(method: Method, run: Run) -> tuple[Generation, Tensor]:
-    particles = smc(
-        run.policy,
-        run.scorer,
-        run.prompt_ids,
-        run.mask,
-        n=run.rows,
-        beta=run.beta,
-        final=run.final,
-        choices=run.choices[:, :-1],
-        **run.settings,
-    )
-    return particles.pick(run.choices[:, -1])
+def _smc(method: Method, setup: Setup, batch: Batch) -> tuple[Generation, Tensor]:
+    settings = setup.settings | dict(n=setup.rows, beta=setup.beta, final=setup.final, uniforms=batch.uniforms)
+    particles = smc(setup.policy, setup.scorer, batch.prompt_ids, batch.mask, choices=batch.choices[:, :-1], **settings)
+    return particles.pick(batch.choices[:, -1])
 
 
 SAMPLED: dict[str, Any] = dict(write=_guided, guided=True, draw=sample, kl=sampled_kl)

@@ -30,7 +30,7 @@ from pargs_min.decode import (
     row_uniforms,
 )
 from pargs_min.memory import enough_memory
-from pargs_min.methods import METHODS, OBJECTIVES, Method, Run, guided_by, no_reward
+from pargs_min.methods import METHODS, OBJECTIVES, Batch, Method, Setup, guided_by, no_reward
 from pargs_min.models import recorded
 from pargs_min.records import read_jsonl
 from pargs_min.reward_model import context_length, has_vocabulary_head
@@ -104,24 +104,21 @@ def generate_texts(
         MemoryError: where a batch is too large, saying what to lower; the records before it have been yielded.
     """
     how = Decoding(**settings)
-    _check(method, prompts, reward_model, num_samples=num_samples, n=how.n, particles=how.particles,
-           batch_size=batch_size)  # fmt: skip
-    if final_reward_model is not None and METHODS[method].rows != "particles":
-        raise ValueError(f"final_reward_model (--final-reward-model) is for method smc alone, not for {method}")
+    counts = dict(num_samples=num_samples, n=how.n, particles=how.particles, batch_size=batch_size)
+    _check(method, prompts, reward_model, final_reward_model, **counts)
     codec = Codec.of(lm, tokenizer, None if reward_model is None else recorded(reward_model).get("prompt_format"))
-    reward = reward_model, reward_tokenizer
-    final = final_reward_model, final_reward_tokenizer
-    writer = _Writer(METHODS[method], how, codec, lm, prompts, reward, final, seed, compiled, on_step)
+    reward, final = (reward_model, reward_tokenizer), (final_reward_model, final_reward_tokenizer)
+    writer = _Writer(METHODS[method], how, codec, lm, prompts, reward, final, compiled, on_step)
 
     skip, numbers = set(done), shard_range(len(prompts), shard)
     left = [(p, s) for p in numbers for s in range(num_samples) if (p, s) not in skip]
-    size = max(1, batch_size // writer.rows)
+    size = max(1, batch_size // writer.setup.rows)
     for start in range(0, len(left), size):
-        yield from writer.write(left[start : start + size])
+        yield from writer.write(left[start : start + size], seed)
 
 
 class _Writer:
-    """Writes batches of texts: what stays the same from batch to batch."""
+    """Writes batches of texts, and says what they cost."""
 
     def __init__(
         self,
@@ -132,109 +129,84 @@ class _Writer:
         prompts: list[dict],
         reward: tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None],
         final: tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None],
-        seed: int,
         compiled: bool,
         on_step: Callable[[Step], None] | None,
     ):
-        self.method, self.how, self.codec, self.lm, self.seed, self.on_step = method, how, codec, lm, seed, on_step
-        self.prompts = prompts
+        self.method, self.how, self.codec, self.device, self.prompts = method, how, codec, lm.device, prompts
         self.encoded = [_encode(codec, prompt, number) for number, prompt in enumerate(prompts)]
-        self.rows = getattr(how, method.rows) if method.rows else 1
-        self.top_k = how.top_k
-        if self.top_k is None:
-            self.top_k = min(10, codec.vocabulary) if method.guided else 0
+        top_k = (min(10, codec.vocabulary) if method.guided else 0) if how.top_k is None else how.top_k
 
-        models = lm, reward[0], final[0]
-        longest = _longest(self.encoded, how.max_new_tokens, *models)
-        self.policy: PolicyStepper = ModelPolicy(lm, vocabulary=codec.vocabulary)
-        self.reward_fn, self.scorer = _reward(*reward, codec, longest, method.guided)
-        self.final = None
-        if final[0] is not None:
-            self.reward_fn, _ = _reward(*final, codec, longest, guided=False)
-            self.final = self.reward_fn
+        # Whom to ask, and how.
+        longest = _longest(self.encoded, how.max_new_tokens, lm, reward[0], final[0])
+        policy: PolicyStepper = ModelPolicy(lm, vocabulary=codec.vocabulary)
+        reward_fn, scorer = _reward(*reward, codec, longest, method.guided)
+        weigh, _ = _reward(*final, codec, longest, guided=False)
         if compiled:
-            self.policy = StaticPolicy(lm, longest, vocabulary=codec.vocabulary)
-            if isinstance(self.scorer, SiblingScorer):
-                self.scorer = StaticScorer(self.scorer.model, longest + (self.top_k or codec.vocabulary))
-        # Passes are counted by hooks, but for compiled steps, which count their own.
-        self.static = [one for one in (self.policy, self.scorer) if isinstance(one, (StaticPolicy, StaticScorer))]
-        self.hooked = [one for one in models if all(one is not stepper.model for stepper in self.static)]
-        self.rated = models[1:]
-
-    def write(self, batch: list[tuple[int, int]]) -> Iterator[dict]:
-        """The records of a batch of (prompt number, sample number)."""
-        prompt_ids, mask = (x.to(self.lm.device) for x in left_pad([self.encoded[p] for p, _ in batch]))
-        run = Run(
-            self.policy,
-            prompt_ids,
-            mask,
-            beta=self.how.beta,
-            scorer=self.scorer or NoReward(),
-            reward_fn=self.reward_fn or no_reward,
-            rows=self.rows,
-            final=self.final,
-            **self._randomness(batch),
+            policy = StaticPolicy(lm, longest, vocabulary=codec.vocabulary)
+            if isinstance(scorer, SiblingScorer):
+                scorer = StaticScorer(scorer.model, longest + (top_k or codec.vocabulary))
+        self.rate = weigh or reward_fn
+        settings = dict(max_new_tokens=how.max_new_tokens, temperature=how.temperature, eos=codec.ends, on_step=on_step)
+        self.setup = Setup(
+            policy,
+            dict(top_k=top_k, **settings),
+            how.beta,
+            scorer or NoReward(),
+            self.rate or no_reward,
+            rows=getattr(how, method.rows) if method.rows else 1,
+            final=weigh,
         )
-        with enough_memory(*self._asked(len(batch), prompt_ids.shape[1])):
+        # Passes are counted by hooks, but compiled steps count their own.
+        self.static = [one for one in (policy, scorer) if isinstance(one, (StaticPolicy, StaticScorer))]
+        self.raters = reward[0], final[0]
+        self.hooked = [one for one in (lm, *self.raters) if all(one is not stepper.model for stepper in self.static)]
+
+    def write(self, numbers: list[tuple[int, int]], seed: int) -> Iterator[dict]:
+        """The records of a batch of (prompt number, sample number)."""
+        batch = self._batch(numbers, seed)
+        with enough_memory(*self._doing(len(numbers), batch.prompt_ids.shape[1])):
             began = time.perf_counter()
             with counted_passes(*self.hooked) as passes:
-                generation, kl = self.method.write(self.method, run)
-            with counted_passes(*self.rated) as rated:
-                rewards = self.reward_fn and response_rewards(self.reward_fn, prompt_ids, mask, generation)
+                generation, kl = self.method.write(self.method, self.setup, batch)
+            with counted_passes(*self.raters) as rated:
+                rewards = self.rate and response_rewards(self.rate, batch.prompt_ids, batch.mask, generation)
             seconds = time.perf_counter() - began
         calls = passes.total() + rated.total() + sum(stepper.passes for stepper in self.static)
-        cost = {"seconds": seconds / len(batch), "model_calls": calls / len(batch)}
-        return self._records(batch, generation, kl, rewards, cost)
+        cost = {"seconds": seconds / len(numbers), "model_calls": calls / len(numbers)}
+        return self._records(numbers, generation, kl, rewards, cost)
 
-    def _randomness(self, batch: list[tuple[int, int]]) -> dict:
+    def _batch(self, numbers: list[tuple[int, int]], seed: int) -> Batch:
         """The first numbers of a row's stream draw its tokens; by the rest smc chooses among particles."""
-        tokens, rows = self.how.max_new_tokens, self.rows
-        streams = [(p, s * rows + i) for p, s in batch for i in range(rows)]
-        prompts, samples = zip(*streams, strict=True)
-        uniforms = row_uniforms(self.seed, prompts, samples, 2 * tokens + 1).to(self.lm.device)
-        settings = dict(
-            top_k=self.top_k,
-            max_new_tokens=tokens,
-            temperature=self.how.temperature,
-            eos=self.codec.ends,
-            uniforms=uniforms[:, :tokens],
-            on_step=self.on_step,
-        )
-        return dict(settings=settings, choices=uniforms[::rows, tokens:])
+        tokens, rows = self.how.max_new_tokens, self.setup.rows
+        prompts, samples = zip(*[(p, s * rows + i) for p, s in numbers for i in range(rows)], strict=True)
+        uniforms = row_uniforms(seed, prompts, samples, 2 * tokens + 1)
+        tensors = (*left_pad([self.encoded[p] for p, _ in numbers]), uniforms[:, :tokens], uniforms[::rows, tokens:])
+        return Batch(*(tensor.to(self.device) for tensor in tensors))
 
-    def _asked(self, texts: int, width: int) -> tuple[str, str]:
+    def _doing(self, texts: int, width: int) -> tuple[str, str]:
         """What a batch takes, and what to lower where that is too much."""
-        flag, tokens = self.method.rows and f"--{self.method.rows}", self.how.max_new_tokens
+        flag, tokens, rows = self.method.rows and f"--{self.method.rows}", self.how.max_new_tokens, self.setup.rows
         doing = f"decoding {texts} texts at once, prompts of up to {width} tokens, --max-new-tokens {tokens}"
-        doing += f", {flag} {self.rows} rows per text" if flag else ""
+        doing += f", {flag} {rows} rows per text" if flag else ""
         if texts > 1:
-            way_out = (
-                f"lower --batch-size (here to {texts * self.rows // 2} or less) and go on with --resume; the texts "
-            )
-            return doing, way_out + "so far are kept, and the others stay what they would be"
+            lower = f"lower --batch-size (here to {texts * rows // 2} or less) and go on with --resume"
+            return doing, f"{lower}; the texts so far are kept, and the others stay what they would be"
         lower = (f"{flag}, " if flag else "") + "--max-new-tokens or the prompts' length"
-        way_out = f"it is one text, so --batch-size cannot help; write another file with less {lower}"
-        return doing, f"{way_out}, or --dtype bfloat16"
+        less = f"it is one text, so --batch-size cannot help; write another file with less {lower}"
+        return doing, f"{less}, or --dtype bfloat16"
 
     def _records(
-        self, batch: list[tuple[int, int]], generation: Generation, kl: Tensor, rewards: Tensor | None, cost: dict
+        self, numbers: list[tuple[int, int]], generation: Generation, kl: Tensor, rewards: Tensor | None, cost: dict
     ) -> Iterator[dict]:
         ref_log_probs = generation.ref_log_probs.sum(-1).tolist()
-        for i, (number, sample) in enumerate(batch):
+        for i, (number, sample) in enumerate(numbers):
             ids = generation.tokens[i, : generation.lengths[i]].tolist()
-            asked = self.prompts[number]
             record = {
-                **{name: asked[name] for name in ("prompt", "prompt_ids") if name in asked},
-                "prompt_number": number,
-                "sample": sample,
-                "response": self.codec.text(ids),
-                "response_ids": ids,
-                "finished": self.codec.finished(ids),
-                "method": self.method.name,
-                "ref_log_prob": ref_log_probs[i],
-                "kl": kl[i].item(),
-                "cost": cost,
+                name: self.prompts[number][name] for name in ("prompt", "prompt_ids") if name in self.prompts[number]
             }
+            record |= {"prompt_number": number, "sample": sample, "response": self.codec.text(ids), "response_ids": ids}
+            record |= {"finished": self.codec.finished(ids), "method": self.method.name}
+            record |= {"ref_log_prob": ref_log_probs[i], "kl": kl[i].item(), "cost": cost}
             yield record if rewards is None else record | {"reward": rewards[i].item()}
 
 
@@ -265,7 +237,9 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(i), int(n)
 
 
-def _check(method: str, prompts: list[dict], reward_model: PreTrainedModel | None, **counts: int) -> None:
+def _check(
+    method: str, prompts: list[dict], reward_model: PreTrainedModel | None, final: PreTrainedModel | None, **counts: int
+) -> None:
     if not prompts:
         raise ValueError("prompts is empty; give at least one")
     if method not in METHODS:
@@ -273,6 +247,8 @@ def _check(method: str, prompts: list[dict], reward_model: PreTrainedModel | Non
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if final is not None and METHODS[method].rows != "particles":
+        raise ValueError(f"final_reward_model (--final-reward-model) is for method smc alone, not for {method}")
     if not METHODS[method].needs_reward:
         return
     if reward_model is None:
