@@ -22,15 +22,10 @@ PAGES = [
 ]
 TEXT = {page: (ROOT / page).read_text("utf-8") for page in [*PAGES, "theory/README.md"]}
 README = TEXT["README.md"]
-# A command that continues on the next line is one command.
-LINES = [line for page in PAGES for line in re.sub(r"\\\n *", "", TEXT[page]).splitlines()]
-COMMANDS = [line.strip() for line in LINES if re.match(r"    (python|pargs|torchrun|accelerate) ", line)]
-PARGS = [
-    line[line.index(start) + len(start) :]
-    for line in COMMANDS
-    for start in ("pargs ", "-m pargs_min ")
-    if start in line
-]
+# (name, options) of each call of the command line; one that continues on the next line is one call.
+SHOWN = "\n".join(re.sub(r"\\\n *", "", TEXT[page]) for page in PAGES)
+CALLS = re.findall(r"^ {4}.*?(?:pargs|-m pargs_min) ([a-z]+)\b(.*)$", SHOWN, re.MULTILINE)
+CALLS += re.findall(r"`pargs ([a-z]+)\b([^`]*)`", SHOWN)
 
 
 def test_the_readme_is_short():
@@ -44,12 +39,12 @@ def test_two_commands_set_everything_up():
     assert "torch==2.13.0" in (ROOT / "constraints.txt").read_text().split()
 
 
-@pytest.mark.parametrize("command", sorted({line.split()[0] for line in PARGS}))
+@pytest.mark.parametrize("command", sorted(dict(CALLS)))
 def test_commands_take_the_options_that_are_shown(command):
     run = subprocess.run(
         [sys.executable, "-m", "pargs_min", command, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    shown = {flag for line in PARGS if line.split()[0] == command for flag in re.findall(r"--[\w-]+", line)}
+    shown = {flag for name, options in CALLS if name == command for flag in re.findall(r"--[\w-]+", options)}
     assert shown <= set(re.findall(r"--[\w-]+", run.stdout))
 
 
