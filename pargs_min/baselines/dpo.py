@@ -5,8 +5,6 @@ Needs the extra `baselines`. Pairs are tokenised by `encode_preferences`, as for
 prompt and response together, into ids that decoding may never meet, and cannot read records of token ids.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence

@@ -16,8 +16,6 @@ The optimum is the RLHF policy, pi_ref(y) exp(beta r(y)) / Z. The details are th
 6. Not included: adaptive KL, a separate entropy bonus, reward normalisation.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json

@@ -49,7 +49,7 @@ def tiny(kind, seed):
     torch.manual_seed(seed)
     return kind(
         GPT2Config(
-            vocab_size=4, n_positions=8, n_embd=32, n_layer=2, n_head=2, initializer_range=0.2, bos_token_id=END,
+            vocab_size=4, n_positions=8, n_embd=32, n_layer=1, n_head=2, initializer_range=0.2, bos_token_id=END,
             eos_token_id=END, pad_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, num_labels=1,
         )
     ).eval()  # fmt: skip
@@ -58,11 +58,9 @@ def tiny(kind, seed):
 @torch.no_grad()
 def log_probs(model):
     """(40,) log pi(y) of every response."""
-    found = []
-    for y in YS:
-        logits = model(input_ids=torch.tensor([[*PROMPT, *y]])).logits[0, : len(y)].double()
-        found.append(logits.log_softmax(-1).gather(1, torch.tensor(y)[:, None]).sum())
-    return torch.stack(found)
+    ids = torch.tensor([[*PROMPT, *y, *[0] * (STEPS - len(y))] for y in YS])
+    found = model(input_ids=ids).logits[:, :-1].double().log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    return (found * (torch.arange(STEPS) < torch.tensor([[len(y)] for y in YS]))).sum(1)
 
 
 def reward_fn(ids, mask):
@@ -94,21 +92,27 @@ def arguments(folder, **changes):
 # ---- DPO ----
 
 
+@pytest.mark.trains
 def test_dpo_comes_to_the_rlhf_policy(tmp_path):
-    """Seeded; what is left of the divergence is the sampling error of so many pairs."""
-    model = tiny(GPT2LMHeadModel, 0)
-    ref = log_probs(model)
-    before = kl_to_rlhf(model, ref)
-    args = arguments(tmp_path, max_steps=150, per_device_train_batch_size=128, learning_rate=1e-3)
-    pairs, held_out = sampled_pairs(8000, ref), sampled_pairs(200, ref, seed=1)
-    metrics = train_dpo(model, TOKENIZER, pairs, held_out, beta=BETA, args=args)
-    assert before > 1.5
-    assert kl_to_rlhf(model, ref) < before / 4
-    assert metrics["eval_rewards/accuracies"] > 0.6
-    assert not model.training
-    assert "forward" not in vars(model)
+    """Over three seeds of everything a fifth of the divergence is left, the sampling error of so many pairs; half of it
+    is allowed."""
+    before, after, accuracies = 0.0, 0.0, []
+    for seed in range(3):
+        model = tiny(GPT2LMHeadModel, seed)
+        ref = log_probs(model)
+        before += kl_to_rlhf(model, ref)
+        args = arguments(tmp_path, max_steps=60, per_device_train_batch_size=128, learning_rate=2e-3)
+        pairs, held_out = sampled_pairs(8000, ref, seed), sampled_pairs(200, ref, seed + 100)
+        accuracies.append(train_dpo(model, TOKENIZER, pairs, held_out, beta=BETA, args=args)["eval_rewards/accuracies"])
+        after += kl_to_rlhf(model, ref)
+        assert not model.training
+        assert "forward" not in vars(model)
+    assert before > 3
+    assert after < before / 2
+    assert np.mean(accuracies) > 0.6  # 0.71
 
 
+@pytest.mark.trains
 def test_dpo_reads_the_ids_of_our_pairs_and_its_loss_is_the_definition(tmp_path):
     """Before any step the loss is log 2; after some, that of log-ratios by plain forward passes."""
     model, args = tiny(GPT2LMHeadModel, 0), arguments(tmp_path, max_steps=3, learning_rate=1e-3)
@@ -135,29 +139,36 @@ SETTINGS = dict(beta=BETA, max_new_tokens=STEPS, batch_size=128, minibatch_size=
 
 def run(model, reward=reward_fn, prompts=(PROMPT,), checkpoint=None, save_every=20, **changes):
     settings = PPOSettings(**SETTINGS | changes)
-    value_model = tiny(GPT2ForSequenceClassification, 1)
+    value_model = tiny(GPT2ForSequenceClassification, settings.seed + 1)
     return train_ppo(model, value_model, reward, prompts, [END], settings, checkpoint, save_every)
 
 
+@pytest.mark.trains
 def test_ppo_comes_to_the_rlhf_policy():
-    """Seeded. What an update reports is of texts that were drawn before it: within 5 standard errors of the exact mean
-    under the policy of then, by the normal approximation to 128 texts, which each misses with probability 6e-7."""
-    model = tiny(GPT2LMHeadModel, 0)
-    ref = log_probs(model)
-    before = kl_to_rlhf(model, ref)
-    assert before > 1.5
-    exact = [ref]
-    for numbers in run(model, updates=60):
-        exact.append(log_probs(model))
-        if numbers["update"] in (1, 2, 20, 60):
-            log_pi = exact[-2]
-            for name, values in (("reward", REWARDS), ("kl", log_pi - ref)):
-                mean = (log_pi.exp() * values).sum()
-                error = ((log_pi.exp() * (values - mean).square()).sum() / SETTINGS["batch_size"]).sqrt().item()
-                assert numbers[name] == pytest.approx(mean.item(), abs=5 * error + 1e-5)
-    assert kl_to_rlhf(model, ref) < before / 15
+    """Over four seeds of everything 15 % of the divergence is left after 20 updates, and 25 % is allowed. (With half or
+    twice the beta, PPO leaves 30 % or more.)
+
+    What an update reports is of texts that were drawn before it: within 5 standard errors of the exact mean under the
+    policy of then, by the normal approximation to 128 texts, which each of the 24 numbers misses with probability 6e-7.
+    """
+    before = after = 0.0
+    for seed in range(4):
+        model = tiny(GPT2LMHeadModel, seed)
+        ref = log_pi = log_probs(model)
+        before += kl_to_rlhf(model, ref)
+        for numbers in run(model, updates=20, minibatch_size=128, seed=seed):
+            if numbers["update"] in (1, 2, 20):
+                for name, values in (("reward", REWARDS), ("kl", log_pi - ref)):
+                    mean = (log_pi.exp() * values).sum()
+                    error = ((log_pi.exp() * (values - mean).square()).sum() / SETTINGS["batch_size"]).sqrt().item()
+                    assert numbers[name] == pytest.approx(mean.item(), abs=5 * error + 1e-5)
+            log_pi = log_probs(model)
+        after += kl_to_rlhf(model, ref)
+    assert before > 4
+    assert after < before / 4
 
 
+@pytest.mark.trains
 def test_an_interrupted_ppo_run_goes_on_to_the_same_weights(tmp_path):
     whole, parts, file = tiny(GPT2LMHeadModel, 0), tiny(GPT2LMHeadModel, 0), tmp_path / "checkpoint.pt"
     list(run(whole, updates=5))
@@ -171,6 +182,21 @@ def test_an_interrupted_ppo_run_goes_on_to_the_same_weights(tmp_path):
         next(run(again, updates=6, checkpoint=file, prompts=[[3]]))
     with pytest.raises(ValueError, match="was made with another reward model"):
         next(run(again, updates=6, checkpoint=file, reward=lambda ids, mask: reward_fn(ids, mask) + 0.1))
+
+
+@pytest.mark.trains
+def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    def half(state, path):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    updates = run(tiny(GPT2LMHeadModel, 0), updates=3, checkpoint=tmp_path / "checkpoint.pt", save_every=1)
+    next(updates)
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="no space left"):
+        next(updates)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == whole
 
 
 @torch.no_grad()
@@ -199,6 +225,7 @@ def test_a_rollout_knows_of_each_text_what_the_text_alone_says():
         assert_close(batch["returns"][row, :n], advantages + values)
 
 
+@pytest.mark.trains
 def test_the_first_ratio_is_one():
     """With one pass over one minibatch nothing is clipped: the rollout's log-probabilities are those of the update."""
     numbers = next(run(tiny(GPT2LMHeadModel, 0), passes=1, minibatch_size=128))
@@ -206,6 +233,7 @@ def test_the_first_ratio_is_one():
     assert numbers["policy_loss"] == pytest.approx(0, abs=1e-5), "whitened advantages have mean zero"
 
 
+@pytest.mark.trains
 def test_long_gradients_are_cut():
     """To next to nothing, here: below Adam's eps weights hardly move."""
     moved = []
@@ -217,6 +245,7 @@ def test_long_gradients_are_cut():
     assert moved[1] < 1e-3 < 0.1 < moved[0]
 
 
+@pytest.mark.trains
 def test_a_batch_of_one_token_leaves_numbers():
     """Its advantages have no spread to be divided by."""
     model = tiny(GPT2LMHeadModel, 0)
