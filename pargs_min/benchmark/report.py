@@ -1,7 +1,5 @@
 """The report of `pargs benchmark`: every way side by side, how cost grows, and training; as tables and a figure."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median

@@ -7,8 +7,6 @@ published loops are is reported without a bound: it weighs arithmetic against me
 depends on the hardware.
 """
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ Ways are compared within a round, in which each writes some tokens and, on a CPU
 ratio is the median over the rounds. A machine that is busy with other work then slows both sides of it.
 """
 
-from __future__ import annotations
-
 import copy
 import os
 import statistics
