@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
 from pargs_min.policy import guided_log_probs, top_k_candidates
-from pargs_min.reward_model import position_arguments, token_positions
+from pargs_min.reward_model import read, token_positions
 from pargs_min.scoring import CachedText, RewardFn
 
 CHECK_EVERY = 16  # steps between two looks at what a GPU has found
@@ -291,13 +291,8 @@ def response_log_probs(model: PreTrainedModel, ids: Tensor, mask: Tensor, respon
         ids, mask: (B, P + N) prompts padded on the left, then responses padded on the right.
         responses: N, the width of the responses.
     """
-    logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        use_cache=False,
-        logits_to_keep=responses + 1,
-        **position_arguments(model, token_positions(mask)),
-    ).logits[:, :-1]
+    settings = dict(use_cache=False, logits_to_keep=responses + 1)
+    logits = read(model, ids, mask, token_positions(mask), **settings).logits[:, :-1]
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     return log_probs.gather(2, ids[:, -responses:, None])[..., 0]
 

@@ -10,7 +10,7 @@ each token that may come next; r(y_1:i) is entry y_i, read at token i-1, so a si
 
 import functools
 import inspect
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +36,7 @@ def prefix_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     Source: arXiv 2406.07780; the paper's code asks for each prefix in a pass of its own.
     """
     body, head = body_and_head(model)
-    hidden = body(
-        input_ids=ids, attention_mask=mask, use_cache=False, **position_arguments(body, token_positions(mask))
-    ).last_hidden_state
+    hidden = read(body, ids, mask, token_positions(mask), use_cache=False).last_hidden_state
     if head.out_features == 1:
         return token_rewards(head, hidden)
     return F.pad(next_token_rewards(head, hidden[:, :-1], ids[:, 1:]), (1, 0))
@@ -115,15 +113,17 @@ def token_positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def position_arguments(body: PreTrainedModel, positions: Tensor) -> dict[str, Tensor]:
-    """`position_ids`, for the backbones that take them; the others (ALiBi) derive positions from the mask."""
-    kind: Any = type(body)
-    return {"position_ids": positions} if _takes_positions(kind) else {}
+def read(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, **settings):
+    """One pass of a model or backbone over (B, T) ids; models with ALiBi derive the positions from the mask alone."""
+    if takes_positions(type(model).forward):
+        settings["position_ids"] = positions
+    return model(input_ids=ids, attention_mask=mask, **settings)
 
 
 @functools.cache  # reading a signature costs as much as a small layer
-def _takes_positions(body: Any) -> bool:
-    return "position_ids" in inspect.signature(body.forward).parameters
+def takes_positions(forward: Callable) -> bool:
+    """Whether this `forward` is told the position of each token."""
+    return "position_ids" in inspect.signature(forward).parameters
 
 
 def context_length(model: PreTrainedModel) -> int | None:

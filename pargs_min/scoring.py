@@ -22,7 +22,7 @@ from pargs_min.reward_model import (
     context_length,
     final_rewards,
     has_vocabulary_head,
-    position_arguments,
+    read,
     token_positions,
     token_rewards,
 )
@@ -68,13 +68,8 @@ class SiblingScorer:
         self.mask, self.last = mask[:, :-1], prompt_ids[:, -1:]
         self.position = mask.sum(-1, keepdim=True)
         if prompt_ids.shape[1] > 1:
-            self.body(
-                input_ids=prompt_ids[:, :-1],
-                attention_mask=self.mask,
-                past_key_values=self.cache,
-                use_cache=True,
-                **position_arguments(self.body, token_positions(self.mask)),
-            )
+            positions = token_positions(self.mask)
+            read(self.body, prompt_ids[:, :-1], self.mask, positions, past_key_values=self.cache, use_cache=True)
 
     @torch.inference_mode()
     def score(self, candidates: Tensor) -> Tensor:
@@ -85,13 +80,8 @@ class SiblingScorer:
             raise ValueError(f"the text outgrows this reward model's attention window of {self.window}; {WAY_OUT}")
         k = candidates.shape[1]
         positions = torch.cat([self.position - 1, self.position.expand(-1, k)], 1)
-        hidden = self.body(
-            input_ids=torch.cat([self.last, candidates], 1),
-            attention_mask=sibling_mask(self.mask, k, self.head.weight.dtype),
-            past_key_values=self.cache,
-            use_cache=True,
-            **position_arguments(self.body, positions),
-        ).last_hidden_state
+        ids, mask = torch.cat([self.last, candidates], 1), sibling_mask(self.mask, k, self.head.weight.dtype)
+        hidden = read(self.body, ids, mask, positions, past_key_values=self.cache, use_cache=True).last_hidden_state
         self.cache.crop(-k)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         self.last = None
@@ -197,14 +187,8 @@ class CachedText:
     @torch.inference_mode()
     def read(self, **settings):
         """The body's output on what it has not read yet; once per step."""
-        output = self.body(
-            input_ids=self.ids,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **position_arguments(self.body, self.positions),
-            **settings,
-        )
+        settings |= dict(past_key_values=self.cache, use_cache=True)
+        output = read(self.body, self.ids, self.mask, self.positions, **settings)
         self.cache = output.past_key_values
         return output
 

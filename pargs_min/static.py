@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel, StaticCache
 
-from pargs_min.reward_model import body_and_head, context_length, position_arguments, token_positions, token_rewards
+from pargs_min.reward_model import body_and_head, context_length, takes_positions, token_positions, token_rewards
 from pargs_min.scoring import SiblingScorer, attention_window
 
 
@@ -133,7 +133,7 @@ class _StaticText:
 
     def __init__(self, model: PreTrainedModel, body: PreTrainedModel, slots: int):
         name = type(model).__name__
-        if not (getattr(body, "_can_compile_fullgraph", False) and position_arguments(body, torch.empty(0))):
+        if not (getattr(body, "_can_compile_fullgraph", False) and takes_positions(type(body).forward)):
             raise ValueError(f"transformers cannot compile {name}; decode without --compile")
         if attention_window(model.config.get_text_config()) is not None:
             raise ValueError(f"{name} has attention windows, which fixed caches do not hold; decode without --compile")

@@ -207,10 +207,7 @@ class PairTrainer(PrefixTrainer):
 
     def predictions_and_labels(self, rewards, inputs):
         longest = torch.maximum(inputs["chosen_lengths"], inputs["rejected_lengths"])[:, None]
-        lengths = torch.cat(
-            [torch.ceil(longest * longest.new_tensor(FRACTIONS, dtype=torch.float64)).long(),
-             longest.new_tensor(LENGTHS).expand(len(longest), -1)], dim=1
-        )  # fmt: skip
+        lengths = torch.cat([fractions(longest), longest.new_tensor(LENGTHS).expand(len(longest), -1)], 1)
         margins, differ = prefix_margins(*rewards, inputs, lengths)
         return (margins, differ.long()), longest
 
@@ -224,9 +221,12 @@ class ValueTrainer(PrefixTrainer):
         return self.loss(values, inputs["rewards"], lengths), values
 
     def predictions_and_labels(self, values, inputs):
-        lengths = inputs["response_lengths"][:, None]
-        last = torch.ceil(lengths * lengths.new_tensor(FRACTIONS, dtype=torch.float64)).long() - 1
-        return values.gather(1, last), inputs["rewards"]
+        return values.gather(1, fractions(inputs["response_lengths"][:, None]) - 1), inputs["rewards"]
+
+
+def fractions(lengths: Tensor) -> Tensor:
+    """(B, 4) of (B, 1) lengths: FRACTIONS of each, in whole tokens."""
+    return torch.ceil(lengths * lengths.new_tensor(FRACTIONS, dtype=torch.float64)).long()
 
 
 def objective_functions(
@@ -239,19 +239,16 @@ def objective_functions(
     Raises:
         ValueError: if a name is unknown.
     """
-    if objective not in ("partial", "full"):
-        raise ValueError(f'objective must be "partial" or "full", got {objective!r}')
-    if tail not in ("extend", "min"):
-        raise ValueError(f'tail must be "extend" or "min", got {tail!r}')
-    if reduction not in ("prefix", "pair"):
-        raise ValueError(f'reduction must be "prefix" or "pair", got {reduction!r}')
+    known = dict(objective=("partial", "full"), tail=("extend", "min"), reduction=("prefix", "pair"))
+    for name, value in (("objective", objective), ("tail", tail), ("reduction", reduction)):
+        if value not in known[name]:
+            raise ValueError(f'{name} must be "{known[name][0]}" or "{known[name][1]}", got {value!r}')
 
     def items(batch: dict[str, Tensor]) -> Tensor:
         chosen, rejected = batch["chosen_lengths"], batch["rejected_lengths"]
         if objective == "full" or reduction == "pair":
             return torch.zeros_like(chosen)
-        width = int(torch.maximum(chosen, rejected).max())
-        compared = compared_prefixes(chosen, rejected, width, tail, lengths)
+        compared = compared_prefixes(chosen, rejected, int(torch.maximum(chosen, rejected).max()), tail, lengths)
         return torch.where(compared, 0, -100)
 
     if objective == "full":
