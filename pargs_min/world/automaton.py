@@ -90,23 +90,14 @@ def expected(world: Automaton, final: Array, policy: Array | None = None) -> Arr
     return np.stack(values[::-1])
 
 
-def bradley_terry(rewards: Array) -> Array:
-    """The Bradley-Terry labeler p(y > y') = sigmoid(r(y) - r(y')), (S, S).
-
-    >>> bradley_terry(np.array([1.0, 1.0]))
-    array([[0.5, 0.5],
-           [0.5, 0.5]])
-    """
-    return expit(rewards[:, None] - rewards[None, :])
-
-
 def win_rates(world: Automaton, labeler: Array | None = None, policy: Array | None = None) -> Array:
     """W(a) = E[p(Y > Y') | prefix a of Y]: how often completions of a prefix beat whole responses (T6).
 
-    It is the value function of u(y) = E_{Y'} p(y > Y'). labeler (S, S) between final states, by default Bradley-Terry
-    on the rewards; Y, Y' from `policy` (T, E), by default the reference. Result (T + 1, S), 1/2 at the empty prefix.
+    It is the value function of u(y) = E_{Y'} p(y > Y'). labeler (S, S) between final states, by default Bradley-Terry,
+    p(y > y') = sigmoid(r(y) - r(y')); Y, Y' from `policy` (T, E), by default the reference.
+    Result (T + 1, S), 1/2 at the empty prefix.
     """
-    labeler = bradley_terry(world.rewards) if labeler is None else labeler
+    labeler = expit(np.subtract.outer(world.rewards, world.rewards)) if labeler is None else labeler
     return expected(world, labeler @ occupancy(world, policy)[-1], policy)
 
 

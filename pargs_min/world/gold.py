@@ -5,6 +5,8 @@ from functools import cache
 
 from pargs_min.world.journey import END, OFF_GRAMMAR, Journey
 
+_world = cache(Journey)  # its automata take a second
+
 
 def gold_rewards(prompts: Sequence[str], responses: Sequence[Sequence[int]]) -> list[float]:
     """The gold reward of each response (token ids); a response without an end token is off the grammar.
@@ -12,17 +14,10 @@ def gold_rewards(prompts: Sequence[str], responses: Sequence[Sequence[int]]) -> 
     Raises:
         ValueError: for a prompt that is not one of the world's.
     """
-    world = _world()
-    end = world.vocabulary[END]
-    golds = world.gold(prompts, responses)
+    end, golds = _world().vocabulary[END], _world().gold(prompts, responses)
     return [gold if end in ids else OFF_GRAMMAR for gold, ids in zip(golds, responses, strict=True)]
 
 
 def off_grammar(gold: float) -> float:
     """1.0 for the gold reward of a text that the grammar cannot have written, else 0.0."""
     return float(gold == OFF_GRAMMAR)
-
-
-@cache
-def _world() -> Journey:
-    return Journey()  # its automata take a second

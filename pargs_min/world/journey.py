@@ -28,38 +28,24 @@ OFF_GRAMMAR = -3.5  # the gold reward of a word string that the grammar cannot h
 
 OPENINGS = (2, "she"), (1, "today she"), (1, "again she")  # each with its weight
 ADJECTIVES = (4, ""), (1, "small"), (1, "red"), (1, "heavy"), (1, "worn")
-USE = {
-    "rope": "floods",
-    "raft": "floods",
-    "compass": "fog",
-    "lantern": "fog",
-    "kettle": "snow",
-    "blanket": "snow",
-    "flute": "wolves",
-    "drum": "wolves",
-}
-TROUBLES = tuple(dict.fromkeys(USE.values()))
+HELP = {"floods": "rope raft", "fog": "compass lantern", "snow": "kettle blanket", "wolves": "flute drum"}
+TROUBLES = tuple(HELP)
+USE = {item: trouble for trouble, items in HELP.items() for item in items.split()}
 HABIT = {"sailor": "rope", "baker": "kettle", "painter": "lantern", "shepherd": "flute"}  # what a role packs most often
 ROADS = {
     "island": {"coast": "floods", "marsh": "fog", "ridge": "wolves", "valley": "floods"},
     "mountain": {"coast": "fog", "marsh": "wolves", "ridge": "snow", "valley": "snow"},
     "forest": {"coast": "snow", "marsh": "floods", "ridge": "fog", "valley": "fog"},
 }
-SIGHTS = {
-    "past": ("hills", "orchards", "villages"),
-    "under": ("skies", "clouds", "stars"),
-    "through": ("rain", "wind", "woods"),
-}
+SIGHTS = {"past": "hills orchards villages", "under": "skies clouds stars", "through": "rain wind woods"}
 MOODS = {"golden": "fair", "warm": "fair", "bright": "fair", "grim": "dark", "cold": "dark", "bitter": "dark"}
 HOME = {"warm": 0.5, "bright": 0.25, "golden": 0.25, "tired": 0.0, "cold": -0.25, "bitter": -0.5}
 AWAY = {"warm": 0.25, "lost": 0.0, "tired": 0.0, "cold": -0.25, "bitter": -0.25, "grim": -0.5}
 GIFTS = {"songs": 0.25, "honey": 0.0, "nothing": -0.25}
 
-PROMPTS = tuple(f"the {role} leaves for the {place} :" for role in HABIT for place in ROADS)
-HELD_OUT_PROMPTS = tuple(
-    f"the {role} leaves for the {place} :"
-    for role, place in (("sailor", "mountain"), ("baker", "forest"), ("painter", "island"), ("shepherd", "mountain"))
-)
+DEPARTURE = "the {} leaves for the {} :"
+PROMPTS = tuple(DEPARTURE.format(role, place) for role in HABIT for place in ROADS)
+HELD_OUT_PROMPTS = tuple(map(DEPARTURE.format, HABIT, ("mountain", "forest", "island", "mountain")))  # one per role
 TRAIN_PROMPTS = tuple(prompt for prompt in PROMPTS if prompt not in HELD_OUT_PROMPTS)
 
 # A place in the story, and a way on from it: how likely, which words, and the place they lead to.
@@ -67,6 +53,7 @@ Place = tuple
 Way = tuple[Fraction | int, str, Place]
 # A state of the automaton: all that can still be written, as ((words, place after them), probability) pairs.
 State = tuple[tuple[tuple[tuple[str, ...], Place], Fraction], ...]
+Moves = list[dict[str, tuple[Fraction, int]]]  # of each state, by number: word -> (probability, next state)
 
 
 @dataclass(frozen=True)
@@ -106,20 +93,15 @@ class Journey:
                 return [(1, road, ("road", use, trouble, "plain", 2)) for road, trouble in ROADS[land].items()]
             case "road", use, own, mood, sights_left:
                 chance = trouble_ahead(use, own, mood)
-                onward: list[Way] = [
-                    (p, f"into {trouble}", ("trouble", trouble == use)) for trouble, p in chance.items()
-                ]
-                sights: list[Way] = [
-                    (Fraction(1, len(SIGHTS)), word, ("sight", word, use, own, sights_left - 1))
-                    for word in SIGHTS
-                    if sights_left
-                ]
-                return onward + sights
+                onward: list[Way] = [(p, f"into {met}", ("trouble", met == use)) for met, p in chance.items()]
+                sights = SIGHTS if sights_left else ()
+                on_the_way = Fraction(1, len(SIGHTS))
+                return onward + [(on_the_way, word, ("sight", word, use, own, sights_left - 1)) for word in sights]
             case "sight", preposition, use, own, sights_left:
                 return [
                     (1, f"{word} {noun}", ("road", use, own, mood, sights_left))
                     for word, mood in MOODS.items()
-                    for noun in SIGHTS[preposition]
+                    for noun in SIGHTS[preposition].split()
                 ]
             case "trouble", prepared:
                 home = Fraction(17, 20) if prepared else self.luck
@@ -131,29 +113,24 @@ class Journey:
                 feelings = HOME if where == "home" else AWAY
                 return [(1, word, ("gift", reward + value)) for word, value in feelings.items()]
             case "gift", reward:
-                return [(3, END, ("end", reward))] + [
-                    (1, f"with {gift}", ("end", reward + value)) for gift, value in GIFTS.items()
-                ]
+                gifts: list[Way] = [(1, f"with {gift}", ("end", reward + value)) for gift, value in GIFTS.items()]
+                return [(3, END, ("end", reward)), *gifts]
             case "end", _:
                 return [(1, END, place)]
         raise ValueError(f"place {place!r} is not in the story")
 
     @cached_property
-    def _stories(self) -> dict[str, tuple[list[State], list[dict[str, tuple[Fraction, int]]]]]:
-        """For each prompt its states, the first one first, and from each state word -> (probability, next state)."""
+    def _stories(self) -> dict[str, tuple[list[State], Moves]]:
+        """For each prompt its states, the first one first, and the moves from each."""
         stories, moves_from = {}, cache(self._moves)
-        moves: list[dict[str, tuple[Fraction, int]]]
         for prompt in PROMPTS:
             _, role, *_, land, _ = prompt.split()
             states = [self._state([((), ("start", role, land), Fraction(1))])]
             number, moves = {states[0]: 0}, []
             for state in states:  # grows as it is read
-                moves.append({})
-                for word, probability, then in moves_from(state):
-                    if then not in number:
-                        number[then] = len(states)
-                        states.append(then)
-                    moves[-1][word] = probability, number[then]
+                onward = moves_from(state)
+                states += dict.fromkeys(then for *_, then in onward if then not in number)
+                moves.append({word: (p, number.setdefault(then, len(number))) for word, p, then in onward})
             stories[prompt] = states, moves
         return stories
 
@@ -206,10 +183,9 @@ class Journey:
         """The automaton of each prompt; the reward of an unfinished state is that of an off-grammar text."""
         return {prompt: self._automaton(*story) for prompt, story in self._stories.items()}
 
-    def _automaton(self, states: list[State], moves: list[dict[str, tuple[Fraction, int]]]) -> Automaton:
-        edges = [
-            (i, self.vocabulary[word], j, float(p)) for i, move in enumerate(moves) for word, (p, j) in move.items()
-        ]
+    def _automaton(self, states: list[State], moves: Moves) -> Automaton:
+        ids = self.vocabulary
+        edges = [(i, ids[word], j, float(p)) for i, onward in enumerate(moves) for word, (p, j) in onward.items()]
         sources, tokens, targets, probabilities = map(np.array, zip(*edges, strict=True))
         rewards = np.array([_final_reward(state) for state in states])
         return Automaton(sources, tokens, targets, np.log(probabilities), rewards, start=0, horizon=HORIZON)
@@ -236,21 +212,18 @@ class Journey:
     def _gold(self, prompt: str, response: str | Sequence[int]) -> float:
         if prompt not in self._stories:
             raise ValueError(f"prompt must be one of the world's twelve (PROMPTS), got {prompt!r}")
-        states, moves = self._stories[prompt]
-        state = 0
-        for word in (*takewhile(lambda word: word != END, self._words(response)), END):
+        (states, moves), state = self._stories[prompt], 0
+        words = response.split() if isinstance(response, str) else map(self.words.__getitem__, response)
+        for word in (*takewhile(END.__ne__, words), END):
             if word not in moves[state]:
                 return OFF_GRAMMAR
             _, state = moves[state][word]
         return _final_reward(states[state])
 
-    def _words(self, response: str | Sequence[int]) -> list[str]:
-        return response.split() if isinstance(response, str) else [self.words[token] for token in response]
-
 
 def _final_reward(state: State) -> float:
     (words, place), _ = state[0]
-    return place[1] if words == (END,) and place[0] == "end" and len(state) == 1 else OFF_GRAMMAR
+    return place[1] if words == (END,) and len(state) == 1 else OFF_GRAMMAR
 
 
 def trouble_ahead(use: str, own: str, mood: str) -> dict[str, Fraction]:
@@ -259,7 +232,5 @@ def trouble_ahead(use: str, own: str, mood: str) -> dict[str, Fraction]:
     Dark moods keep her on her road, where she meets its own trouble; under fair ones she strays to where what she
     packed is of no use.
     """
-    likely, p = (
-        (use, Fraction(3, 20)) if mood == "fair" else (own, Fraction(19, 20) if mood == "dark" else Fraction(13, 20))
-    )
+    likely, p = (use, Fraction(3, 20)) if mood == "fair" else (own, Fraction(19 if mood == "dark" else 13, 20))
     return {trouble: p if trouble == likely else (1 - p) / (len(TROUBLES) - 1) for trouble in TROUBLES}

@@ -25,6 +25,8 @@ from pargs_min.progress import progress
 from pargs_min.store import appending, aside
 from pargs_min.world.journey import END, HORIZON, PAD, PROMPTS, TRAIN_PROMPTS, UNKNOWN, Journey
 
+LEARNING_RATE = 3e-3  # of the reference
+
 
 def word_tokenizer(world: Journey) -> PreTrainedTokenizerFast:
     """One token per word, split at blanks; padding, end and unknown tokens have ids of their own."""
@@ -34,13 +36,7 @@ def word_tokenizer(world: Journey) -> PreTrainedTokenizerFast:
 
 
 def reference(
-    folder: str | Path,
-    world: Journey | None = None,
-    *,
-    seed: int = 0,
-    steps: int = 1500,
-    batch_size: int = 64,
-    learning_rate: float = 3e-3,
+    folder: str | Path, world: Journey | None = None, *, seed: int = 0, steps: int = 1500, batch_size: int = 64
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Train the reference on journeys for all prompts, each seen once; load it if the folder holds it already.
 
@@ -52,10 +48,10 @@ def reference(
             changes no text.
     """
     folder, world = Path(folder), world or Journey()
-    made_with = dict(luck=str(world.luck), seed=seed, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+    made_with = dict(luck=str(world.luck), seed=seed, steps=steps, batch_size=batch_size, learning_rate=LEARNING_RATE)
     if not folder.exists():
         model = _new_model(world, seed)
-        _train(model, world, seed, steps, batch_size, learning_rate)
+        _train(model, world, seed, steps, batch_size)
         model.config.journey = made_with
         with aside(folder) as unfinished:
             model.save_pretrained(unfinished)
@@ -71,32 +67,21 @@ def reference(
 
 def _new_model(world: Journey, seed: int) -> GPT2LMHeadModel:
     end, pad = world.vocabulary[END], world.vocabulary[PAD]
-    config = GPT2Config(
-        vocab_size=len(world.vocabulary),
-        n_positions=64,
-        n_embd=64,
-        n_layer=2,
-        n_head=4,
-        bos_token_id=end,
-        eos_token_id=end,
-        pad_token_id=pad,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        activation_function="gelu_pytorch_tanh",  # the same function as GPT-2's gelu_new, in one kernel
-    )
+    sizes = dict(vocab_size=len(world.vocabulary), n_positions=64, n_embd=64, n_layer=2, n_head=4)
+    special = dict(bos_token_id=end, eos_token_id=end, pad_token_id=pad)
+    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    gelu = "gelu_pytorch_tanh"  # the same function as GPT-2's gelu_new, in one kernel
+    config = GPT2Config(**sizes, **special, **no_dropout, activation_function=gelu)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPT2LMHeadModel(config)
 
 
-def _train(
-    model: PreTrainedModel, world: Journey, seed: int, steps: int, batch_size: int, learning_rate: float
-) -> None:
+def _train(model: PreTrainedModel, world: Journey, seed: int, steps: int, batch_size: int) -> None:
     uniforms = np.random.default_rng(seed).random((steps * batch_size, HORIZON))
     ids, labels = _with_prompts(world, world.write(uniforms)[0])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     batches = zip(ids.split(batch_size), labels.split(batch_size), strict=True)
     reported = progress(batches, desc="reference model", total=steps)
     for input_ids, targets in reported:
@@ -151,9 +136,8 @@ def write_pairs(
             numbers = range(first, min(first + batch_size, pairs))
             asked = [prompts[i % len(prompts)] for i in numbers]
             ours, theirs = (responses(model, tokenizer, asked, [2 * i + k for i in numbers], seed) for k in (0, 1))
-            for prompt, one, other, uniform in zip(
-                asked, ours, theirs, _label_uniforms(asked, numbers, seed), strict=True
-            ):
+            labels = _label_uniforms(asked, numbers, seed)
+            for prompt, one, other, uniform in zip(asked, ours, theirs, labels, strict=True):
                 if one is None or other is None:
                     left_out += 1
                     continue
@@ -182,8 +166,7 @@ def responses(
 
     Row i is sample number samples[i] for prompts[i], whatever the other rows are (`row_uniforms`).
     """
-    prompt_ids = {prompt: encode_prompt(tokenizer, prompt) for prompt in set(prompts)}
-    ids = torch.tensor([prompt_ids[prompt] for prompt in prompts])
+    ids = torch.tensor([encode_prompt(tokenizer, prompt) for prompt in prompts])
     uniforms = row_uniforms(seed, map(PROMPTS.index, prompts), samples, HORIZON)
     end = tokenizer.eos_token_id
     settings = dict(beta=0.0, top_k=0, max_new_tokens=HORIZON, eos=end, uniforms=uniforms)
