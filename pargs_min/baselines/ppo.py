@@ -29,7 +29,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.hf_argparser import HfArg
 
 from pargs_min.codec import left_pad
 from pargs_min.decode import ModelPolicy, response_log_probs, response_rewards, row_uniforms
@@ -92,22 +91,36 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip
 class PPOSettings:
     """How to train.
 
+    Args:
+        beta: Weight of the reward, in nats per unit of reward: 1 / the KL coefficient.
+        max_new_tokens: Tokens of the longest response.
+        updates: Batches of texts.
+        batch_size: Texts per batch.
+        passes: Over each batch.
+        minibatch_size: Texts per step of the optimizer.
+        learning_rate: Of Adam, constant.
+        clip: How far the ratio may move from 1, and a value from its old one.
+        value_weight: Of the value loss.
+        lam: Lambda of the advantages.
+        max_grad_norm: Longer gradients are cut to it.
+        seed: Of texts and batches.
+
     Raises:
         ValueError: if a number is out of range.
     """
 
-    beta: float = HfArg(default=1.0, help="Weight of the reward, in nats per unit of reward: 1 / the KL coefficient.")
-    max_new_tokens: int = HfArg(default=64, help="Tokens of the longest response.")
-    updates: int = HfArg(default=200, help="Batches of texts.")
-    batch_size: int = HfArg(default=64, help="Texts per batch.")
-    passes: int = HfArg(default=4, help="Over each batch.")
-    minibatch_size: int = HfArg(default=16, help="Texts per step of the optimizer.")
-    learning_rate: float = HfArg(default=1e-5, help="Of Adam, constant.")
-    clip: float = HfArg(default=0.2, help="How far the ratio may move from 1, and a value from its old one.")
-    value_weight: float = HfArg(default=0.1, help="Of the value loss.")
-    lam: float = HfArg(default=0.95, help="Lambda of the advantages.")
-    max_grad_norm: float = HfArg(default=1.0, help="Longer gradients are cut to it.")
-    seed: int = HfArg(default=0, help="Of texts and batches.")
+    beta: float = 1.0
+    max_new_tokens: int = 64
+    updates: int = 200
+    batch_size: int = 64
+    passes: int = 4
+    minibatch_size: int = 16
+    learning_rate: float = 1e-5
+    clip: float = 0.2
+    value_weight: float = 0.1
+    lam: float = 0.95
+    max_grad_norm: float = 1.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("beta", "learning_rate", "clip", "max_grad_norm"):

@@ -9,7 +9,7 @@ import torch
 from pargs_min.benchmark.report import draw, markdown, run
 from pargs_min.benchmark.targets import check
 from pargs_min.benchmark.ways import SHAPES, Models, models_of_shape, with_vocabulary_head
-from pargs_min.cli.options import DEVICE, HfArg, choice, parse
+from pargs_min.cli.options import choice, parse
 from pargs_min.models import default_device, load_language_model, load_reward_model
 from pargs_min.plots import save
 from pargs_min.store import write_json
@@ -17,22 +17,39 @@ from pargs_min.store import write_json
 
 @dataclass(kw_only=True)
 class BenchmarkOptions:
-    """Options of `pargs benchmark`."""
+    """Options of `pargs benchmark`.
 
-    config: str = choice(SHAPES, "tiny", "Shape of models with random weights; tiny has 4 layers of width 256.")
-    model: str | None = HfArg(default=None, help="A language model instead: a folder or a hub id.")
-    reward_model: str | None = HfArg(default=None, help="Its scalar reward model. Default: a new head on --model.")
-    top_k: int = HfArg(default=10, help="Candidates per step.")
-    batch_size: int = HfArg(default=1, help="Texts decoded together.")
-    prompt_length: int = HfArg(default=128, help="Tokens per prompt.")
-    tokens: int = HfArg(default=8, help="Tokens that each way of generating writes in each round.")
-    rounds: int = HfArg(default=7, help="Interleaved rounds, over which medians are taken.")
-    dtype: Literal["float32", "bfloat16", "float16"] = HfArg(default="float32", help="Type of the weights.")
-    device: str | None = HfArg(default=None, help=DEVICE)
-    threads: int = HfArg(default=1, help="CPU threads. One is timed in processor time, which ignores other programs.")
-    quick: bool = HfArg(default=False, help="Only the table of ways, without growth and training.")
-    check: bool = HfArg(default=False, help="Check what the project promises on the CPU; status 1 if a promise fails.")
-    output_dir: str = HfArg(default="runs/benchmark", help="For the report as JSON, the tables and the figure.")
+    Args:
+        config: Shape of models with random weights; tiny has 4 layers of width 256.
+        model: A language model instead: a folder or a hub id.
+        reward_model: Its scalar reward model. Default: a new head on --model.
+        top_k: Candidates per step.
+        batch_size: Texts decoded together.
+        prompt_length: Tokens per prompt.
+        tokens: Tokens that each way of generating writes in each round.
+        rounds: Interleaved rounds, over which medians are taken.
+        dtype: Type of the weights.
+        device: Default: cuda if available, else cpu.
+        threads: CPU threads. One is timed in processor time, which ignores other programs.
+        quick: Only the table of ways, without growth and training.
+        check: Check what the project promises on the CPU; status 1 if a promise fails.
+        output_dir: For the report as JSON, the tables and the figure.
+    """
+
+    config: str = choice(SHAPES, "tiny")
+    model: str | None = None
+    reward_model: str | None = None
+    top_k: int = 10
+    batch_size: int = 1
+    prompt_length: int = 128
+    tokens: int = 8
+    rounds: int = 7
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: str | None = None
+    threads: int = 1
+    quick: bool = False
+    check: bool = False
+    output_dir: str = "runs/benchmark"
 
 
 def benchmark(arguments: list[str]) -> int:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pargs_min.cli.options import BETA, DEVICE, MODEL, HfArg, choice, parse
+from pargs_min.cli.options import choice, parse
 from pargs_min.decode import Step
 from pargs_min.memory import enough_memory
 from pargs_min.methods import METHODS
@@ -17,58 +17,81 @@ from pargs_min.trace import records, to_html, to_text, token_names
 
 @dataclass(kw_only=True)
 class DecodeOptions:
-    """Options of both commands."""
+    """Options of both commands.
 
-    model: str = HfArg(help=MODEL)
-    reward_model: str | None = HfArg(default=None, help="Reward model: a folder or a hub id. plain needs none.")
-    beta: float = HfArg(default=1.0, help=BETA)
-    top_k: int | None = HfArg(
-        default=None, help="Candidates per step, 0 for the whole vocabulary. Default: 10 for guided methods, else 0."
-    )
-    max_new_tokens: int = HfArg(default=64, help="Length limit of a response, in tokens.")
-    temperature: float = HfArg(default=1.0, help="Divides log pi_ref + beta * r.")
-    seed: int = HfArg(default=0, help="Determines each text, together with its prompt and sample number.")
-    device: str | None = HfArg(default=None, help=DEVICE)
-    dtype: str = HfArg(default="auto", help="float32, bfloat16, float16, or auto: that of each checkpoint.")
+    Args:
+        model: Language model, the reference: a folder or a hub id.
+        reward_model: Reward model: a folder or a hub id. plain needs none.
+        beta: Weight of the reward, in nats per unit of reward: the inverse of the beta of DPO and TRL.
+        top_k: Candidates per step, 0 for the whole vocabulary. Default: 10 for guided methods, else 0.
+        max_new_tokens: Length limit of a response, in tokens.
+        temperature: Divides log pi_ref + beta * r.
+        seed: Determines each text, together with its prompt and sample number.
+        device: Default: cuda if available, else cpu.
+        dtype: float32, bfloat16, float16, or auto: that of each checkpoint.
+    """
+
+    model: str
+    reward_model: str | None = None
+    beta: float = 1.0
+    top_k: int | None = None
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    seed: int = 0
+    device: str | None = None
+    dtype: str = "auto"
 
 
 @dataclass(kw_only=True)
 class GenerateOptions(DecodeOptions):
-    """Options of `pargs generate`."""
+    """Options of `pargs generate`.
 
-    prompts: str = HfArg(help="JSONL records with a `prompt` (text or messages), or plain text, one prompt per line.")
-    output: str = HfArg(help="JSONL file to write, one record per text, as they come.")
-    method: str = choice(
-        METHODS,
-        "pargs",
-        "How each token is chosen. The reward model must be trained with --objective partial for pargs and smc, full "
-        "for args and best-of-n, value for cd.",
-    )
-    final_reward_model: str | None = HfArg(default=None, help="Weights whole texts in smc. Default: --reward-model.")
-    num_samples: int = HfArg(default=1, help="Texts per prompt.")
-    n: int = HfArg(default=10, help="Samples behind each text of best-of-n.")
-    particles: int = HfArg(default=8, help="Particles behind each text of smc.")
-    batch_size: int = HfArg(default=8, help="Texts decoded together; they do not affect each other.")
-    compile: bool = HfArg(default=False, help="Compile both models, for a GPU: takes a minute per batch size.")
-    shard: str = HfArg(
-        default="0/1",
-        help="Write part i of n only, as i/n, i from 0. Start n processes, on any machines, each with an --output of "
-        "its own; concatenated, their files hold what one process would write.",
-    )
-    resume: bool = HfArg(default=False, help="Continue the output file of an interrupted run.")
+    Args:
+        prompts: JSONL records with a `prompt` (text or messages), or plain text, one prompt per line.
+        output: JSONL file to write, one record per text, as they come.
+        method: How each token is chosen. The reward model must be trained with --objective partial for pargs and smc,
+            full for args and best-of-n, value for cd.
+        final_reward_model: Weights whole texts in smc. Default: --reward-model.
+        num_samples: Texts per prompt.
+        n: Samples behind each text of best-of-n.
+        particles: Particles behind each text of smc.
+        batch_size: Texts decoded together; they do not affect each other.
+        compile: Compile both models, for a GPU: takes a minute per batch size.
+        shard: Write part i of n only, as i/n, i from 0. Start n processes, on any machines, each with an --output of
+            its own; concatenated, their files hold what one process would write.
+        resume: Continue the output file of an interrupted run.
+    """
+
+    prompts: str
+    output: str
+    method: str = choice(METHODS, "pargs")
+    final_reward_model: str | None = None
+    num_samples: int = 1
+    n: int = 10
+    particles: int = 8
+    batch_size: int = 8
+    compile: bool = False
+    shard: str = "0/1"
+    resume: bool = False
 
 
 @dataclass(kw_only=True)
 class TraceOptions(DecodeOptions):
-    """Options of `pargs trace`."""
+    """Options of `pargs trace`.
 
-    prompt: str = HfArg(help="The text to continue.")
-    method: str = choice(
-        (name for name, one in METHODS.items() if one.rows is None), "pargs", "As in `pargs generate`."
-    )
-    output: str | None = HfArg(default=None, help="HTML page to write. Default: none, the trace is only printed.")
-    shown: int = HfArg(default=10, help="Candidates listed per step; the one that was drawn is always among them.")
-    sample: int = HfArg(default=0, help="Which of the prompt's samples to show, from 0.")
+    Args:
+        prompt: The text to continue.
+        method: As in `pargs generate`.
+        output: HTML page to write. Default: none, the trace is only printed.
+        shown: Candidates listed per step; the one that was drawn is always among them.
+        sample: Which of the prompt's samples to show, from 0.
+    """
+
+    prompt: str
+    method: str = choice((name for name, one in METHODS.items() if one.rows is None), "pargs")
+    output: str | None = None
+    shown: int = 10
+    sample: int = 0
 
 
 # Options that `generate_texts` takes by the same name, and those that may change when a run is resumed: texts do not

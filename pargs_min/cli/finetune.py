@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from pargs_min.baselines.ppo import PPOSettings, train_ppo
-from pargs_min.cli.options import BETA, DEVICE, MODEL, HfArg, parse
+from pargs_min.cli.options import parse
 from pargs_min.cli.train import DataOptions, begin, fit_and_save, read
 from pargs_min.codec import Codec, check_vocabularies
 from pargs_min.data import encode_preferences
@@ -21,9 +21,13 @@ from pargs_min.store import appending, aside
 
 @dataclass(kw_only=True)
 class DPOOptions(DataOptions):
-    """Options of `pargs dpo`."""
+    """Options of `pargs dpo`.
 
-    beta: float = HfArg(default=1.0, help=BETA)
+    Args:
+        beta: Weight of the reward, in nats per unit of reward: the inverse of the beta of DPO and TRL.
+    """
+
+    beta: float = 1.0
 
 
 def dpo(arguments: list[str]) -> None:
@@ -47,16 +51,27 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str
 
 @dataclass(kw_only=True)
 class PPOOptions:
-    """Options of `pargs ppo` besides `PPOSettings`."""
+    """Options of `pargs ppo` besides `PPOSettings`.
 
-    model: str = HfArg(help=MODEL)
-    prompts: str = HfArg(help="As for `pargs generate`; a file of preference pairs will do.")
-    reward_model: str = HfArg(help="Rates whole texts: a folder or a hub id, of the same vocabulary.")
-    value_model: str | None = HfArg(default=None, help="Starts the value function. Default: the reward model.")
-    output_dir: str = HfArg(default="runs/ppo", help="For the model, log.jsonl and the checkpoint.")
-    save_every: int = HfArg(default=20, help="Updates between two checkpoints.")
-    device: str | None = HfArg(default=None, help=DEVICE)
-    resume: bool = HfArg(default=False, help="Continue from the checkpoint in --output-dir, if there is one.")
+    Args:
+        model: Language model, the reference: a folder or a hub id.
+        prompts: As for `pargs generate`; a file of preference pairs will do.
+        reward_model: Rates whole texts: a folder or a hub id, of the same vocabulary.
+        value_model: Starts the value function. Default: the reward model.
+        output_dir: For the model, log.jsonl and the checkpoint.
+        save_every: Updates between two checkpoints.
+        device: Default: cuda if available, else cpu.
+        resume: Continue from the checkpoint in --output-dir, if there is one.
+    """
+
+    model: str
+    prompts: str
+    reward_model: str
+    value_model: str | None = None
+    output_dir: str = "runs/ppo"
+    save_every: int = 20
+    device: str | None = None
+    resume: bool = False
 
 
 def ppo(arguments: list[str]) -> None:

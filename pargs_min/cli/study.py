@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from pargs_min.cli.options import HfArg, parse
+from pargs_min.cli.options import parse
 from pargs_min.experiments import demo as small_world
 from pargs_min.experiments import studies
 from pargs_min.experiments.setup import Lab, embedded
@@ -13,13 +13,17 @@ from pargs_min.experiments.setup import Lab, embedded
 
 @dataclass(kw_only=True)
 class DemoOptions:
-    """Options of `pargs demo`."""
+    """Options of `pargs demo`.
 
-    output_dir: str | None = HfArg(
-        default=None, help="For models, figure and results. Default: runs/demo, or runs/demo-quick with --quick."
-    )
-    quick: bool = HfArg(default=False, help="Everything much smaller, and numbers to match.")
-    seed: int = HfArg(default=0, help="Seed of everything made; 0 takes the reference shipped with the package.")
+    Args:
+        output_dir: For models, figure and results. Default: runs/demo, or runs/demo-quick with --quick.
+        quick: Everything much smaller, and numbers to match.
+        seed: Seed of everything made; 0 takes the reference shipped with the package.
+    """
+
+    output_dir: str | None = None
+    quick: bool = False
+    seed: int = 0
 
 
 def demo(arguments: list[str]) -> None:
@@ -32,31 +36,51 @@ def demo(arguments: list[str]) -> None:
 
 @dataclass(kw_only=True)
 class StudyOptions:
-    """Options of `pargs study NAME`. Without --model it runs on the embedded world."""
+    """Options of `pargs study NAME`. Without --model it runs on the embedded world.
 
-    output_dir: str = HfArg(
-        default="runs/study",
-        help="For models, tables and figures. Studies share what they train; an interrupted one continues here.",
-    )
-    seeds: int = HfArg(default=3, help="Number of seeds of everything that is trained or drawn.")
-    seed: int = HfArg(default=0, help="The first of them.")
-    processes: int = HfArg(default=2, help="Processes that train and decode side by side; use 1 on a GPU.")
-    quick: bool = HfArg(default=False, help="So small that it only shows that it runs.")
-    model: str | None = HfArg(default=None, help="Language model: a folder or a hub id.")
-    dataset: str | None = HfArg(default=None, help="Preference pairs, as for `pargs train`.")
-    prompts: str | None = HfArg(default=None, help="Prompts to generate from, as for `pargs generate`.")
-    judge: str | None = HfArg(default=None, help="Scores texts, as for `pargs evaluate`.")
-    held_out: str | None = HfArg(default=None, help="Pairs to test on. Default: those of a tenth of the prompts.")
-    max_new_tokens: int = HfArg(default=64, help="Length limit of a response, in tokens.")
-    samples: int = HfArg(default=16, help="Texts per prompt.")
-    batch_size: int = HfArg(default=32, help="Texts decoded together.")
-    pairs_per_step: int = HfArg(default=16, help="Pairs per training step.")
-    epochs: float = HfArg(default=1.0, help="Passes over the pairs.")
-    learning_rate: float = HfArg(default=1e-5, help="Learning rate of reward models.")
-    dpo_learning_rate: float = HfArg(default=1e-6, help="Learning rate of DPO.")
-    ppo_learning_rate: float = HfArg(default=1e-5, help="Learning rate of PPO.")
-    ppo_updates: int = HfArg(default=100, help="Batches of texts that PPO learns from.")
-    append_eos: bool = HfArg(default=True, help="Use --no-append-eos if responses were cut at a length limit.")
+    Args:
+        output_dir: For models, tables and figures. Studies share what they train; an interrupted one continues here.
+        seeds: Number of seeds of everything that is trained or drawn.
+        seed: The first of them.
+        processes: Processes that train and decode side by side; use 1 on a GPU.
+        quick: So small that it only shows that it runs.
+        model: Language model: a folder or a hub id.
+        dataset: Preference pairs, as for `pargs train`.
+        prompts: Prompts to generate from, as for `pargs generate`.
+        judge: Scores texts, as for `pargs evaluate`.
+        held_out: Pairs to test on. Default: those of a tenth of the prompts.
+        max_new_tokens: Length limit of a response, in tokens.
+        samples: Texts per prompt.
+        batch_size: Texts decoded together.
+        pairs_per_step: Pairs per training step.
+        epochs: Passes over the pairs.
+        learning_rate: Learning rate of reward models.
+        dpo_learning_rate: Learning rate of DPO.
+        ppo_learning_rate: Learning rate of PPO.
+        ppo_updates: Batches of texts that PPO learns from.
+        append_eos: Use --no-append-eos if responses were cut at a length limit.
+    """
+
+    output_dir: str = "runs/study"
+    seeds: int = 3
+    seed: int = 0
+    processes: int = 2
+    quick: bool = False
+    model: str | None = None
+    dataset: str | None = None
+    prompts: str | None = None
+    judge: str | None = None
+    held_out: str | None = None
+    max_new_tokens: int = 64
+    samples: int = 16
+    batch_size: int = 32
+    pairs_per_step: int = 16
+    epochs: float = 1.0
+    learning_rate: float = 1e-5
+    dpo_learning_rate: float = 1e-6
+    ppo_learning_rate: float = 1e-5
+    ppo_updates: int = 100
+    append_eos: bool = True
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.processes < 1:

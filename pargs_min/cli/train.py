@@ -11,7 +11,7 @@ import torch
 from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from pargs_min.cli.options import MODEL, HfArg, choice, parse
+from pargs_min.cli.options import choice, parse
 from pargs_min.codec import check_vocabularies, prompt_format
 from pargs_min.data import Text, encode_preferences, encode_texts, split_by_prompt
 from pargs_min.lora import lora_config
@@ -30,52 +30,57 @@ Encode = Callable[[Sequence, PreTrainedTokenizerBase, int | None], tuple[list, d
 
 @dataclass(kw_only=True)
 class DataOptions:
-    """What is trained, and on what: options of `pargs train` and `pargs dpo`."""
+    """What is trained, and on what: options of `pargs train` and `pargs dpo`.
 
-    model: str = HfArg(help=MODEL)
-    dataset: str = HfArg(help="Preference pairs, as for `pargs train`.")
-    append_eos: bool = HfArg(default=True, help="End responses with the end token; --no-append-eos if they were cut.")
-    max_length: int | None = HfArg(
-        default=None, help="Tokens per text at most; prompts are cut. Default: the model's context."
-    )
-    eval_dataset: str | None = HfArg(default=None, help="Records to evaluate on, instead of held-out ones.")
-    eval_fraction: float = HfArg(default=0.1, help="Share of prompts to hold out, with all their records; 0 for none.")
-    resume: bool = HfArg(default=False, help="Continue from the last checkpoint in --output-dir, if there is one.")
+    Args:
+        model: Language model, the reference: a folder or a hub id.
+        dataset: Preference pairs, as for `pargs train`.
+        append_eos: End responses with the end token; --no-append-eos if they were cut.
+        max_length: Tokens per text at most; prompts are cut. Default: the model's context.
+        eval_dataset: Records to evaluate on, instead of held-out ones.
+        eval_fraction: Share of prompts to hold out, with all their records; 0 for none.
+        resume: Continue from the last checkpoint in --output-dir, if there is one.
+    """
+
+    model: str
+    dataset: str
+    append_eos: bool = True
+    max_length: int | None = None
+    eval_dataset: str | None = None
+    eval_fraction: float = 0.1
+    resume: bool = False
 
 
 @dataclass(kw_only=True)
 class TrainOptions(DataOptions):
-    """Options of `pargs train`. Raises ValueError for those that exclude each other."""
+    """Options of `pargs train`.
 
-    model: str = HfArg(help="Language model or reward model to start from: a folder or a hub id.")
-    dataset: str = HfArg(
-        help="Preference pairs: a .jsonl or .jsonl.gz file, or a hub data set as owner/name or owner/name:split (needs "
-        "the extra `hub`). For --objective value: texts written by `pargs generate --method plain`."
-    )
-    objective: str = choice(
-        OBJECTIVES,
-        "partial",
-        "Compare every prefix (partial: PARGS) or whole responses only (full: ARGS); or let every prefix predict the "
-        "reward of its whole text (value: controlled decoding).",
-    )
-    reward_model: str | None = HfArg(default=None, help="For --objective value: full-sequence model to rate the texts.")
-    tail: Literal["extend", "min"] | None = HfArg(
-        default=None,
-        help="Compare prefixes up to the longer response, with end tokens after the shorter one (extend), or up to the "
-        "shorter one (min). Default: extend, or min with --no-append-eos.",
-    )
-    head: Literal["scalar", "vocab"] = HfArg(
-        default="scalar",
-        help="Head given to a language model: one reward per prefix (scalar), or one per next token (vocab), so that "
-        "decoding calls the reward model once per token, for any --top-k.",
-    )
-    reduction: Literal["prefix", "pair"] = HfArg(default="prefix", help="Weight every prefix, or every pair, equally.")
-    lora_rank: int | None = HfArg(
-        default=None,
-        help="Train the head, plus adapters of this rank on all remaining linear layers, instead of all weights. They "
-        "are merged in the end, and an ordinary reward model is saved (needs the extra `lora`). Use a larger "
-        "--learning-rate, such as 1e-4. With --bf16 the other weights are held in bfloat16.",
-    )
+    Args:
+        model: Language model or reward model to start from: a folder or a hub id.
+        dataset: Preference pairs: a .jsonl or .jsonl.gz file, or a hub data set as owner/name or owner/name:split
+            (needs the extra `hub`). For --objective value: texts written by `pargs generate --method plain`.
+        objective: Compare every prefix (partial: PARGS) or whole responses only (full: ARGS); or let every prefix
+            predict the reward of its whole text (value: controlled decoding).
+        reward_model: For --objective value: full-sequence model to rate the texts.
+        tail: Compare prefixes up to the longer response, with end tokens after the shorter one (extend), or up to the
+            shorter one (min). Default: extend, or min with --no-append-eos.
+        head: Head given to a language model: one reward per prefix (scalar), or one per next token (vocab), so that
+            decoding calls the reward model once per token, for any --top-k.
+        reduction: Weight every prefix, or every pair, equally.
+        lora_rank: Train the head, plus adapters of this rank on all remaining linear layers, instead of all weights.
+            They are merged in the end, and an ordinary reward model is saved (needs the extra `lora`). Use a larger
+            --learning-rate, such as 1e-4. With --bf16 the other weights are held in bfloat16.
+
+    Raises:
+        ValueError: for options that exclude each other.
+    """
+
+    objective: str = choice(OBJECTIVES, "partial")
+    reward_model: str | None = None
+    tail: Literal["extend", "min"] | None = None
+    head: Literal["scalar", "vocab"] = "scalar"
+    reduction: Literal["prefix", "pair"] = "prefix"
+    lora_rank: int | None = None
 
     def __post_init__(self) -> None:
         self.tail = self.tail or ("extend" if self.append_eos else "min")

@@ -1,8 +1,8 @@
 """What users hold on to: public names, commands, their options and defaults. A change of this table is a decision."""
 
-from __future__ import annotations
-
 import argparse
+import re
+import sys
 from dataclasses import fields
 
 import pytest
@@ -10,6 +10,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 import pargs_min
 from pargs_min.cli import COMMANDS, main
+from pargs_min.cli.decode import DecodeOptions
+from pargs_min.cli.options import explained
 
 NAMES = """
     Generation ModelPolicy ReencodeScorer RewardGuidance SiblingScorer bradley_terry_loss check_vocabularies
@@ -120,3 +122,22 @@ def test_every_option_is_explained_and_taken_in_both_spellings(name, built):
         flags = {flag.removeprefix("--") for flag in action.option_strings if flag.startswith("--")}
         assert flags == {flag.replace("_", "-") for flag in flags} | {flag.replace("-", "_") for flag in flags}
     assert "(default: None)" not in built(name).format_help()
+
+
+def test_an_option_that_no_docstring_explains_has_no_help(built, monkeypatch):
+    monkeypatch.setattr(DecodeOptions, "__doc__", "".join(re.split(r"\n +seed: .*", DecodeOptions.__doc__)))
+    assert [action.dest for action in built("trace")._actions if not action.help] == ["seed"]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_docstrings_explain_only_options_that_there_are(name, built):
+    parser = built(name)
+    for kind in getattr(parser, "dataclass_types", []):
+        assert explained(kind).keys() <= {field.name for field in fields(kind)}
+
+
+def test_options_are_read_from_the_command_line_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "pargs.args").write_text("--seeds 0")
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "pargs")])
+    assert main(["study", "beta", "--processes", "0"]) == 2
+    assert "got 3 and 0" in capsys.readouterr().err
