@@ -58,12 +58,19 @@ class Models:
 
 @dataclass(frozen=True)
 class Setting:
-    """What every way is given to do."""
+    """What every way is given to do.
+
+    Args:
+        top_k: Candidates per step.
+        batch_size: Texts decoded together.
+        prompt_length: Tokens per prompt.
+        tokens: Tokens that each way of generating writes in each round.
+    """
 
     top_k: int = 10
     batch_size: int = 1
     prompt_length: int = 128
-    tokens: int = 8  # to write
+    tokens: int = 8
 
 
 def models_of_shape(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Models:

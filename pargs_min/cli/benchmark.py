@@ -8,7 +8,7 @@ import torch
 
 from pargs_min.benchmark.report import draw, markdown, run
 from pargs_min.benchmark.targets import check
-from pargs_min.benchmark.ways import SHAPES, Models, models_of_shape, with_vocabulary_head
+from pargs_min.benchmark.ways import SHAPES, Models, Setting, models_of_shape, with_vocabulary_head
 from pargs_min.cli.options import choice, parse
 from pargs_min.models import default_device, load_language_model, load_reward_model
 from pargs_min.plots import save
@@ -17,16 +17,12 @@ from pargs_min.store import write_json
 
 @dataclass(kw_only=True)
 class BenchmarkOptions:
-    """Options of `pargs benchmark`.
+    """Options of `pargs benchmark` besides `Setting`.
 
     Args:
         config: Shape of models with random weights; tiny has 4 layers of width 256.
         model: A language model instead: a folder or a hub id.
         reward_model: Its scalar reward model. Default: a new head on --model.
-        top_k: Candidates per step.
-        batch_size: Texts decoded together.
-        prompt_length: Tokens per prompt.
-        tokens: Tokens that each way of generating writes in each round.
         rounds: Interleaved rounds, over which medians are taken.
         dtype: Type of the weights.
         device: Default: cuda if available, else cpu.
@@ -39,10 +35,6 @@ class BenchmarkOptions:
     config: str = choice(SHAPES, "tiny")
     model: str | None = None
     reward_model: str | None = None
-    top_k: int = 10
-    batch_size: int = 1
-    prompt_length: int = 128
-    tokens: int = 8
     rounds: int = 7
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str | None = None
@@ -54,14 +46,13 @@ class BenchmarkOptions:
 
 def benchmark(arguments: list[str]) -> int:
     """Measure what a guided token costs, next to plain generation and the published loops."""
-    (options,) = parse(benchmark, arguments, BenchmarkOptions)
+    options, setting = parse(benchmark, arguments, BenchmarkOptions, Setting)
     torch.set_num_threads(options.threads)
     if options.check:
         return 0 if check(options.rounds) else 1
-    names = ("top_k", "batch_size", "prompt_length", "tokens", "rounds", "quick")
-    report = run(_models(options), **{name: getattr(options, name) for name in names})
+    report = run(_models(options), rounds=options.rounds, quick=options.quick, **vars(setting))
     folder, table = Path(options.output_dir), markdown(report)
-    write_json(folder / "benchmark.json", report | {"options": vars(options)})
+    write_json(folder / "benchmark.json", report | {"options": vars(options) | vars(setting)})
     (folder / "benchmark.md").write_text(table + "\n", "utf-8")
     save(draw(report), folder / "benchmark.png")
     print(f"{table}\nsaved {folder}")

@@ -63,7 +63,7 @@ class GenerateOptions(DecodeOptions):
     """
 
     prompts: str
-    output: str
+    output: Path
     method: str = choice(METHODS, "pargs")
     final_reward_model: str | None = None
     num_samples: int = 1
@@ -89,7 +89,7 @@ class TraceOptions(DecodeOptions):
 
     prompt: str
     method: str = choice((name for name, one in METHODS.items() if one.rows is None), "pargs")
-    output: str | None = None
+    output: Path | None = None
     shown: int = 10
     sample: int = 0
 
@@ -123,7 +123,7 @@ def generate(arguments: list[str]) -> None:
     """Generate texts for a file of prompts, guided by a reward model or not."""
     (options,) = parse(generate, arguments, GenerateOptions)
     shard, prompts = parse_shard(options.shard), read_prompts(options.prompts)
-    if Path(options.output).exists() and not options.resume:
+    if options.output.exists() and not options.resume:
         raise ValueError(f"output {options.output} exists: continue it with --resume, or name another file")
     settings = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_TEXT}
     done = read_done(options.output, settings, prompts)
@@ -140,7 +140,7 @@ def generate(arguments: list[str]) -> None:
 def trace(arguments: list[str]) -> None:
     """Show one text token by token: what could have followed, what it was worth, what was drawn."""
     (options,) = parse(trace, arguments, TraceOptions)
-    if options.output and Path(options.output).exists():
+    if options.output and options.output.exists():
         raise ValueError(f"output {options.output} exists: name another file")
     if options.sample < 0 or options.shown < 1:
         raise ValueError(f"sample must be at least 0 and shown at least 1, got {options.sample} and {options.shown}")

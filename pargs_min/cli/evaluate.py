@@ -26,14 +26,14 @@ def _parser() -> ArgumentParser:
     add("--against", metavar="FILE", help="Count how often the others beat this file, text by text.")
     add("--reference", metavar="MODEL", help=REFERENCE)
     about = "For the table, the figure, and each judge's answers. Default: %(default)s."
-    add("--output-dir", "--output_dir", default="runs/evaluation", metavar="DIR", help=about)
+    add("--output-dir", "--output_dir", type=Path, default="runs/evaluation", metavar="DIR", help=about)
     return parser
 
 
 def evaluate(arguments: list[str]) -> None:
     """Judge texts of any methods over the same prompts: one table, every number with its standard error."""
     options = _parser().parse_args(arguments)
-    folder, against = Path(options.output_dir), [options.against] if options.against else []
+    folder, against = options.output_dir, [options.against] if options.against else []
     labels = file_labels([*options.files, *against])
     files = read_files(labels)
     if options.reference:
@@ -47,4 +47,4 @@ def evaluate(arguments: list[str]) -> None:
     if shown := panels(comparison):
         save(intervals(shown), folder / "evaluation.png")
     print(markdown(comparison))
-    print(f"saved {options.output_dir}")
+    print(f"saved {folder}")

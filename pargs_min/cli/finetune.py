@@ -12,11 +12,13 @@ from pargs_min.cli.options import parse
 from pargs_min.cli.train import DataOptions, begin, fit_and_save, read
 from pargs_min.codec import Codec, check_vocabularies
 from pargs_min.data import encode_preferences
+from pargs_min.experiments.setup import write_lines
 from pargs_min.models import default_device, load_language_model, load_reward_model, load_tokenizer, recorded
 from pargs_min.progress import progress
 from pargs_min.records import read_jsonl, read_preferences, read_prompts
+from pargs_min.reward_model import context_length
 from pargs_min.scoring import model_rewards
-from pargs_min.store import appending, aside
+from pargs_min.store import appending
 
 
 @dataclass(kw_only=True)
@@ -39,11 +41,13 @@ def dpo(arguments: list[str]) -> None:
     options, args = begin(dpo, arguments, DPOOptions, output_dir="runs/dpo", learning_rate=1e-6)
     records = read(options, read_preferences)
     model, tokenizer = load_language_model(options.model), load_tokenizer(options.model)
-    encode, fit = partial(encode_preferences, append_eos=options.append_eos), partial(train_dpo, beta=options.beta)
-    fit_and_save(options, args, model, tokenizer, records, encode, fit, save)
+    limit = options.max_length or context_length(model)
+    encode = partial(encode_preferences, tokenizer=tokenizer, max_length=limit, append_eos=options.append_eos)
+    fit = partial(train_dpo, model, tokenizer, beta=options.beta)
+    fit_and_save(options, args, records, encode, fit, partial(save, model, tokenizer))
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write a folder that `pargs generate --model` takes."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -68,7 +72,7 @@ class PPOOptions:
     prompts: str
     reward_model: str
     value_model: str | None = None
-    output_dir: str = "runs/ppo"
+    output_dir: Path = Path("runs/ppo")
     save_every: int = 20
     device: str | None = None
     resume: bool = False
@@ -77,8 +81,7 @@ class PPOOptions:
 def ppo(arguments: list[str]) -> None:
     """Fine-tune the language model itself on a reward model's scores (PPO), to compare with."""
     options, settings = parse(ppo, arguments, PPOOptions, PPOSettings)
-    folder = Path(options.output_dir)
-    checkpoint = folder / "checkpoint.pt"
+    folder, checkpoint = options.output_dir, options.output_dir / "checkpoint.pt"
     if checkpoint.exists() and not options.resume:
         raise ValueError(f"{folder} holds the checkpoint of an earlier run: add --resume, or choose another folder")
     prompts, device = read_prompts(options.prompts), default_device(options.device)
@@ -90,12 +93,11 @@ def ppo(arguments: list[str]) -> None:
     value_model = load_reward_model(options.value_model or options.reward_model, device=device)
 
     codec = Codec.of(model, tokenizer, recorded(reward_model).get("prompt_format"))
-    encoded, reward_fn = [codec.prompt(prompt) for prompt in prompts], model_rewards(reward_model)
-    folder.mkdir(parents=True, exist_ok=True)
-    ends = codec.ends or ()
-    updates = train_ppo(model, value_model, reward_fn, encoded, ends, settings, checkpoint, options.save_every)
+    prompt_ids, often = [codec.prompt(prompt) for prompt in prompts], options.save_every
+    scores, ends = model_rewards(reward_model), codec.ends or ()
+    updates = train_ppo(model, value_model, scores, prompt_ids, ends, settings, checkpoint, often)
     write_log(folder / "log.jsonl", updates, settings.updates)
-    save(model, tokenizer, str(folder))
+    save(model, tokenizer, folder)
     print(f"saved {folder}")
 
 
@@ -111,10 +113,7 @@ def write_log(log: Path, updates: Iterable[dict], total: int) -> None:
     shown = progress(updates, desc="updates", total=total, unit="update")
     for place, numbers in enumerate(shown):
         if place == 0:
-            with aside(log) as unfinished, appending(unfinished) as append:
-                for line in logged:
-                    if line.get("update") in range(numbers["update"]):
-                        append(line)
+            write_lines(log, (line for line in logged if line.get("update") in range(numbers["update"])))
         with appending(log) as append:
             append(numbers)
         shown.set_postfix({name: f"{numbers[name]:.3g}" for name in ("reward", "kl", "length")}, refresh=False)

@@ -21,7 +21,7 @@ class DemoOptions:
         seed: Seed of everything made; 0 takes the reference shipped with the package.
     """
 
-    output_dir: str | None = None
+    output_dir: Path | None = None
     quick: bool = False
     seed: int = 0
 
@@ -29,8 +29,7 @@ class DemoOptions:
 def demo(arguments: list[str]) -> None:
     """Train, decode and compare on a small embedded world, from start to end."""
     (options,) = parse(demo, arguments, DemoOptions)
-    folder = Path(options.output_dir or ("runs/demo-quick" if options.quick else "runs/demo"))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = options.output_dir or Path("runs/demo-quick" if options.quick else "runs/demo")
     small_world.run(folder, quick=options.quick, seed=options.seed)
 
 
@@ -61,7 +60,7 @@ class StudyOptions:
         append_eos: Use --no-append-eos if responses were cut at a length limit.
     """
 
-    output_dir: str = "runs/study"
+    output_dir: Path = Path("runs/study")
     seeds: int = 3
     seed: int = 0
     processes: int = 2
@@ -99,7 +98,7 @@ def study(arguments: list[str]) -> None:
     elif name not in studies.NAMES:
         raise ValueError(f"no study {name!r}; there are {', '.join(studies.NAMES)}")
     (options,) = parse(study, rest, StudyOptions, prog="pargs study NAME", description=studies.__doc__ or "")
-    folder = Path(options.output_dir)
+    folder = options.output_dir
     folder.mkdir(parents=True, exist_ok=True)
     lab = _lab(options, folder)
     seeds = range(options.seed, options.seed + options.seeds)

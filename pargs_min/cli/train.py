@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import distributed
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from pargs_min.cli.options import choice, parse
 from pargs_min.codec import check_vocabularies, prompt_format
@@ -20,12 +20,11 @@ from pargs_min.models import load_reward_model, load_tokenizer, save_reward_mode
 from pargs_min.records import Response, read_preferences, read_responses
 from pargs_min.reward_model import context_length
 from pargs_min.scoring import model_rewards
-from pargs_min.store import aside
+from pargs_min.store import write_json
 from pargs_min.texts import differences
 from pargs_min.train import last_checkpoint, rate, train_reward_model, train_value_model
 
-# Records, tokenizer, max_length -> items to train on, and counts.
-Encode = Callable[[Sequence, PreTrainedTokenizerBase, int | None], tuple[list, dict[str, int]]]
+Records = tuple[list, list]  # to train on, and of --eval-dataset
 
 
 @dataclass(kw_only=True)
@@ -100,8 +99,7 @@ DEFAULTS = dict(num_train_epochs=1, learning_rate=1e-5, warmup_steps=0.05, loggi
 def train(arguments: list[str]) -> None:
     """Train a reward model on every prefix of the responses of preference pairs."""
     options, args = begin(train, arguments, TrainOptions, output_dir="runs/reward_model")
-    reader = read_responses if options.objective == "value" else read_preferences
-    records = read(options, reader)
+    records = read(options, read_responses if options.objective == "value" else read_preferences)
     form = prompt_format(record.prompt for some in records for record in some)  # an error now, not after training
 
     set_seed(args.seed)  # draws the new head
@@ -109,24 +107,25 @@ def train(arguments: list[str]) -> None:
     dtype = torch.bfloat16 if options.lora_rank and args.bf16 else torch.float32
     model = load_reward_model(options.model, tokenizer, dtype=dtype, head=options.head)
 
-    made = dict(objective=options.objective)
+    made, limit = dict(objective=options.objective), options.max_length or context_length(model)
     if options.objective == "value":
-        encode, fit = rated(options.reward_model, tokenizer, str(args.device)), train_value_model
+        encode, method = rated(options.reward_model, tokenizer, limit, str(args.device)), train_value_model
     else:
         made |= dict(tail=options.tail, reduction=options.reduction)
-        encode, fit = partial(encode_preferences, append_eos=options.append_eos), partial(train_reward_model, **made)
+        encode = partial(encode_preferences, tokenizer=tokenizer, max_length=limit, append_eos=options.append_eos)
+        method = partial(train_reward_model, **made)
     made |= dict(append_eos=options.append_eos, prompt_format=form)
     made |= {} if options.lora_rank is None else dict(lora_rank=options.lora_rank)
-    fit, save = partial(fit, lora_rank=options.lora_rank), partial(save_reward_model, **made)
-    fit_and_save(options, args, model, tokenizer, records, encode, fit, save)
+    fit = partial(method, model, tokenizer, lora_rank=options.lora_rank)
+    fit_and_save(options, args, records, encode, fit, partial(save_reward_model, model, tokenizer, **made))
 
 
-def rated(reward_model: str, tokenizer: PreTrainedTokenizerBase, device: str) -> Encode:
+def rated(reward_model: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, device: str) -> Callable:
     """An encoder of texts that also rates them, by a reward model of the same vocabulary."""
     check_vocabularies(tokenizer, load_tokenizer(reward_model))
     reward_fn = model_rewards(load_reward_model(reward_model, device=device))
 
-    def encode(records: Sequence[Response], tokenizer, max_length: int | None) -> tuple[list[Text], dict[str, int]]:
+    def encode(records: Sequence[Response]) -> tuple[list[Text], dict[str, int]]:
         texts, counts = encode_texts(records, tokenizer, max_length)
         return rate(texts, reward_fn, device=device), counts
 
@@ -165,32 +164,26 @@ def _recipe(options: DataOptions, args: TrainingArguments) -> dict:
     return {name: value for name, value in vars(options).items() if name != "resume"} | {"seed": args.seed}
 
 
-def read(options: DataOptions, reader: Callable[[str], list]) -> tuple[list, list]:
+def read(options: DataOptions, reader: Callable[[str], list]) -> Records:
     """The records to train on, and those of --eval-dataset."""
     return reader(options.dataset), reader(options.eval_dataset) if options.eval_dataset else []
 
 
 def fit_and_save(
-    options: DataOptions,
-    args: TrainingArguments,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    records: tuple[list, list],
-    encode: Encode,
-    fit: Callable[..., dict[str, float]],
-    save: Callable[..., None],
+    options: DataOptions, args: TrainingArguments, records: Records, encode: Callable, fit: Callable, save: Callable
 ) -> None:
     """Encode, hold out, train, save and report.
 
     Args:
         records: from `read`.
-        fit: (model, tokenizer, items, held-out items, args=, resume=) -> metrics.
-        save: (model, tokenizer, folder).
+        encode: records -> items to train on, and counts.
+        fit: (items, held-out items, args=, resume=) -> metrics.
+        save: writes the model to a folder.
     """
     say = print if args.process_index == 0 else lambda *_: None
 
     def prepare(some: list) -> list:
-        items, counts = encode(some, tokenizer, options.max_length or context_length(model))
+        items, counts = encode(some)
         say("records:", ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items()))
         return items
 
@@ -199,18 +192,14 @@ def fit_and_save(
         items, held_out = split_by_prompt(items, options.eval_fraction, args.seed)
 
     if args.process_index == 0 and not last_checkpoint(args.output_dir):
-        with aside(_kept(args)) as kept:
-            kept.write_text(json.dumps(_recipe(options, args), indent=1), "utf-8")
-    metrics = fit(model, tokenizer, items, held_out, args=args, resume=options.resume)
+        write_json(_kept(args), _recipe(options, args))
+    metrics = fit(items, held_out, args=args, resume=options.resume)
     if args.process_index == 0:
-        save(model, tokenizer, args.output_dir)
+        save(args.output_dir)
     say("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items()))
     say(f"saved {args.output_dir}")
-    leave_together()
 
-
-def leave_together() -> None:
-    """End training in several processes at once: one that left while others still talk to it could make them fail."""
+    # Several processes end at once: one that left while others still talk to it could make them fail.
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
