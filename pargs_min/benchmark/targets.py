@@ -1,10 +1,10 @@
 """What holds on any machine, and what is only reported: `pargs benchmark --check`.
 
 A *target* has a bound: on passes and bytes, or on a time over the time of the same arithmetic done bare, with room for
-other machines. (With models of width 16, whose arithmetic costs next to nothing, our loop and a vocabulary head take 1.0
-to 1.1 times their floors, and `RewardGuidance` 1.2 times.) How much slower the published loops are is reported without a
-bound: it weighs arithmetic against memory and the cost of a call, which depends on the hardware. That fast ways write
-what slow ones do is not measured here: the tests hold all of them to `minimal.py`.
+other machines. (With models of width 16, whose arithmetic costs next to nothing, our loop and a vocabulary head take
+1.0 to 1.1 times their floors, and `RewardGuidance` 1.2 times.) How much slower the published loops are is reported
+without a bound: it weighs arithmetic against memory and the cost of a call, which depends on the hardware. That fast
+ways write what slow ones do is not measured here: the tests hold all of them to `minimal.py`.
 """
 
 import statistics
