@@ -1,48 +1,41 @@
-"""`pargs demo`: train, decode and compare on the embedded world, once and small enough to watch."""
+"""The embedded world is a grammar of short journeys, such as
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
+    the sailor leaves for the mountain : she packs a kettle and walks the ridge into snow but comes home warm
 
-import torch
-from matplotlib.figure import Figure
-
-from pargs_min import plots
-from pargs_min.experiments import report
-from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell, write
-from pargs_min.experiments.setup import Lab, embedded, judged
-from pargs_min.experiments.sweep import Row, gather, sweep
-from pargs_min.world.journey import HELD_OUT_PROMPTS
-
-PROMPT = HELD_OUT_PROMPTS[0]
-WELCOME = f"""\
-The embedded world is a grammar of short journeys, such as
-    {PROMPT} she packs a kettle and walks the ridge into snow but comes home warm
 What she packs and which road she takes all but decides, many words later, how the journey ends. The reference is a
 small language model that has learned to write such journeys; reward models guide it to better ones. The judge is the
 gold reward, the world's own: from -2.75 to 2.75, or -3.5 for a text that is no journey. No model is trained on it.
 """
-REFERENCE = """\
-[1/3] The reference: {comes}.
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pargs_min import plots
+from pargs_min.experiments import report
+from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell, write
+from pargs_min.experiments.report import BETA
+from pargs_min.experiments.setup import Lab, embedded, judged, material
+from pargs_min.experiments.sweep import Row, gather, sweep
+
+PAIRS = """\
+[1/3] The reference: {}.
       Preference pairs: two of its texts each, of which the one with more gold is chosen more often."""
 SHIPPED, TRAINED = "shipped with the package, made by pargs_min.world.reference.reference", "trained now"
 MODELS = """\
 [2/3] Three reward models, trained on these pairs: on every prefix (PARGS), on whole texts (ARGS), and a value model
-      (controlled decoding). Then every method writes for four prompts that no pair was made for."""
-LEGEND = """\
-beta: weight of the reward in guidance; n: best-of-n takes the best of n plain texts
-reward: mean gold reward
-KL: how far a method departs from the reference: the mean of log(its probability of a text / the reference's) over its
-    texts, in nats (natural units: base e); ≤ marks an upper bound. The better method has more gold at the same KL.
-off-grammar: share of texts that the grammar cannot have written
-passes: texts run through a model once, by any model and for each text that is kept: the cost
-One seed: another one, or another processor, trains models that differ; studies have error bars."""
-NEXT = """\
+      (controlled decoding, cd). Guided by them, with beta for the weight of the reward, every method writes for four
+      prompts that no pair was made for."""
+COLUMNS = ("reward", "kl", "off_grammar", "calls")
+NEXT = """
+Saved demo.md, demo.json and demo.png (gold reward against KL: the closer to the black line, the better) in {0}.
 Where to go next:
-    pargs study partial-vs-full    the same for several seeds, with error bars and more methods
-    pargs trace --model {folder}/reference --reward-model {folder}/models/{model} \\
-        --prompt "{prompt}" --beta 2 --output trace.html    one text, token by token
-    README.md    the same with your own model and pairs"""
+  pargs study partial-vs-full      the same for several seeds, with error bars
+  pargs trace --model {0}/reference --reward-model {0}/models/{1} --prompt "{2}" --beta 2 --output trace.html
+                                   one text, token by token
+  README.md                        the same on your own model and pairs"""
 
 
 def say_now(text: str) -> None:
@@ -50,24 +43,24 @@ def say_now(text: str) -> None:
 
 
 def run(folder: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str], None] = say_now) -> None:
-    """Do it all; tables, figure and models stay in the folder.
+    """Train, decode and compare; tables, figure and models stay in the folder.
 
     Args:
         quick: everything much smaller, and numbers to match.
         seed: of the reference, the pairs, the reward models and the texts; 0 takes the reference that is shipped.
     """
     torch.set_num_threads(1)  # the models are so small that a second thread only waits; processes do not
-    say(WELCOME)
-    say(REFERENCE.format(comes=TRAINED if seed else SHIPPED))
-    lab = small(folder, seed) if quick else replace(embedded(folder, seed=seed), plain_samples=1000)
+    say(__doc__ or "")
+    say(PAIRS.format(TRAINED if seed else SHIPPED))
+    lab = small(folder, seed) if quick else replace(embedded(folder, seed=seed), plain_samples=2000)
     say(MODELS)
-    rows = gather(sweep({"": lab}, [*cells(seed)], folder / "demo.jsonl"))
-    say("[3/3] What came of it:")
-    shown = report.table(rows, ("reward", "kl", "off_grammar", "calls"))
-    text = "\n\n".join([shown, LEGEND, side_by_side(lab, seed)])
+    rows = gather(sweep({"": lab}, cells(seed), folder / "demo.jsonl"))
+    say("[3/3] What came of it:\n")
+    shown = [report.table(rows, COLUMNS), report.legend(rows, COLUMNS, seeds=1), side_by_side(lab, seed)]
+    text = "\n\n".join(shown)
     report.write(folder / "demo", text, rows, draw(rows, lab), lab=lab, seed=seed)
-    say(f"\n{text}\n\nsaved demo.md, demo.json and demo.png (gold reward against KL) in {folder}\n")
-    say(NEXT.format(folder=folder, model=PARTIAL.folder_name(seed), prompt=PROMPT))
+    say(text)
+    say(NEXT.format(folder, PARTIAL.folder_name(seed), material(lab).prompts[0]["prompt"]))
 
 
 def small(folder: Path, seed: int) -> Lab:
@@ -76,31 +69,30 @@ def small(folder: Path, seed: int) -> Lab:
     return replace(lab, samples=16, plain_samples=300, epochs=4.25)
 
 
-def cells(seed: int) -> Iterator[Cell]:
-    yield Cell(seed, "plain")
-    for method, recipe in (("args", FULL), ("pargs", PARTIAL)):
-        for beta in (1.0, report.BETA):
-            yield Cell(seed, method, beta=beta, recipe=recipe)
-    for method, recipe in (("pargs-greedy", PARTIAL), ("cd", VALUE)):
-        yield Cell(seed, method, beta=report.BETA, recipe=recipe)
-    yield Cell(seed, "best-of-n", n=16, recipe=FULL)
+def cells(seed: int) -> list[Cell]:
+    guided = [("args", FULL, 1.0), ("args", FULL, BETA), ("pargs", PARTIAL, 1.0), ("pargs", PARTIAL, BETA)]
+    found = [Cell(seed, name, beta=beta, recipe=recipe) for name, recipe, beta in [*guided, ("cd", VALUE, BETA)]]
+    return [Cell(seed, "plain"), *found, Cell(seed, "best-of-n", n=16, recipe=FULL)]
 
 
-def draw(rows: list[Row], lab: Lab) -> Figure:
+def draw(rows: list[Row], lab: Lab) -> plots.Figure:
     drawing, (axes,) = plots.panels(1, (8.0, 4.6))
     report.reward_against_kl(axes, rows, lab)
     axes.set_ylabel("gold reward")
+    for row in rows:
+        if row.cell.beta:
+            spot = report.kl(row), row.found["reward"].mean
+            axes.annotate(f"beta {row.cell.beta:g}", spot, (6, -10), textcoords="offset points", fontsize=8)
     return drawing
 
 
 def side_by_side(lab: Lab, seed: int) -> str:
     """One prompt under plain, ARGS and PARGS: of each method's texts for it, the one with the median gold reward."""
-    lines = [
-        f'"{PROMPT}" under three methods, beta = {report.BETA:g}: of its texts, the one with the median gold reward'
-    ]
+    prompt = material(lab).prompts[0]["prompt"]
+    lines = [f'"{prompt}" under three methods (beta {BETA:g}); of the texts of each, the one of median gold:']
     for method, recipe in (("plain", None), ("args", FULL), ("pargs", PARTIAL)):
-        texts = write(lab, Cell(seed, method, beta=report.BETA if recipe else None, recipe=recipe))
-        texts = [text for text in texts if text["prompt"] == PROMPT]
+        texts = write(lab, Cell(seed, method, beta=BETA if recipe else None, recipe=recipe))
+        texts = [text for text in texts if text["prompt"] == prompt]
         ranked = sorted(zip(judged(lab, texts), (text["response"] for text in texts), strict=True))
         gold, response = ranked[len(ranked) // 2]
         lines.append(f"    {method:5}  {gold:5.2f}  {response}")

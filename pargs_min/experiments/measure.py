@@ -7,7 +7,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from scipy import stats
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pargs_min.baselines.ppo import PPOSettings, train_ppo
 from pargs_min.codec import Codec, end_tokens
@@ -40,31 +41,6 @@ SAMPLES, PLAIN, CORRELATED = 10**6, 2 * 10**6, 3 * 10**6
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A model with random weights, which knows of the language only what the pairs show; its heads have 16 dimensions.
-
-    >>> str(Shape("gpt2", layers=2, width=64))
-    'gpt2 2 x 64'
-    """
-
-    family: str
-    layers: int
-    width: int
-
-    def __str__(self) -> str:
-        return f"{self.family} {self.layers} x {self.width}"
-
-    def model(self, tokenizer: transformers.PreTrainedTokenizerBase) -> transformers.PreTrainedModel:
-        """A reward model of this shape, for texts of up to 64 tokens, drawn from torch's global stream."""
-        layers = {"num_hidden_layers": self.layers, "num_attention_heads": self.width // 16}
-        sizes = {"hidden_size": self.width, "intermediate_size": 3 * self.width, "max_position_embeddings": 64}
-        ids = {"pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
-        ids |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
-        config = transformers.AutoConfig.for_model(self.family, num_labels=1, **layers, **sizes, **ids)
-        return transformers.AutoModelForSequenceClassification.from_config(config)
-
-
-@dataclass(frozen=True)
 class Recipe:
     """How a model is made.
 
@@ -72,7 +48,7 @@ class Recipe:
         objective: "partial", "full" or "value": a reward model; "dpo" or "ppo": a language model.
         pairs: how many of the training pairs; None means all (not for value).
         head: "scalar" (None) or "vocab".
-        start: random weights; None starts from the reference.
+        start: family, layers and width of a model with random weights; None starts from the reference.
         lengths: first and last prefix length to train on (partial); no end where the last is None.
         beta: of the policy that DPO and PPO train for.
 
@@ -83,7 +59,7 @@ class Recipe:
     objective: str
     pairs: int | None = None
     head: str | None = None
-    start: Shape | None = None
+    start: tuple[str, int, int] | None = None
     lengths: tuple[int, int | None] | None = None
     beta: float | None = None
 
@@ -94,7 +70,7 @@ class Recipe:
         if self.lengths:
             first, last = self.lengths
             words.append(f"lengths {first} to {last}" if last else f"lengths from {first}")
-        words += [f"new {self.start}"] if self.start else []
+        words += ["new {} {} x {}".format(*self.start)] if self.start else []
         return ", ".join(words)
 
     def folder_name(self, seed: int) -> str:
@@ -177,15 +153,14 @@ def make(lab: Lab, recipe: Recipe, seed: int) -> Path:
     """The folder of a model, trained now unless it is there."""
     folder = model_folder(lab, recipe, seed)
     if not folder.exists():
+        train = {"dpo": _make_dpo, "ppo": _make_ppo}.get(recipe.objective, _make_reward_model)
         with aside(folder) as unfinished:
-            transformers.set_seed(seed)
-            {"dpo": _make_dpo, "ppo": _make_ppo}.get(recipe.objective, _make_reward_model)(
-                lab, recipe, seed, unfinished
-            )
+            set_seed(seed)
+            train(lab, recipe, seed, unfinished)
     return folder
 
 
-def reward_model(lab: Lab, recipe: Recipe, seed: int) -> transformers.PreTrainedModel:
+def reward_model(lab: Lab, recipe: Recipe, seed: int) -> PreTrainedModel:
     """A reward model, trained now unless it is there."""
     return load_reward_model(make(lab, recipe, seed), device=default_device())
 
@@ -193,7 +168,7 @@ def reward_model(lab: Lab, recipe: Recipe, seed: int) -> transformers.PreTrained
 def _make_reward_model(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> None:
     tokenizer, pairs = load_tokenizer(lab.model), material(lab).pairs[: recipe.pairs]
     if recipe.start:
-        model = recipe.start.model(tokenizer)
+        model = _new_model(*recipe.start, tokenizer)
     else:
         model = load_reward_model(lab.model, tokenizer, head=recipe.head or "scalar")
     args = _arguments(lab, folder, len(pairs), lab.learning_rate, seed)
@@ -204,6 +179,15 @@ def _make_reward_model(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> Non
         train_reward_model(model, tokenizer, pairs, args=args, objective=recipe.objective, tail=tail, lengths=lengths)
     recorded = {"objective": recipe.objective, "append_eos": lab.append_eos, "prompt_format": "text"}
     save_reward_model(model, tokenizer, folder, **recorded)
+
+
+def _new_model(family: str, layers: int, width: int, tokenizer: Tokenizer) -> PreTrainedModel:
+    """A reward model with random weights, heads of 16 dimensions, for texts of up to 64 tokens."""
+    sizes = dict(hidden_size=width, intermediate_size=3 * width, max_position_embeddings=64)
+    sizes |= dict(num_hidden_layers=layers, num_attention_heads=width // 16, vocab_size=len(tokenizer), num_labels=1)
+    ids = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.eos_token_id)
+    config = AutoConfig.for_model(family, eos_token_id=tokenizer.eos_token_id, **sizes, **ids)
+    return AutoModelForSequenceClassification.from_config(config)
 
 
 def _make_dpo(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> None:
@@ -229,18 +213,18 @@ def _make_ppo(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> None:
     _save(model, tokenizer, folder)
 
 
-def _save(model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, folder: Path) -> None:
+def _save(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _arguments(lab: Lab, folder: Path, pairs: int, learning_rate: float, seed: int) -> transformers.TrainingArguments:
+def _arguments(lab: Lab, folder: Path, pairs: int, learning_rate: float, seed: int) -> TrainingArguments:
     """Trainer's arguments: the lab's epochs over so many pairs."""
     steps, on_cpu = max(1, round(lab.epochs * pairs / lab.pairs_per_step)), default_device() == "cpu"
     pace = dict(max_steps=steps, warmup_steps=steps // 20, per_device_train_batch_size=lab.pairs_per_step)
     quiet = dict(save_strategy="no", logging_strategy="no", disable_tqdm=True, report_to="none")
     where = dict(output_dir=str(folder), use_cpu=on_cpu, dataloader_pin_memory=not on_cpu)
-    return transformers.TrainingArguments(seed=seed, learning_rate=learning_rate, **pace, **quiet, **where)
+    return TrainingArguments(seed=seed, learning_rate=learning_rate, **pace, **quiet, **where)
 
 
 def _training_prompts(lab: Lab) -> list[list[int]]:
@@ -295,15 +279,12 @@ def siblings(lab: Lab) -> list[concordance.Siblings]:
     """Candidates after prefixes of the reference, and how often their completions win; exact in the embedded world."""
     file = lab.file("siblings.json")
     if not file.exists():
-        made = material(lab)
-        found: Iterator[concordance.Siblings]
-        if lab.world is not None:
+        made, rewards = material(lab), partial(judged, lab)
+        limits = dict(max_new_tokens=lab.max_new_tokens, batch_size=lab.batch_size)
+        found = concordance.rollout_siblings(made.lm, made.tokenizer, made.prompts, rewards, **limits)
+        if lab.world:
             prompts = [prompt["prompt"] for prompt in made.prompts]
             found = concordance.exact_siblings(replace(lab.world), made.tokenizer, prompts, texts=lab.samples)
-        else:
-            settings = dict(max_new_tokens=lab.max_new_tokens, batch_size=lab.batch_size)
-            rewards = partial(judged, lab)
-            found = concordance.rollout_siblings(made.lm, made.tokenizer, made.prompts, rewards, **settings)
         with aside(file) as unfinished:
             unfinished.write_text(json.dumps([*found]), "utf-8")
     return [concordance.Siblings(*one) for one in json.loads(file.read_text("utf-8"))]
@@ -349,16 +330,15 @@ def _text_measures(lab: Lab, cell: Cell, texts: list[dict]) -> dict:
     def mean(values: Iterable[float]) -> float:
         return mean_and_error([*values], prompts)[0]
 
-    groups: dict[int, list] = {}
-    for text in texts:
-        groups.setdefault(text["prompt_number"], []).append(text["response_ids"])
+    ids = [text["response_ids"] for text in texts]
+    groups = [ids[first : first + lab.samples] for first in range(0, len(ids), lab.samples)]
     found = {
         "reward": mean(rewards),
         "kl": mean(text["kl"] for text in texts),
-        "length": mean(len(text["response_ids"]) for text in texts),
+        "length": mean(map(len, ids)),
         "calls": mean(text["cost"]["model_calls"] for text in texts),
         "seconds": mean(text["cost"]["seconds"] for text in texts),
-        "distinct2": statistics.fmean(distinct_n(group, 2) for group in groups.values()),
+        "distinct2": statistics.fmean(distinct_n(group, 2) for group in groups),
         "by_prompt": prompt_means(rewards, prompts).tolist(),
     }
     found |= {name: mean(map(of_reward, rewards)) for name, of_reward in judge_of(lab).measures.items()}
@@ -381,7 +361,7 @@ def rlhf_gap(lab: Lab, cell: Cell, found: dict) -> float | None:
 
 
 @torch.no_grad()
-def quality(lab: Lab, model: transformers.PreTrainedModel) -> dict:
+def quality(lab: Lab, model: PreTrainedModel) -> dict:
     """What a reward model knows, measured on texts that it was not trained on.
 
     accuracy        pairs ordered as labelled, after 1, 2, ... tokens, of held-out pairs (`prefix_accuracy`)
@@ -416,7 +396,7 @@ def _plain_texts(lab: Lab) -> tuple[list[dict], list[float]]:
     return texts, judged(lab, texts)
 
 
-def _prefix_scores(lab: Lab, model: transformers.PreTrainedModel, texts: list[dict]) -> np.ndarray:
+def _prefix_scores(lab: Lab, model: PreTrainedModel, texts: list[dict]) -> np.ndarray:
     """(N, T) rewards after 1, 2, ... tokens; a text that has ended keeps its last."""
     rows, codec = [], Codec(material(lab).tokenizer)
     for text in texts:

@@ -1,7 +1,7 @@
 """How studies show what they measured: tables with a legend, and curves with their intervals."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ PARTICLES = 8
 class Study:
     """A question: its cells for one seed, and how the answer is shown."""
 
-    cells: Callable[[Lab, int], Iterator[Cell]]
+    cells: Callable[[Lab, int], list[Cell]]
     draw: Callable[[list[Row], Lab], Figure]
     columns: tuple[str, ...]  # of the table
     labs: Callable[[Lab, bool], dict[str, Lab]] = lambda lab, quick: {"": lab}
@@ -57,10 +57,10 @@ def with_rlhf(row: Row, lab: Lab) -> Row:
 
 HEADS = dict(lab="world", method="method", beta="beta", top_k="k", n="n", particles="particles", recipe="reward model")
 MEASURES = {  # what a column is called, its decimals, and what it says
-    "reward": ("reward", 2, "by the judge, per text"),
+    "reward": ("reward", 2, "the judge's mean reward of a text; of the embedded world it is the gold reward"),
     "prompt_error": ("± over prompts", 2, "standard error of the reward over prompts, seeds averaged"),
     "rlhf": ("RLHF at this KL", 2, "the most reward that any policy has at this KL, estimated from plain texts"),
-    "kl": ("KL", 2, "to the reference, in nats per text; ≤ marks an upper bound"),
+    "kl": ("KL", 2, "mean log(p(text) / p_reference(text)) of its texts, in nats (base e) per text; ≤: an upper bound"),
     "gap": ("KL to RLHF", 2, "to the RLHF policy of the same beta, in nats per text"),
     "calls": ("passes", 0, "forward passes of one row by any model, per text"),
     "length": ("tokens", 1, "per text, its end token included"),
@@ -103,8 +103,8 @@ def legend(rows: list[Row], columns: Sequence[str], seeds: int) -> str:
     """What the columns of a table say, and what its standard errors are over."""
     shown = [MEASURES[name] for name in columns if any(name in row.found for row in rows)]
     varies = "of what is trained and of the texts; reference, pairs and prompts stay the same"
-    over = [f"± is the standard error over {seeds} seeds: {varies}."] * (seeds > 1)
-    return "\n".join([*(f"- {title}: {says}" for title, _, says in shown), *over])
+    over = f"± is the standard error over {seeds} seeds: {varies}." if seeds > 1 else "One seed: no error bars."
+    return "\n".join([*(f"- {title}: {says}" for title, _, says in shown), over])
 
 
 def write(stem: Path, text: str, rows: list[Row], drawing: Figure, **facts) -> None:

@@ -3,7 +3,7 @@
 All of it is named by one frozen `Lab`, which is also the key that what was read or computed is kept under.
 """
 
-import math
+import json
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -159,16 +159,14 @@ def write_lines(file: Path, records: Iterable[dict]) -> None:
 def as_json(value: Any) -> Any:
     """The value as JSON holds it: dataclasses as objects without what is None, nan as null.
 
-    >>> as_json({"a": (math.nan, 1.0)})
+    >>> as_json({"a": (float("nan"), 1.0)})
     {'a': [None, 1.0]}
     """
-    if is_dataclass(value):
-        named = {field.name: getattr(value, field.name) for field in fields(value)}
-        value = {name: inner for name, inner in named.items() if inner is not None}
-    if isinstance(value, dict):
-        return {name: as_json(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_json(inner) for inner in value]
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    return value if isinstance(value, (str, int, float, type(None))) else str(value)
+    return json.loads(json.dumps(value, default=_plain), parse_constant=lambda name: None)
+
+
+def _plain(value: Any) -> Any:
+    if not is_dataclass(value):
+        return str(value)
+    named = ((field.name, getattr(value, field.name)) for field in fields(value))
+    return {name: inner for name, inner in named if inner is not None}

@@ -76,14 +76,13 @@ def _read(file: Path, labs: Labs, cells: Sequence[Cell]) -> dict[Cell, dict]:
 
 def _prepare(labs: Labs, cells: Sequence[Cell]) -> None:
     """Make what several processes would otherwise make at once."""
-    for name, lab in labs.items():
-        mine = [cell for cell in cells if cell.lab == name]
-        if any(cell.recipe == measure.VALUE for cell in mine):
-            measure.samples(lab)
-        if any(cell.method for cell in mine):
-            measure.plain_rewards(lab)
-        if any(cell.quality for cell in mine):
-            measure.siblings(lab)
+    for prepare, needed in (
+        (measure.samples, lambda cell: cell.recipe == measure.VALUE),
+        (measure.plain_rewards, lambda cell: cell.method),
+        (measure.siblings, lambda cell: cell.quality),
+    ):
+        for lab in {labs[cell.lab]: None for cell in cells if needed(cell)}:
+            prepare(lab)
 
 
 def _missing_models(labs: Labs, cells: Sequence[Cell]) -> tuple[list[tuple], list[tuple]]:

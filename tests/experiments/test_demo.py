@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from pargs_min.experiments import demo
-from pargs_min.experiments.demo import PROMPT, run
+from pargs_min.experiments.demo import run
 from pargs_min.experiments.setup import embedded
+from pargs_min.world.journey import HELD_OUT_PROMPTS, OFF_GRAMMAR, Journey
 
 
 @pytest.mark.usefixtures("one_process")
@@ -29,7 +30,7 @@ def test_the_whole_job_in_miniature(tmp_path, monkeypatch):
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     texts = re.findall(r"^    (plain|args|pargs) +-?\d\.\d\d  .+", everything, re.MULTILINE)
     assert texts == ["plain", "args", "pargs"]
-    assert PROMPT in everything
+    assert everything.count(f'"{HELD_OUT_PROMPTS[0]}" under three methods') == 1
 
     trained = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.safetensors")}
     assert len(trained) == 4  # the reference and a reward model of each kind
@@ -37,3 +38,13 @@ def test_the_whole_job_in_miniature(tmp_path, monkeypatch):
     run(tmp_path, quick=True, say=again.append)  # reuses what it trained, and says the same
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.safetensors")} == trained
     assert again == said
+
+
+def test_what_is_said_of_the_world_is_so():
+    """The example is a journey, and gold lies where the text says: by the tables of the automata, which are exact."""
+    (example,) = (line.strip() for line in demo.__doc__.splitlines() if line.startswith("    "))
+    prompt, response = example.split(" : ")
+    assert Journey().gold([f"{prompt} :"], [response]) == [2.5]
+    golds = {reward for automaton in Journey().automata.values() for reward in automaton.rewards}
+    said = re.search(r"from (\S+) to (\S+), or (\S+) for", " ".join(demo.__doc__.split())).groups()
+    assert (min(golds - {OFF_GRAMMAR}), max(golds), OFF_GRAMMAR) == tuple(map(float, said))

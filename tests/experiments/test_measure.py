@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from pargs_min.experiments import measure as module
-from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell, Recipe, Shape, make, measure, rlhf_gap
+from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell, Recipe, make, measure, rlhf_gap
+from pargs_min.models import load_config
 
 
 def vowels(prompts, responses):
@@ -32,7 +33,7 @@ def test_a_model_is_whole_or_not_there(lab, tmp_path, monkeypatch):
 
 
 def test_every_kind_of_cell_is_measured(lab):
-    new = replace(PARTIAL, start=Shape("gpt2", layers=1, width=16), pairs=9)
+    new = replace(PARTIAL, start=("gpt2", 1, 16), pairs=9)
     cells = [
         Cell(0, "plain"),
         Cell(0, "pargs", beta=1.0, top_k=3, recipe=PARTIAL, quality=True),
@@ -90,6 +91,15 @@ def test_models_know_only_what_a_seed_tells_them(lab, tmp_path):
     assert weights[0] == weights[1] != weights[2]
 
 
+@pytest.mark.parametrize("start", [("gpt2", 1, 32), ("llama", 2, 64)])
+def test_a_new_model_has_the_shape_that_its_recipe_says(lab, start):
+    config = load_config(make(lab, Recipe("full", start=start), 0))
+    *_, width = start
+    assert (config.model_type, config.num_hidden_layers, config.hidden_size) == start
+    assert config.num_attention_heads == width // 16
+    assert (config.vocab_size, config.pad_token_id, config.eos_token_id) == (14, 0, 1)
+
+
 def test_folders_of_models_are_told_apart_by_all_of_a_recipe():
     first = Recipe("partial")
     others = [
@@ -99,6 +109,6 @@ def test_folders_of_models_are_told_apart_by_all_of_a_recipe():
         replace(first, lengths=(1, 8)),
         replace(first, lengths=(1, None)),
         replace(first, beta=0.5),
-        *(replace(first, start=Shape(*shape)) for shape in (("gpt2", 1, 32), ("gpt2", 2, 32), ("gpt2", 1, 64))),
+        *(replace(first, start=shape) for shape in (("gpt2", 1, 32), ("gpt2", 2, 32), ("gpt2", 1, 64))),
     ]
     assert len({recipe.folder_name(seed) for recipe in (first, *others) for seed in (0, 1)}) == 20

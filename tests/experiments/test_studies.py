@@ -12,9 +12,9 @@ from pargs_min import plots
 from pargs_min.benchmark import ways
 from pargs_min.cli import main
 from pargs_min.experiments import measure, report, studies
-from pargs_min.experiments.measure import FULL, Cell, Shape
+from pargs_min.experiments.measure import FULL, Cell
 from pargs_min.experiments.report import legend, table
-from pargs_min.experiments.setup import SHIPPED, embedded
+from pargs_min.experiments.setup import embedded
 from pargs_min.experiments.studies import NAMES, run
 from pargs_min.experiments.studies.attribute import relabelled
 from pargs_min.experiments.studies.partial_vs_full import conclude
@@ -110,7 +110,7 @@ def test_the_legend_says_what_the_columns_are_and_what_varies():
     rows = [row("plain", [1.0, 2.0], [0.0, 0.0])]
     reward, kl, over = legend(rows, ("reward", "kl", "gap"), seeds=2).split("\n")
     assert reward.startswith("- reward: ")
-    assert "nats per text" in kl
+    assert "in nats (base e) per text" in kl
     assert over.startswith("± is the standard error over 2 seeds")
     assert "±" not in legend(rows, ("reward", "kl"), seeds=1)
 
@@ -163,18 +163,6 @@ def test_an_attribute_may_be_judged_by_a_reward_model_or_by_the_world(world, tmp
     for judge in (str(measure.make(world, FULL, 0)), "toy"):
         other = relabelled(replace(world, folder=str(tmp_path)), judge.rpartition("/")[2], judge)
         assert read_preferences(other.pairs)
-
-
-def test_shapes_are_the_models_that_they_say():
-    tokenizer = load_tokenizer(SHIPPED)
-    for family, layers, width in (("gpt2", 1, 32), ("llama", 2, 64)):
-        config = Shape(family, layers, width).model(tokenizer).config
-        assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (
-            layers,
-            width,
-            width // 16,
-        )
-        assert (config.vocab_size, config.pad_token_id, config.eos_token_id) == (len(tokenizer), 0, 1)
 
 
 def test_every_question_has_a_study():

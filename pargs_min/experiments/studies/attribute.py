@@ -4,14 +4,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from pargs_min import plots
 from pargs_min.codec import Codec, encode_responses
 from pargs_min.experiments.measure import FULL, PARTIAL, Cell
-from pargs_min.experiments.report import BETAS, KL_LABEL, Study, curves, grouped, kl
+from pargs_min.experiments.report import BETAS, KL_LABEL, Row, Study, curves, grouped, kl
 from pargs_min.experiments.setup import Lab, judged, write_lines
-from pargs_min.experiments.sweep import Row
 from pargs_min.models import load_tokenizer
 from pargs_min.records import is_messages, read_preferences
 
@@ -47,19 +44,12 @@ def by_reward(lab: Lab, source: str) -> Iterator[dict]:
     """The pairs of a file, the response with more of the judge's reward chosen; ties are left out."""
     pairs, codec = read_preferences(source), Codec(load_tokenizer(lab.model))
     responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
-    texts = []
+    end, texts = [codec.tokenizer.eos_token_id] * lab.append_eos, []
     for number, (response, ids) in enumerate(zip(responses, encode_responses(codec.tokenizer, responses), strict=True)):
-        prompt, end = pairs[number // 2].prompt, [codec.tokenizer.eos_token_id] * lab.append_eos
-        texts.append(
-            {
-                "prompt": codec.text(prompt) if is_ids(prompt) else prompt,
-                "prompt_number": number // 2,
-                "sample": number % 2,
-                "response": codec.text(ids) if is_ids(response) else response,
-                "response_ids": ids if codec.finished(ids) else ids + end,
-                "finished": lab.append_eos,
-            }
-        )
+        pair, (prompt, sample) = pairs[number // 2], divmod(number, 2)
+        record = dict(prompt=readable(codec, pair.prompt), response=readable(codec, response))
+        record |= dict(prompt_number=prompt, sample=sample, finished=lab.append_eos)
+        texts.append(record | dict(response_ids=ids if codec.finished(ids) else ids + end))
     rewards = judged(lab, texts)
     for pair, first, second in zip(pairs, rewards[::2], rewards[1::2], strict=True):
         if first != second:
@@ -68,19 +58,24 @@ def by_reward(lab: Lab, source: str) -> Iterator[dict]:
             yield {f"{name}_ids" if is_ids(value) else name: value for name, value in record.items()}
 
 
+def readable(codec: Codec, value: Any) -> Any:
+    return codec.text(value) if is_ids(value) else value
+
+
 def is_ids(value: object) -> bool:
     return isinstance(value, list) and not is_messages(value)
 
 
-def cells(lab: Lab, seed: int) -> Iterator[Cell]:
+def cells(lab: Lab, seed: int) -> list[Cell]:
+    found = []
     for name in ATTRIBUTES if lab.world else ("",):
-        yield Cell(seed, "plain", lab=name)
+        found.append(Cell(seed, "plain", lab=name))
         for method, recipe in (("args", FULL), ("pargs", PARTIAL)):
-            for beta in BETAS[:3]:
-                yield Cell(seed, method, lab=name, beta=beta, recipe=recipe)
+            found += [Cell(seed, method, lab=name, beta=beta, recipe=recipe) for beta in BETAS[:3]]
+    return found
 
 
-def draw(rows: list[Row], lab: Lab) -> Figure:
+def draw(rows: list[Row], lab: Lab) -> plots.Figure:
     attributes = grouped(rows, "lab")
     drawing, axes = plots.panels(len(attributes), (3.9 * max(len(attributes), 2), 3.8))
     for panel, (name, group) in zip(axes, attributes.items(), strict=True):

@@ -1,28 +1,21 @@
 """What does a unit of reward cost, in forward passes and in KL?"""
 
 import math
-from collections.abc import Iterator
-
-from matplotlib.figure import Figure
+from dataclasses import replace
 
 from pargs_min import plots
-from pargs_min.experiments.measure import FULL, PARTIAL, Cell
-from pargs_min.experiments.report import BETA, BETAS, INTERVALS, Study, curves, log_scale, reward_against_kl
-from pargs_min.experiments.setup import Lab
-from pargs_min.experiments.sweep import Row
+from pargs_min.experiments.measure import FULL, PARTIAL, Cell, Lab
+from pargs_min.experiments.report import BETA, BETAS, INTERVALS, Row, Study, curves, log_scale, reward_against_kl
 
 
-def cells(lab: Lab, seed: int) -> Iterator[Cell]:
-    yield Cell(seed, "plain")
-    for n in (2, 4, 8, 16, 32):
-        yield Cell(seed, "best-of-n", n=n, recipe=FULL)
-    for beta in BETAS:
-        yield Cell(seed, "pargs", beta=beta, recipe=PARTIAL)
-    for particles in (2, 4, 8, 16):
-        yield Cell(seed, "smc", beta=BETA, particles=particles, recipe=PARTIAL, final=FULL)
+def cells(lab: Lab, seed: int) -> list[Cell]:
+    best = [Cell(seed, "best-of-n", n=n, recipe=FULL) for n in (2, 4, 8, 16, 32)]
+    guided = [Cell(seed, "pargs", beta=beta, recipe=PARTIAL) for beta in BETAS]
+    smc = Cell(seed, "smc", beta=BETA, recipe=PARTIAL, final=FULL)
+    return [Cell(seed, "plain"), *best, *guided, *(replace(smc, particles=count) for count in (2, 4, 8, 16))]
 
 
-def draw(rows: list[Row], lab: Lab) -> Figure:
+def draw(rows: list[Row], lab: Lab) -> plots.Figure:
     drawing, (left, right) = plots.panels(2, (10.4, 4.2))
     curves(left, rows, lambda row: row.found["calls"].mean, "reward", linestyle="none")
     left.set(xlabel="forward passes of one row by any model, per text", ylabel="reward")

@@ -1,15 +1,11 @@
 """Does the best beta, and the best k, carry over to other worlds and references?"""
 
-from collections.abc import Iterator
 from fractions import Fraction
-
-from matplotlib.figure import Figure
 
 from pargs_min import plots
 from pargs_min.experiments.measure import PARTIAL, Cell
-from pargs_min.experiments.report import BETAS, INTERVALS, Study, curve, grouped
+from pargs_min.experiments.report import BETAS, INTERVALS, Row, Study, curve, grouped
 from pargs_min.experiments.setup import Lab, embedded
-from pargs_min.experiments.sweep import Row
 from pargs_min.world.journey import Journey
 
 OTHERS: dict[str, dict] = {
@@ -28,14 +24,16 @@ def labs(lab: Lab, quick: bool) -> dict[str, Lab]:
     return found
 
 
-def cells(lab: Lab, seed: int) -> Iterator[Cell]:
-    for name in ("", *OTHERS) if lab.world else ("",):
-        for top_k in (3, 10, 0):
-            for beta in (*BETAS, 4.0):
-                yield Cell(seed, "pargs", lab=name, top_k=top_k, beta=beta, recipe=PARTIAL)
+def cells(lab: Lab, seed: int) -> list[Cell]:
+    return [
+        Cell(seed, "pargs", lab=name, top_k=top_k, beta=beta, recipe=PARTIAL)
+        for name in ("", *(OTHERS if lab.world else ()))
+        for top_k in (3, 10, 0)
+        for beta in (*BETAS, 4.0)
+    ]
 
 
-def draw(rows: list[Row], lab: Lab) -> Figure:
+def draw(rows: list[Row], lab: Lab) -> plots.Figure:
     worlds, inks = grouped(rows, "lab"), {3: (plots.SKY, "s"), 10: (plots.BLUE, "o"), 0: (plots.ORANGE, "^")}
     drawing, axes = plots.panels(len(worlds), (3.9 * max(len(worlds), 2), 3.8))
     for panel, (name, group) in zip(axes, worlds.items(), strict=True):

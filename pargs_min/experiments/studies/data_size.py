@@ -1,15 +1,10 @@
 """How much data does a reward model of prefixes need?"""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
-from matplotlib.figure import Figure
-
 from pargs_min import plots
-from pargs_min.experiments.measure import FULL, PARTIAL, Cell
-from pargs_min.experiments.report import BETA, INTERVALS, RANKED, Study, curves, log_scale
-from pargs_min.experiments.setup import Lab
-from pargs_min.experiments.sweep import Row
+from pargs_min.experiments.measure import FULL, PARTIAL, Cell, Lab
+from pargs_min.experiments.report import BETA, INTERVALS, RANKED, Row, Study, curves, log_scale
 from pargs_min.records import read_preferences
 
 
@@ -18,14 +13,16 @@ def pairs_of(lab: Lab) -> int:
     return round(len(read_preferences(lab.pairs)) * (0.9 if lab.held_out is None else 1))
 
 
-def cells(lab: Lab, seed: int) -> Iterator[Cell]:
+def cells(lab: Lab, seed: int) -> list[Cell]:
     every = pairs_of(lab)
-    for method, recipe in (("args", FULL), ("pargs", PARTIAL)):
-        for pairs in (every // 16, every // 8, every // 4, every // 2, None):
-            yield Cell(seed, method, beta=BETA, recipe=replace(recipe, pairs=pairs), quality=True)
+    return [
+        Cell(seed, method, beta=BETA, recipe=replace(recipe, pairs=pairs), quality=True)
+        for method, recipe in (("args", FULL), ("pargs", PARTIAL))
+        for pairs in (every // 16, every // 8, every // 4, every // 2, None)
+    ]
 
 
-def draw(rows: list[Row], lab: Lab) -> Figure:
+def draw(rows: list[Row], lab: Lab) -> plots.Figure:
     every = pairs_of(lab)
 
     def pairs(row: Row) -> int:

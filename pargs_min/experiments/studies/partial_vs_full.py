@@ -1,32 +1,27 @@
 """What is gained by training on prefixes?"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from pargs_min import plots
 from pargs_min.experiments import report
-from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell
-from pargs_min.experiments.report import BETAS, PARTICLES, kl
-from pargs_min.experiments.setup import Lab
-from pargs_min.experiments.sweep import Row, interval
+from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell, Lab
+from pargs_min.experiments.report import BETAS, PARTICLES, Row, kl
+from pargs_min.experiments.sweep import interval
 
 GUIDED = {"args": FULL, "args-greedy": FULL, "pargs": PARTIAL, "pargs-greedy": PARTIAL, "cd": VALUE}
 
 
-def cells(lab: Lab, seed: int) -> Iterator[Cell]:
-    yield Cell(seed, "plain")
-    for method, recipe in GUIDED.items():
-        for beta in BETAS:
-            yield Cell(seed, method, beta=beta, recipe=recipe)
-    for beta in BETAS[1:3]:
-        yield Cell(seed, "smc", beta=beta, particles=PARTICLES, recipe=PARTIAL, final=FULL)
-    for n in (4, 16):
-        yield Cell(seed, "best-of-n", n=n, recipe=FULL)
+def cells(lab: Lab, seed: int) -> list[Cell]:
+    guided = [Cell(seed, method, beta=beta, recipe=recipe) for method, recipe in GUIDED.items() for beta in BETAS]
+    smc = Cell(seed, "smc", particles=PARTICLES, recipe=PARTIAL, final=FULL)
+    best = [Cell(seed, "best-of-n", n=n, recipe=FULL) for n in (4, 16)]
+    return [Cell(seed, "plain"), *guided, *(replace(smc, beta=beta) for beta in BETAS[1:3]), *best]
 
 
-def draw(rows: list[Row], lab: Lab) -> Figure:
+def draw(rows: list[Row], lab: Lab) -> plots.Figure:
     drawing, (axes,) = plots.panels(1, (8.6, 5.0))
     report.reward_against_kl(axes, rows, lab)
     axes.set_xlabel(f"{report.KL_LABEL}; small marks: single seeds; {report.INTERVALS}")

@@ -1,26 +1,21 @@
 """At which lengths does a reward model know anything, and does it generalise to others?"""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from pargs_min import plots
-from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell
-from pargs_min.experiments.report import Study
-from pargs_min.experiments.setup import Lab
-from pargs_min.experiments.sweep import Row
+from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell, Lab
+from pargs_min.experiments.report import Row, Study
 
 
-def cells(lab: Lab, seed: int) -> Iterator[Cell]:
+def cells(lab: Lab, seed: int) -> list[Cell]:
     third = lab.max_new_tokens // 3
-    some = [replace(PARTIAL, lengths=lengths) for lengths in ((1, third), (third + 1, None))]
-    for recipe in (FULL, VALUE, PARTIAL, *some):
-        yield Cell(seed, recipe=recipe, quality=True)
+    short, long = replace(PARTIAL, lengths=(1, third)), replace(PARTIAL, lengths=(third + 1, None))
+    return [Cell(seed, recipe=recipe, quality=True) for recipe in (FULL, VALUE, PARTIAL, short, long)]
 
 
-def draw(rows: list[Row], lab: Lab) -> Figure:
+def draw(rows: list[Row], lab: Lab) -> plots.Figure:
     drawing, axes = plots.panels(3, (12.6, 4.2))
     measures = {
         "accuracy": "held-out pairs ordered as labelled",
