@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, cached_property
-from itertools import takewhile
+from itertools import product, takewhile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +37,8 @@ ROADS = {
     "mountain": {"coast": "fog", "marsh": "wolves", "ridge": "snow", "valley": "snow"},
     "forest": {"coast": "snow", "marsh": "floods", "ridge": "fog", "valley": "fog"},
 }
-SIGHTS = {"past": "hills orchards villages", "under": "skies clouds stars", "through": "rain wind woods"}
 MOODS = {"golden": "fair", "warm": "fair", "bright": "fair", "grim": "dark", "cold": "dark", "bitter": "dark"}
+SIGHTS = {"past": "hills orchards villages", "under": "skies clouds stars", "through": "rain wind woods"}
 HOME = {"warm": 0.5, "bright": 0.25, "golden": 0.25, "tired": 0.0, "cold": -0.25, "bitter": -0.5}
 AWAY = {"warm": 0.25, "lost": 0.0, "tired": 0.0, "cold": -0.25, "bitter": -0.25, "grim": -0.5}
 GIFTS = {"songs": 0.25, "honey": 0.0, "nothing": -0.25}
@@ -52,7 +52,7 @@ TRAIN_PROMPTS = tuple(prompt for prompt in PROMPTS if prompt not in HELD_OUT_PRO
 Place = tuple
 Way = tuple[Fraction | int, str, Place]
 # A state of the automaton: all that can still be written, as ((words, place after them), probability) pairs.
-State = tuple[tuple[tuple[tuple[str, ...], Place], Fraction], ...]
+State = tuple[tuple[tuple[str, Place], Fraction], ...]
 Moves = list[dict[str, tuple[Fraction, int]]]  # of each state, by number: word -> (probability, next state)
 
 
@@ -76,45 +76,38 @@ class Journey:
         """The grammar: the ways on from a place in the story. Their weights are proportional to probabilities."""
         match place:
             case "start", role, land:
-                packing = "packing", role, land
-                return [(n, f"{opening} packs a", packing) for n, opening in OPENINGS]
+                return [(n, f"{opening} packs a", ("packing", role, land)) for n, opening in OPENINGS]
             case "packing", role, land:
                 return [
-                    (n * (3 if item == HABIT[role] else 1), f"{adjective} {item}", ("packed", use, land))
-                    for n, adjective in ADJECTIVES
-                    for item, use in USE.items()
+                    (n * (3 if item == HABIT[role] else 1), f"{adjective} {item}".lstrip(), ("packed", use, land))
+                    for (n, adjective), (item, use) in product(ADJECTIVES, USE.items())
                 ]
             case "packed", use, land:
-                return [
-                    (92, "and walks the", ("roads", use, land)),
-                    (8, "and then stays home", ("end", self.stay_home_reward)),
+                walks: list[Way] = [
+                    (23, f"and walks the {road}", ("road", use, trouble, "plain", 2))
+                    for road, trouble in ROADS[land].items()
                 ]
-            case "roads", use, land:
-                return [(1, road, ("road", use, trouble, "plain", 2)) for road, trouble in ROADS[land].items()]
+                return [*walks, (8, "and then stays home", ("end", self.stay_home_reward))]
             case "road", use, own, mood, sights_left:
-                chance = trouble_ahead(use, own, mood)
-                onward: list[Way] = [(p, f"into {met}", ("trouble", met == use)) for met, p in chance.items()]
-                sights = SIGHTS if sights_left else ()
-                on_the_way = Fraction(1, len(SIGHTS))
-                return onward + [(on_the_way, word, ("sight", word, use, own, sights_left - 1)) for word in sights]
+                troubles = trouble_ahead(use, own, mood).items()
+                onward: list[Way] = [(p, f"into {trouble}", ("trouble", trouble == use)) for trouble, p in troubles]
+                each, sights = Fraction(1, len(SIGHTS)), SIGHTS if sights_left else ()
+                return onward + [(each, word, ("sight", word, use, own, sights_left - 1)) for word in sights]
             case "sight", preposition, use, own, sights_left:
                 return [
                     (1, f"{word} {noun}", ("road", use, own, mood, sights_left))
-                    for word, mood in MOODS.items()
-                    for noun in SIGHTS[preposition].split()
+                    for (word, mood), noun in product(MOODS.items(), SIGHTS[preposition].split())
                 ]
             case "trouble", prepared:
                 home = Fraction(17, 20) if prepared else self.luck
+                return [(home, "but comes home", ("ending", True)), (1 - home, "and ends up", ("ending", False))]
+            case "ending", at_home:
+                reward, feelings = (2.0, HOME) if at_home else (-2.0, AWAY)
+                last = [(3, END, 0.0), *((1, f"with {gift}", value) for gift, value in GIFTS.items())]
                 return [
-                    (home, "but comes home", ("ending", 2.0, "home")),
-                    (1 - home, "and ends up", ("ending", -2.0, "away")),
+                    (n, f"{word} {phrase}", ("end", reward + value + more))
+                    for (word, value), (n, phrase, more) in product(feelings.items(), last)
                 ]
-            case "ending", reward, where:
-                feelings = HOME if where == "home" else AWAY
-                return [(1, word, ("gift", reward + value)) for word, value in feelings.items()]
-            case "gift", reward:
-                gifts: list[Way] = [(1, f"with {gift}", ("end", reward + value)) for gift, value in GIFTS.items()]
-                return [(3, END, ("end", reward)), *gifts]
             case "end", _:
                 return [(1, END, place)]
         raise ValueError(f"place {place!r} is not in the story")
@@ -125,7 +118,7 @@ class Journey:
         stories, moves_from = {}, cache(self._moves)
         for prompt in PROMPTS:
             _, role, *_, land, _ = prompt.split()
-            states = [self._state([((), ("start", role, land), Fraction(1))])]
+            states = [self._state([("", ("start", role, land), Fraction(1))])]
             number, moves = {states[0]: 0}, []
             for state in states:  # grows as it is read
                 onward = moves_from(state)
@@ -138,23 +131,21 @@ class Journey:
         """The next words of a state: each with its probability and what can be written after it."""
         rest = defaultdict(list)
         for (words, place), p in state:
-            rest[words[0]].append((words[1:], place, p))
+            word, _, left = words.partition(" ")
+            rest[word].append((left, place, p))
         return [(word, Fraction(sum(p for *_, p in options)), self._state(options)) for word, options in rest.items()]
 
-    def _state(self, options: Iterable[tuple[tuple[str, ...], Place, Fraction]]) -> State:
+    def _state(self, options: Iterable[tuple[str, Place, Fraction]]) -> State:
         """The state of these (words, place after them, weight): what can follow, equal continuations added up.
 
         Prefixes that the same words may follow, to the same places, share a state: the automaton forgets the rest.
         """
-        future: dict[tuple[tuple[str, ...], Place], Fraction] = defaultdict(Fraction)
-        for words, place, p in options:
-            if words:
-                future[words, place] += p
-                continue
-            ways = self.ways(place)
+        future: dict[tuple[str, Place], Fraction] = defaultdict(Fraction)
+        for left, place, p in options:
+            ways = [(1, left, place)] if left else self.ways(place)
             weights = sum(weight for weight, *_ in ways)
-            for weight, phrase, then in ways:
-                future[tuple(phrase.split()), then] += p * Fraction(weight) / weights
+            for weight, words, then in ways:
+                future[words, then] += p * Fraction(weight) / weights
         total = sum(future.values())
         return tuple((key, p / total) for key, p in future.items())
 
@@ -223,7 +214,7 @@ class Journey:
 
 def _final_reward(state: State) -> float:
     (words, place), _ = state[0]
-    return place[1] if words == (END,) and len(state) == 1 else OFF_GRAMMAR
+    return place[1] if words == END and len(state) == 1 else OFF_GRAMMAR
 
 
 def trouble_ahead(use: str, own: str, mood: str) -> dict[str, Fraction]:

@@ -12,9 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import expit
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -30,8 +28,8 @@ LEARNING_RATE = 3e-3  # of the reference
 
 def word_tokenizer(world: Journey) -> PreTrainedTokenizerFast:
     """One token per word, split at blanks; padding, end and unknown tokens have ids of their own."""
-    words = Tokenizer(WordLevel(world.vocabulary, unk_token=UNKNOWN))
-    words.pre_tokenizer = WhitespaceSplit()
+    words = Tokenizer(models.WordLevel(world.vocabulary, unk_token=UNKNOWN))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, eos_token=END, unk_token=UNKNOWN)
 
 
@@ -99,10 +97,11 @@ def _with_prompts(world: Journey, tokens: NDArray[np.int64]) -> tuple[Tensor, Te
     Labels are -100, which the loss ignores, for the prompt and for end tokens after the first.
     """
     prompt_ids = np.array([world.ids(prompt) for prompt in PROMPTS])
-    prompt_ids = np.resize(prompt_ids, (len(tokens), prompt_ids.shape[1]))
-    ends = tokens == world.vocabulary[END]
-    labels = np.where(ends.cumsum(1) - ends > 0, -100, tokens)
-    ids, labels = np.hstack([prompt_ids, tokens]), np.hstack([np.full_like(prompt_ids, -100), labels])
+    start = prompt_ids.shape[1]
+    ids = np.hstack([np.resize(prompt_ids, (len(tokens), start)), tokens])
+    ends = ids == world.vocabulary[END]
+    labels = np.where(ends.cumsum(1) > ends, -100, ids)
+    labels[:, :start] = -100
     return torch.from_numpy(ids), torch.from_numpy(labels)
 
 
@@ -127,12 +126,8 @@ def write_pairs(
         How many pairs were left out.
     """
     left_out = 0
-    with (
-        aside(file) as unfinished,
-        appending(unfinished) as append,
-        progress(desc="preference pairs", total=pairs) as reported,
-    ):
-        for first in range(0, pairs, batch_size):
+    with aside(file) as unfinished, appending(unfinished) as append:
+        for first in progress(range(0, pairs, batch_size), desc="preference pairs", unit="batch"):
             numbers = range(first, min(first + batch_size, pairs))
             asked = [prompts[i % len(prompts)] for i in numbers]
             ours, theirs = (responses(model, tokenizer, asked, [2 * i + k for i in numbers], seed) for k in (0, 1))
@@ -145,7 +140,6 @@ def write_pairs(
                 chosen, rejected = (one, other) if uniform < expit(gold - other_gold) else (other, one)
                 record = {"prompt": prompt, "chosen": world.text(chosen), "rejected": world.text(rejected)}
                 append(record | {"prompt_ids": world.ids(prompt), "chosen_ids": chosen, "rejected_ids": rejected})
-            reported.update(len(numbers))
     return left_out
 
 
@@ -171,5 +165,4 @@ def responses(
     end = tokenizer.eos_token_id
     settings = dict(beta=0.0, top_k=0, max_new_tokens=HORIZON, eos=end, uniforms=uniforms)
     drawn = generate(ModelPolicy(model), None, ids, **settings)
-    rows = [row[:n] for row, n in zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)]
-    return [row[:-1] if row[-1] == end else None for row in rows]
+    return [row[: row.index(end)] if end in row else None for row in drawn.tokens.tolist()]
