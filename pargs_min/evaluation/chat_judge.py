@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from http.client import HTTPException
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -16,19 +17,8 @@ from pargs_min.progress import progress
 from pargs_min.records import read_jsonl
 from pargs_min.store import appending
 
-QUESTION = """\
-Which of two responses to a prompt is better? Weigh how helpful, relevant, correct and well written they are. Neither \
-their length nor their order matters. Answer with one of [[A]], [[B]] or, if they are equally good, [[TIE]], and \
-nothing else.
-
-[Prompt]
-{prompt}
-
-[Response A]
-{a}
-
-[Response B]
-{b}"""
+QUESTION = Path(__file__).with_name("question.txt").read_text("utf-8").removesuffix("\n")
+SECONDS = 120  # to wait for an answer
 
 
 @dataclass
@@ -42,9 +32,7 @@ class ChatJudge:
         address: up to and without `/chat/completions`, such as https://api.openai.com/v1.
         verdicts: JSONL file of {address, request, reply}, one line per reply; what it holds is not asked again.
             An answer without a message of the model is handed on, and not kept.
-        question: the request, with {prompt}, {a} and {b}; replies must hold one of [[A]], [[B]], [[TIE]].
         pauses: seconds before each new try, when the address cannot be reached, is too busy, or fails.
-        timeout: seconds to wait for an answer.
         workers: requests at a time.
 
     Source: Zheng et al. (2023), arXiv 2306.05685 (both orders, ties); the win rates of arXiv 2406.07780.
@@ -53,14 +41,20 @@ class ChatJudge:
     address: str
     model: str
     verdicts: str | os.PathLike
-    question: str = QUESTION
     pauses: Sequence[float] = (1, 2, 4, 8, 16)
-    timeout: float = 120.0
     workers: int = 8
 
     def __post_init__(self) -> None:
         self.address = self.address.rstrip("/")
-        self.replies = self._read_verdicts()
+        self.replies: dict[str, str] = {}
+        kept = read_jsonl(self.verdicts, growing=True) if os.path.exists(self.verdicts) else ()
+        for verdict, source in kept:
+            try:
+                question = verdict["request"]["messages"][0]["content"]
+                if (verdict["address"], verdict["request"]) == (self.address, self._request(question)):
+                    self.replies[question] = verdict["reply"]
+            except (KeyError, IndexError, TypeError) as error:
+                raise ValueError(f"{source}: not a verdict ({error!r}); remove the line") from None
 
     def compare(self, ours: Texts, theirs: Texts) -> list:
         """1, 0.5 or 0 per pair; the two raw replies where one of them is not a verdict. Equal texts are a tie."""
@@ -72,7 +66,7 @@ class ChatJudge:
     def _questions(self, one: dict, other: dict) -> list[str]:
         """In both orders; none where the texts are equal."""
         orders = (one["response"], other["response"]), (other["response"], one["response"])
-        return [self.question.format(prompt=prompt_text(one), a=a, b=b) for a, b in orders if a != b]
+        return [QUESTION.format(prompt=prompt_text(one), a=a, b=b) for a, b in orders if a != b]
 
     def _request(self, question: str) -> dict:
         return {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": question}]}
@@ -101,31 +95,16 @@ class ChatJudge:
         pauses = iter(self.pauses)
         while True:
             try:
-                with urlopen(request, timeout=self.timeout) as answer:
+                with urlopen(request, timeout=SECONDS) as answer:
                     return answer.read().decode(errors="replace")
             except (OSError, HTTPException) as error:
-                pause = None if _refused(error) else next(pauses, None)
-                if pause is None:
+                if _refused(error) or (pause := next(pauses, None)) is None:
                     said = error.read().decode(errors="replace")[:300] if isinstance(error, HTTPError) else ""
                     raise ValueError(
                         f"judge {self.address}#{self.model} does not answer: {error} {said}; what it has said so far "
                         f"is kept in {self.verdicts}, and the same command goes on from there"
                     ) from error
                 time.sleep(pause)
-
-    def _read_verdicts(self) -> dict[str, str]:
-        """Replies so far, by question."""
-        if not os.path.exists(self.verdicts):
-            return {}
-        replies = {}
-        for verdict, source in read_jsonl(self.verdicts, growing=True):
-            try:
-                question = verdict["request"]["messages"][0]["content"]
-                if (verdict["address"], verdict["request"]) == (self.address, self._request(question)):
-                    replies[question] = verdict["reply"]
-            except (KeyError, IndexError, TypeError) as error:
-                raise ValueError(f"{source}: not a verdict ({error!r}); remove the line") from None
-        return replies
 
 
 def _refused(error: Exception) -> bool:
