@@ -7,7 +7,8 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,15 +50,12 @@ def read_files(labels: Mapping[Path, str]) -> dict[str, list[dict]]:
     there = _prompts(files[first])
     for label in others:
         here = _prompts(files[label])
-        differ = [
-            f"number {number} ({here.get(number, 'missing'):.60}, not {there.get(number, 'missing'):.60})"
-            for number in sorted(here.keys() | there.keys())
-            if here.get(number) != there.get(number)
-        ]
-        if differ:
+        if differ := sorted({number for number, _ in here.items() ^ there.items()}):
+            pairs = [(n, here.get(n, "missing"), there.get(n, "missing")) for n in differ[:3]]
+            shown = "; ".join(f"number {n} ({mine:.60}, not {other:.60})" for n, mine, other in pairs)
             raise ValueError(
-                f"{label} and {first} differ in {len(differ)} prompts: {'; '.join(differ[:3])}; compare files that "
-                "were generated, to the end, from the same prompts"
+                f"{label} and {first} differ in {len(differ)} prompts: {shown}; compare files that were generated, to "
+                "the end, from the same prompts"
             )
     return files
 
@@ -87,12 +85,12 @@ def compare(files: Files, judges: Sequence[Judge] = (), against: str | None = No
     if against is not None and against not in files:
         raise ValueError(f"against must be one of {', '.join(files)}, got {against!r}")
     judged = [(judge, _judge(judge, files, against)) for judge in judges]
-    samples = min(len(texts) for group in files.values() for texts in _by_prompt(group).values())
+    samples = {len(group) for texts in files.values() for group in _by_prompt(texts)}
     reference = against or next(iter(files))
     rows, answers = [], []
     for label, texts in files.items():
         verdicts = [(judge, by_file[label]) for judge, by_file in judged]
-        row = {"file": label} | _row(texts, verdicts, samples)
+        row = {"file": label} | _row(texts, verdicts, min(samples))
         rows.append(row if _model(texts) == _model(files[reference]) else row | {"kl": None})
         for i, text in enumerate(texts):
             said = {judge.name: mine[i].answer for judge, mine in verdicts}
@@ -117,24 +115,20 @@ def _judge(judge: Judge, files: Files, against: str | None) -> dict[str, list[Ve
     if judge.compare and against is None:
         raise ValueError(f"judge {judge.name} compares texts: say with which (--against FILE)")
     texts = {label: {(text["prompt_number"], text["sample"]): text for text in mine} for label, mine in files.items()}
-    scores, verdicts = {}, {}
-    if judge.score:
-        scores = {label: dict(zip(ours, judge.score([*ours.values()]), strict=True)) for label, ours in texts.items()}
-    partners = texts[against] if against else {}
+    scores = {label: judge.score(mine) for label, mine in files.items()} if judge.score else {}
+    scored = {label: dict(zip(texts[label], answers, strict=True)) for label, answers in scores.items()}
+    partners, verdicts = texts[against] if against else {}, {}
     for label, ours in texts.items():
         paired = [key for key in ours if label != against and key in partners]
         if judge.compare:
             said = judge.compare([ours[key] for key in paired], [partners[key] for key in paired])
             answers = won = dict(zip(paired, said, strict=True))
         else:
-            answers = scores[label]
-            won = {key: _outcome(answers[key], scores[against or label][key]) for key in paired}
+            answers = scored[label]
+            pairs = {key: (answers[key], scored[against or label][key]) for key in paired}
+            won = {key: outcome(*pair) for key, pair in pairs.items() if all(map(is_number, pair))}
         verdicts[label] = [Verdict(key[0], answers.get(key), won.get(key)) for key in ours]
     return verdicts
-
-
-def _outcome(ours: Any, theirs: Any) -> float | None:
-    return outcome(ours, theirs) if is_number(ours) and is_number(theirs) else None
 
 
 def _row(texts: list[dict], judged: Sequence[tuple[Judge, list[Verdict]]], samples: int) -> dict:
@@ -146,9 +140,8 @@ def _row(texts: list[dict], judged: Sequence[tuple[Judge, list[Verdict]]], sampl
         return estimate(known, prompts) if len(known) == len(texts) else None
 
     def among_samples(measure: Callable[[list[dict]], float]) -> dict | None:
-        values = {number: measure(group) for number, group in groups.items()}
-        known = {number: value for number, value in values.items() if not math.isnan(value)}
-        return estimate([*known.values()], [*known]) if known else None
+        known = [value for group in groups if not math.isnan(value := measure(group))]
+        return estimate(known, range(len(known))) if known else None
 
     further = {
         name: estimate([measure(verdict.answer) for verdict in verdicts], prompts)
@@ -204,7 +197,7 @@ def rouge_l(texts: list[dict]) -> float:
     return sum(pairs) / len(pairs) if pairs else math.nan
 
 
-def _notes(files: Files, judges: Sequence[Judge], reference: str, samples: int) -> Iterator[str]:
+def _notes(files: Files, judges: Sequence[Judge], reference: str, samples: set[int]) -> Iterator[str]:
     for judge in judges:
         guided = [label for label, texts in files.items() if any(_guided_by(text, judge.name) for text in texts)]
         if guided:
@@ -218,9 +211,9 @@ def _notes(files: Files, judges: Sequence[Judge], reference: str, samples: int) 
                 f"{label} was written by {_model(texts)}, {reference} by {_model(files[reference])}: its KL, to its "
                 "own model, is left out (--reference MODEL takes all to one)"
             )
-    counts = {len(group) for texts in files.values() for group in _by_prompt(texts).values()}
-    if len(counts) > 1:
-        yield f"the prompts have {min(counts)} to {max(counts)} samples: distinct-n is over {samples} of each"
+    fewest, most = min(samples), max(samples)
+    if fewest < most:
+        yield f"the prompts have {fewest} to {most} samples: distinct-n is over {fewest} of each"
     methods = {text.get("method") for texts in files.values() for text in texts}
     for name in [name for name in BOUNDED if name in methods]:
         yield f"the KL of {name} is an upper bound: {METHODS[name].bound}"
@@ -248,11 +241,9 @@ def with_kl_to(reference: str, texts: list[dict], ref_log_probs: Sequence[float]
     >>> with_kl_to("base", [text], [-4.0])[0]["kl"]
     1.5
     """
-    moved = []
-    for text, ref_log_prob in zip(texts, ref_log_probs, strict=True):
-        kl = text["kl"] + text["ref_log_prob"] - ref_log_prob
-        moved.append(text | {"kl": kl, "settings": text.get("settings", {}) | {"model": reference}})
-    return moved
+    kls = [text["kl"] + text["ref_log_prob"] - known for text, known in zip(texts, ref_log_probs, strict=True)]
+    settings = [text.get("settings", {}) | {"model": reference} for text in texts]
+    return [text | {"kl": kl, "settings": given} for text, kl, given in zip(texts, kls, settings, strict=True)]
 
 
 def _model(texts: list[dict]) -> str | None:
@@ -264,8 +255,6 @@ def _prompts(texts: list[dict]) -> dict[int, str]:
     return {text["prompt_number"]: repr(text["prompt"] or text.get("prompt_ids")) for text in texts}
 
 
-def _by_prompt(texts: list[dict]) -> dict[int, list[dict]]:
-    groups: dict[int, list[dict]] = {}
-    for text in texts:
-        groups.setdefault(text["prompt_number"], []).append(text)
-    return groups
+def _by_prompt(texts: list[dict]) -> list[list[dict]]:
+    number = itemgetter("prompt_number")
+    return [list(group) for _, group in groupby(sorted(texts, key=number), number)]

@@ -27,6 +27,8 @@ from pargs_min.models import default_device, is_classifier, load_config, load_re
 from pargs_min.progress import progress
 from pargs_min.reward_model import context_length, final_rewards, is_causal
 
+BATCH = 32  # texts that a reward model reads together
+
 
 @dataclass(frozen=True)
 class Judge:
@@ -58,9 +60,8 @@ def load_judge(name: str, verdicts: str | os.PathLike = "verdicts.jsonl") -> Jud
         if not model:
             raise ValueError(f"judge {name!r} names no model; write it behind the address: {name}#MODEL")
         return Judge(name, compare=ChatJudge(address, model, verdicts).compare)
-    if ":" in name and not os.path.exists(name):
-        return Judge(name, score=function_judge(name))
-    return Judge(name, score=model_judge(name))
+    is_function = ":" in name and not os.path.exists(name)
+    return Judge(name, score=function_judge(name) if is_function else model_judge(name))
 
 
 def is_number(value: object) -> bool:
@@ -95,7 +96,7 @@ def function_judge(name: str) -> Callable[[Texts], list]:
     return score
 
 
-def model_judge(name: str, batch_size: int = 32) -> Callable[[Texts], list[float]]:
+def model_judge(name: str) -> Callable[[Texts], list[float]]:
     """A classifier with one label; each kind reads a text in the form that it was trained on.
 
     A model that `pargs train` wrote reads ids, in its recorded prompt format, end token included. Of the others, those
@@ -104,34 +105,30 @@ def model_judge(name: str, batch_size: int = 32) -> Callable[[Texts], list[float
     Raises:
         ValueError: if there is no such model, or it is not a reward model.
     """
-    model, tokenizer = _load(name)
-    limit = context_length(model)
-
-    def score(texts: Texts) -> list[float]:
-        rows = _rows(model, tokenizer, texts)
-        for row, text in zip(rows, texts, strict=True):
-            if limit is not None and len(row["input_ids"]) > limit:
-                raise ValueError(
-                    f"prompt number {text['prompt_number']}, sample {text['sample']}: {len(row['input_ids'])} tokens, "
-                    f"and judge {name!r} reads at most {limit}; generate shorter texts (--max-new-tokens)"
-                )
-        batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-        return [reward for some in progress(batches, desc="judging") for reward in _rewards(model, tokenizer, some)]
-
-    return score
-
-
-def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         config = load_config(name)
         if not is_classifier(config):
             kinds = config.architectures or ["no model"]
             raise ValueError(f"it is {', '.join(kinds)}, not a sequence-classification model")
-        return load_reward_model(name, dtype="auto", device=default_device()), load_tokenizer(name)
+        model, tokenizer = load_reward_model(name, dtype="auto", device=default_device()), load_tokenizer(name)
     except ValueError as error:
         raise ValueError(
             f"judge {name!r} cannot be loaded: {error}; expected a reward model, MODULE:FUNCTION or URL#MODEL"
         ) from error
+    limit = context_length(model) or math.inf
+
+    def score(texts: Texts) -> list[float]:
+        rows = _rows(model, tokenizer, texts)
+        for row, text in zip(rows, texts, strict=True):
+            if len(row["input_ids"]) > limit:
+                raise ValueError(
+                    f"prompt number {text['prompt_number']}, sample {text['sample']}: {len(row['input_ids'])} tokens, "
+                    f"and judge {name!r} reads at most {limit}; generate shorter texts (--max-new-tokens)"
+                )
+        starts = progress(range(0, len(rows), BATCH), desc="judging")
+        return [reward for i in starts for reward in _rewards(model, tokenizer, rows[i : i + BATCH])]
+
+    return score
 
 
 def _reads_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -144,10 +141,8 @@ def _rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Tex
         return [tokenizer(prompt_text(text), text["response"]) for text in texts]
     settings = recorded(model)
     codec = Codec(tokenizer, settings.get("prompt_format"))
-    if tokenizer.chat_template and not settings:
-        ids = as_chats(codec, texts)
-    else:
-        ids = as_ids(codec, texts, append_eos=settings.get("append_eos", True))
+    chats = tokenizer.chat_template and not settings
+    ids = as_chats(codec, texts) if chats else as_ids(codec, texts, append_eos=settings.get("append_eos", True))
     return [{"input_ids": row} for row in ids]
 
 

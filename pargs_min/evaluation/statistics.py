@@ -22,9 +22,7 @@ def prompt_means(values: Sequence[float], groups: Sequence[Hashable]) -> np.ndar
     [2.0, 5.0]
     """
     if not len(values) or len(values) != len(groups):
-        raise ValueError(
-            f"values and groups must name one group for each of at least one value, got {len(values)} and {len(groups)}"
-        )
+        raise ValueError(f"groups must name one for each of at least one value, got {len(values)} and {len(groups)}")
     gathered: dict[Hashable, list[float]] = {}
     for value, group in zip(values, groups, strict=True):
         gathered.setdefault(group, []).append(value)
@@ -71,18 +69,11 @@ def bootstrap_interval(
     True
     """
     means = prompt_means(values, groups)
-    if len(means) == 1:
-        return math.nan, math.nan
     if np.ptp(means) == 0:
-        return float(means[0]), float(means[0])
-    low, high = stats.bootstrap(
-        (means,),
-        np.mean,
-        confidence_level=confidence,
-        batch=max(1, 10**7 // len(means)),  # at most 80 MB at a time
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(low), float(high)
+        return (float(means[0]),) * 2 if len(means) > 1 else (math.nan, math.nan)
+    batch = max(1, 10**7 // len(means))  # at most 80 MB at a time
+    drawn = stats.bootstrap((means,), np.mean, confidence_level=confidence, batch=batch, rng=seed)
+    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
 
 
 def estimate(values: Sequence[float], groups: Sequence[Hashable]) -> dict[str, float | None]:
@@ -120,10 +111,8 @@ def wilson(successes: float, trials: int) -> tuple[float, float]:
     >>> [round(end, 3) for end in wilson(15, 148)]  # Newcombe (1998), table I: 0.0624 to 0.1605
     [0.062, 0.16]
     """
-    low, high = (
-        stats.binomtest(whole, trials).proportion_ci(method="wilson")
-        for whole in (math.floor(successes), math.ceil(successes))
-    )
+    tests = [stats.binomtest(whole(successes), trials) for whole in (math.floor, math.ceil)]
+    low, high = (test.proportion_ci(method="wilson") for test in tests)
     return float(low.low), float(high.high)
 
 
@@ -155,11 +144,8 @@ def win_rate(outcomes: Sequence[float], groups: Sequence[Hashable]) -> dict[str,
     """
     rate, error = mean_and_error(outcomes, groups)
     counts = {name: list(outcomes).count(value) for name, value in (("wins", 1), ("ties", 0.5), ("losses", 0))}
-    prompts = len(set(groups))
-    if prompts == len(groups):
-        low, high = wilson(counts["wins"] + counts["ties"] / 2, prompts)
-    else:
-        low, high = bootstrap_interval(outcomes, groups)
+    won, prompts = counts["wins"] + counts["ties"] / 2, len(set(groups))
+    low, high = wilson(won, prompts) if prompts == len(groups) else bootstrap_interval(outcomes, groups)
     if low == high:  # no two prompts differ
         low, high = wilson(rate * prompts, prompts)
     return {"rate": rate, "low": _known(low), "high": _known(high), **counts, "error_over_prompts": _known(error)}

@@ -3,7 +3,6 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,9 @@ def panels(comparison: Comparison) -> dict[str, dict[str, tuple[float, float, fl
     """What the figure shows: for each measure, (value, low, high) of each file that has it."""
     found: dict[str, dict[str, tuple[float, float, float]]] = {}
     for row in comparison.rows:
-        estimates, short = {}, _short_names(row["judges"])
-        for name, judged in row["judges"].items():
-            estimates[f"reward ({short[name]})"] = judged["reward"]
-            estimates[f"share won ({short[name]})"] = judged["win_rate"]
+        estimates: dict[str, Any] = {}
+        for name, judged in _by_short_name(row["judges"]).items():
+            estimates |= {f"reward ({name})": judged["reward"], f"share won ({name})": judged["win_rate"]}
         estimates[KL] = row["kl"]
         for name, estimate in estimates.items():
             if estimate:
@@ -58,20 +56,19 @@ def _plain(answer: Any) -> float | str:
     return float(answer) if is_number(answer) else repr(answer)
 
 
-def _short_names(judges: Iterable[str]) -> dict[str, str]:
-    """The last part of each judge's name, or all of it where two would look the same."""
+def _by_short_name(judges: dict[str, dict]) -> dict[str, dict]:
+    """By the last part of each judge's name, or all of it where two would look the same."""
     short = {judge: os.path.basename(judge.rstrip("/")).rpartition("#")[2] for judge in judges}
     alike = Counter(short.values())
-    return {judge: name if alike[name] == 1 else judge for judge, name in short.items()}
+    return {name if alike[name] == 1 else judge: judges[judge] for judge, name in short.items()}
 
 
 def _cells(row: dict) -> dict[str, str]:
     cells = {"file": row["file"], "texts": f"{row['texts']} of {row['prompts']}"}
-    short = _short_names(row["judges"])
-    for name, judged in row["judges"].items():
-        cells[f"reward ({short[name]})"] = _plus_minus(judged["reward"], interval=True)
-        cells[f"wins ({short[name]})"] = _wins(judged["win_rate"])
-        cells[f"no answer ({short[name]})"] = str(judged["out_of_format"] or "")
+    for name, judged in _by_short_name(row["judges"]).items():
+        cells[f"reward ({name})"] = _plus_minus(judged["reward"], interval=True)
+        cells[f"wins ({name})"] = _wins(judged["win_rate"])
+        cells[f"no answer ({name})"] = str(judged["out_of_format"] or "")
     kl = _plus_minus(row["kl"])
     cells["KL (nats)"] = f"≤ {row['kl']['mean']:.3g}" if kl and row["kl_is_bound"] else kl
     measures = [name for name in row if name not in NO_MEASURES]
