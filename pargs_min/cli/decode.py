@@ -114,8 +114,7 @@ def load(options: DecodeOptions) -> dict:
     for role in ("reward", "final_reward"):
         if name := getattr(options, f"{role}_model", None):
             with enough_memory(f"loading {name} beside {options.model}", smaller):
-                loaded[f"{role}_tokenizer"] = load_tokenizer(name)
-                loaded[f"{role}_model"] = load_reward_model(name, **where)
+                loaded |= {f"{role}_tokenizer": load_tokenizer(name), f"{role}_model": load_reward_model(name, **where)}
     return loaded | {name: value for name, value in vars(options).items() if name in PASSED}
 
 
