@@ -11,18 +11,19 @@ The ground floor is the method; read it in this order:
     scoring.py         r of k candidates in one pass over one cache
     decode.py          the loop, and the same inside transformers' generate
     smc.py             the same loop with many particles, towards the RLHF policy
-    methods.py         the table of methods, each a call of the loop
+    methods.py         the table of methods
     data.py train.py lora.py      from preference pairs to a reward model
     texts.py trace.py             files of texts; one text token by token
     static.py                     compiled steppers for the same loop
 
-Everything enters and leaves by three doors:
+Everything enters and leaves by three doors (models, text, files):
 
     models.py              models and tokenizers, from a folder or a hub id
     codec.py               text to token ids, and back
     records.py store.py    files that are read, and files that are written
 
-Beside it stand wings that the ground floor knows nothing of:
+memory.py, progress.py, plots.py and markdown.py are small helpers. Beside the ground floor stand wings, which it does
+not import:
 
     evaluation/    what texts are worth: statistics, judges, comparisons
     world/         the embedded world: a grammar with a gold reward, and its exact values

@@ -1,4 +1,4 @@
-"""Text to token ids and back: the one place that knows a tokenizer, the form of the prompts, and what ends a text.
+"""Text to token ids and back: the one place where prompts and responses become ids, and that knows what ends a text.
 
 Training, decoding, judging and every reading of a text again get their ids here, so that all of them see the same ones.
 Prompt and response are tokenised apart and joined as ids. A model that decodes continues ids; tokenising the joined
@@ -154,7 +154,7 @@ def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[Pro
 
 
 def check_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
-    """Check that the tokenizer knows all token ids. Raises ValueError with the first that it does not know."""
+    """Check that the tokenizer knows all token ids. Raises ValueError naming the largest, if it does not."""
     if max(ids, default=0) >= len(tokenizer):
         raise ValueError(
             f"token id {max(ids)} is outside the tokenizer's vocabulary of {len(tokenizer)}; "

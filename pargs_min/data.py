@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A prompt and one response as token ids, and the reward of the whole (nan until somebody gave one)."""
+    """A prompt and one response as token ids, and the reward of the whole (nan if not rated)."""
 
     prompt_ids: list[int]
     response_ids: list[int]
@@ -84,8 +84,9 @@ def _encode(
     ends: Callable[[Any], bool],
 ) -> tuple[list[list[list[int]]], dict[str, int]]:
     """[prompt_ids, response_ids of each side] of every record that can be trained on, and counts of all."""
-    names = ["read", "kept", "too_long", "empty", *["identical"] * (len(sides) > 1), "prompts_cut"]
-    counts, rows, end = dict.fromkeys(names, 0), [], [tokenizer.eos_token_id]
+    two = ("identical",) if len(sides) == 2 else ()
+    counts = dict.fromkeys(("read", "kept", "too_long", "empty", *two, "prompts_cut"), 0)
+    rows, end = [], [tokenizer.eos_token_id]
     encoded = [encode_responses(tokenizer, [getattr(record, side) for record in records]) for side in sides]
     for record, *responses in zip(records, *encoded, strict=True):
         prompt_ids = _encode_prompt(record, responses, tokenizer)
@@ -93,7 +94,7 @@ def _encode(
             responses = [ids if ids[-1:] == end else ids + end for ids in responses]
         room = len(prompt_ids) if max_length is None else max_length - max(map(len, responses))
         counts["read"] += 1
-        if responses[1:] == responses[:1]:
+        if two and responses[0] == responses[1]:
             counts["identical"] += 1
         elif not all(responses):
             counts["empty"] += 1

@@ -17,15 +17,15 @@ from pargs_min.policy import guided_log_probs, top_k_candidates
 from pargs_min.reward_model import read, token_positions
 from pargs_min.scoring import CachedText, RewardFn
 
-CHECK_EVERY = 16  # steps between two looks at what a GPU has found
+CHECK_EVERY = 16  # steps between two checks, on a GPU, for impossible numbers and for rows that have ended
 NEVER = 2**31
 
 
 class PolicyStepper(Protocol):
     """The reference, one step at a time: `log_probs` and `push`, once each, in that order.
 
-    Only where rows are resampled, both steppers also need `select(rows)`, which may come before `push`: row i goes on
-    from what row rows[i] has read.
+    `select(rows)` is called only where rows are resampled, before `push`: row i goes on from what row rows[i] has read.
+    The reward scorer has it, too.
     """
 
     def start(self, prompt_ids: Tensor, mask: Tensor) -> None: ...
@@ -107,7 +107,7 @@ class Generation:
     tokens: Tensor  # (B, N) ids
     lengths: Tensor  # (B,) tokens of each response, its end token included
     ref_log_probs: Tensor  # (B, N) log pi_ref of each drawn token, in nats, over the whole vocabulary
-    log_probs: Tensor  # (B, N) log of the probability it was drawn with, in nats
+    log_probs: Tensor  # (B, N) log-probability of each drawn token under the guided policy, in nats, whatever the draw
     rewards: Tensor  # (B, N) reward of the prefix that ends in it; 0 without guidance
 
 
@@ -221,7 +221,7 @@ class _Texts:
 
     def __init__(self, batch: int, ends: list[int], pad: int | None, like: Tensor):
         self.ends = torch.tensor(ends, dtype=torch.long, device=like.device)
-        self.padding = ends[0] if pad is None and ends else pad or 0
+        self.padding = pad if pad is not None else ends[0] if ends else 0
         self.alive = torch.ones(batch, dtype=torch.bool, device=like.device)
         self.broken_at = torch.full((batch,), NEVER, device=like.device)  # the first step with an impossible number
         self.written: list[tuple[Tensor, ...]] = []  # of each step (B,) tokens, ref_log_probs, log_probs, rewards
@@ -274,7 +274,7 @@ def response_rewards(reward_fn: RewardFn, prompt_ids: Tensor, mask: Tensor, gene
     """(B,) rewards of the whole responses, end token included, each behind its prompt.
 
     Raises:
-        FloatingPointError: if a reward is not finite, with its row: nan would be the greatest of all.
+        FloatingPointError: if a reward is not finite, with its row: argmax would select nan.
     """
     tokens, lengths = generation.tokens, generation.lengths
     written = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
@@ -328,8 +328,9 @@ def _check_lengths(policy, reward, prompt_ids: Tensor, mask: Tensor, max_new_tok
 class RewardGuidance(LogitsProcessor):
     """The same guidance inside transformers' own `model.generate(logits_processor=[RewardGuidance(...)])`.
 
-    Only the top_k candidates keep a finite score, `log pi_ref + beta * r`; transformers then samples or takes the
-    maximum. Its own `top_k` (50 by default) and `temperature` apply afterwards: pass `top_k=0` for more candidates.
+    The top_k candidates are scored by their log-probability under the guided policy, all other tokens by -inf;
+    transformers then samples or takes the maximum. Its own `top_k` (50 by default) and `temperature` apply afterwards:
+    pass `top_k=0` to its `generate`, or it cuts the candidates again.
 
     Use a new object for each call of `generate`. Greedy decoding and sampling work, with any number of returned
     sequences; beam search and assisted decoding reorder rows behind the processor's back and are refused.

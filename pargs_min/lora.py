@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def low_rank(model: PreTrainedModel, rank: int | None) -> Iterator[None]:
-    """Within, only the head is trained, plus adapters on all remaining linear layers; afterwards they are merged into
-    the weights, and the model is an ordinary one again.
+    """Context manager: only the head is trained, plus adapters on all remaining linear layers; afterwards they are
+    merged into the weights, and the model is an ordinary one again.
 
         W x  becomes  W x + 2 B (A x),   A (rank, in) random, B (out, rank) zero at first
 

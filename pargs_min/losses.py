@@ -68,13 +68,14 @@ def partial_bradley_terry_loss(
         chosen_lengths, rejected_lengths: (B,) number of tokens of each response, its own end token included.
         tail: "extend" compares up to the longer response, "min" up to the shorter one.
         reduction: "prefix" averages over all prefixes of the batch, "pair" over each pair first.
-        lengths: first and last prefix length that is compared, in tokens; None for no last one.
+        lengths: first and last prefix length to compare, in tokens; None for no last one.
 
     Returns:
-        Scalar, in nats per prefix (or per pair); 0 where nothing is compared.
+        Scalar, in nats per prefix (or per pair); a pair that compares nothing counts 0.
 
     Raises:
-        ValueError: for an unknown `tail` or `reduction`, shapes that differ, or lengths outside 1..T.
+        ValueError: for an unknown `tail` or `reduction`, shapes that differ, response lengths outside 1..T, or a last
+            of `lengths` below the first.
 
     Source: arXiv 2406.07780, the Bradley-Terry loss on partial sequences.
 
@@ -142,7 +143,7 @@ def compared_prefixes(
     """(B, width) mask of the prefix lengths at which a pair is compared (choices 2 and 3 above).
 
     Raises:
-        ValueError: for an unknown `tail`, or lengths outside 1..width.
+        ValueError: for an unknown `tail`, response lengths outside 1..width, or a last of `lengths` below the first.
 
     >>> compared_prefixes(torch.tensor([3]), torch.tensor([1]), width=4)
     tensor([[ True,  True,  True, False]])

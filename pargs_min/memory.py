@@ -22,7 +22,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def enough_memory(doing: str, way_out: str) -> Iterator[None]:
-    """Within, an out-of-memory error says what was being done, and what to do about it.
+    """Context manager: an out-of-memory error says what was being done, and what to do about it.
 
     Raises:
         MemoryError: "out of memory while `doing`: `way_out`", from torch's own error.

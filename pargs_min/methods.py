@@ -1,4 +1,4 @@
-"""The named methods, in one table: each is one call of the loop, and they differ only in its arguments.
+"""The named methods, in one table: each calls the loop once; best-of-n and smc then choose among its rows.
 
 Whoever needs to know something of a method (what trains its reward, how its KL is known) reads it here.
 """
@@ -96,7 +96,7 @@ def selected_kl(generation: Generation, n: int = 1) -> Tensor:
 
 
 def path_kl(method: str, generation: Generation, n: int = 1) -> Tensor:
-    """(B,) nats of each response from the untruncated reference, by the rule of its method.
+    """(B,) KL estimates in nats of each response, from the untruncated reference, by the rule of its method.
 
     Raises:
         ValueError: for smc, whose paths do not tell.
@@ -207,13 +207,13 @@ FINE_TUNED = ("dpo", "ppo")  # language models of `baselines/`, which write as `
 # What a reward model is, by the objective it was trained with.
 OBJECTIVES = {
     "partial": "a reward model of prefixes",
-    "full": "a reward model of whole responses, whose scores of prefixes mean nothing,",
+    "full": "a reward model of whole responses (whose scores of prefixes mean nothing)",
     "value": "a value model",
 }
 
 
 def guided_by(objective: str) -> str:
-    """The method, sampled, that a reward model of this objective makes of guidance.
+    """The name of the sampling method that uses a reward model trained with this objective.
 
     >>> guided_by("partial")
     'pargs'

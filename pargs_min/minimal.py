@@ -2,7 +2,7 @@
 
 Read this first. Everything else in the package is the same computation made fast, a way to train or measure it, or a
 rival. There is no cache here, no batch and no option: each prefix and each candidate is a text of its own, read from
-its first token. The tests hold the fast code to these functions.
+its first token. The tests compare the fast code with these functions.
 
 Source: A Critical Look At Tokenwise Reward-Guided Text Generation, arXiv 2406.07780.
 
@@ -11,7 +11,7 @@ Source: A Critical Look At Tokenwise Reward-Guided Text Generation, arXiv 2406.0
 >>> config = GPT2Config(vocab_size=9, n_positions=16, n_embd=8, n_layer=1, n_head=1, num_labels=1)
 >>> lm, reward_model = GPT2LMHeadModel(config).eval(), GPT2ForSequenceClassification(config).eval()
 >>> END, prompt = 0, torch.tensor([1, 2])
->>> pairs = [(prompt, torch.tensor([7, 3, END]), torch.tensor([8, END]))]  # with 7 one wins, with 8 one loses
+>>> pairs = [(prompt, torch.tensor([7, 3, END]), torch.tensor([8, END]))]  # the response that starts with 7 wins
 >>> optimizer = torch.optim.Adam(reward_model.parameters(), lr=0.01)
 >>> for _ in range(50):
 ...     optimizer.zero_grad()
@@ -22,7 +22,8 @@ tensor(True)
 >>> token, log_probs = guided_policy(lm, reward_model, prompt, beta=2.0, k=9)
 >>> bool(log_probs[token == 7] > log_probs[token == 8])
 True
->>> len(generate(lm, reward_model, prompt, END, beta=2.0, k=9, max_new_tokens=5)) <= 5
+>>> responses = [generate(lm, reward_model, prompt, END, beta=4.0, k=9, max_new_tokens=1).item() for _ in range(50)]
+>>> responses.count(7) > 3 * responses.count(8)
 True
 """
 
@@ -34,7 +35,11 @@ Pair = tuple[Tensor, Tensor, Tensor]  # token ids of a prompt, of the response t
 
 
 def reward(reward_model: nn.Module, ids: Tensor) -> Tensor:
-    """r(ids), the reward of a text (T,), finished or not: the single label of any sequence classifier."""
+    """r(ids), the reward of a text (T,), finished or not: the single label of a sequence classifier.
+
+    The classifier reads it at the last token that is not padding, so its padding token, if it has one, must not be the
+    end token.
+    """
     return reward_model(input_ids=ids[None]).logits[0, 0]
 
 

@@ -1,7 +1,7 @@
 """Models in: every pretrained model and tokenizer of the project is loaded here, from a folder or a hub id.
 
-No code of a model's folder is run, and weights are read from safetensors alone. What cannot be loaded is a `ValueError`
-that names the folder.
+No code of a model's folder is run, and weights are read from safetensors alone. What cannot be loaded raises a
+`ValueError` that names the folder.
 """
 
 import os
@@ -157,7 +157,7 @@ def _give_vocabulary_head(model: PreTrainedModel) -> None:
 
 def _check_weights(name: Name, report: dict, fresh: tuple[str, ...]) -> None:
     """Raises ValueError if the file lacks a weight, but for those of a fresh head, or has one in another shape."""
-    missing = [key for key in sorted(report["missing_keys"]) if not key.startswith(fresh or "\n")]
+    missing = [key for key in sorted(report["missing_keys"]) if not key.startswith(fresh)]
     wrong = missing + [f"{key} ({there} there, {wanted} wanted)" for key, there, wanted in report["mismatched_keys"]]
     if wrong:
         raise ValueError(
@@ -168,7 +168,7 @@ def _check_weights(name: Name, report: dict, fresh: tuple[str, ...]) -> None:
 
 @contextmanager
 def _loading(name: Name) -> Iterator[None]:
-    """Within, transformers loads without its report on each model, and an error names the model."""
+    """Context manager: transformers loads without its report on each model, and an error names the model."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

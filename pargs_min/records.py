@@ -1,4 +1,4 @@
-"""Preference records and prompts: read from files or the model hub, and check.
+"""Preference records, prompts and texts: read from files or the model hub, and checked.
 
 One line of JSON per record, in any of these forms:
 
@@ -6,7 +6,7 @@ One line of JSON per record, in any of these forms:
     {"prompt": [messages], "chosen": [message], "rejected": [message]}  through the tokenizer's chat template
     {"chosen": [messages], "rejected": [messages]}                      whole chats: the last message is the response
     {"chosen": "...", "rejected": "..."}                                whole dialogues, as HH-RLHF was published
-    {"prompt_ids": [...], "chosen_ids": [...], "rejected_ids": [...]}   token ids; each wins over its text
+    {"prompt_ids": [...], "chosen_ids": [...], "rejected_ids": [...]}   token ids, preferred to text
 """
 
 import gzip
@@ -69,13 +69,15 @@ def read_responses(path: str | os.PathLike) -> list[Response]:
         if not isinstance(finished, bool):
             raise ValueError(f"{source}: `finished` must be true or false, got {json.dumps(finished)[:60]}")
         prompt, response = _field(record, "prompt", source), _field(record, "response", source)
+        if is_messages(response):
+            raise ValueError(f"{source}: `response` must be text or token ids, got messages; give the text of the last")
         responses.append(Response(prompt, response, finished, source))
     if not responses:
         raise ValueError(f"{path} holds no records; expected one text per line")
     return responses
 
 
-# The fields of a record of `pargs generate`, with their types; the first must be there.
+# The fields of a record of `pargs generate`, with their types: those that must be there, and others.
 REQUIRED: dict[str, Any] = {
     "prompt_number": int,
     "sample": int,

@@ -99,7 +99,7 @@ def final_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
 
 
 def is_causal(model: PreTrainedModel) -> bool:
-    """Whether the model has a reward at every token; `score` is the name all causal families give their head."""
+    """Whether the model has a reward at every token; `score` is the name that causal families give their head."""
     return isinstance(getattr(model, "score", None), nn.Linear)
 
 

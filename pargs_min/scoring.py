@@ -5,7 +5,7 @@ A *reward scorer* is all that the decoding loop needs from a reward model: `star
 
     SiblingScorer      one pass over one cache for all k candidates; causal reward models with a scalar head
     VocabularyScorer   one query over one cache for the whole vocabulary; those with a vocabulary head
-    ReencodeScorer     any function of whole texts; k passes over everything per token, and the oracle of the other two
+    ReencodeScorer     any function of whole texts, at k passes over everything per token
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -157,8 +157,8 @@ def _check_siblings(scorer: SiblingScorer) -> None:
     tolerance = 0.1 if torch.finfo(weight.dtype).bits == 16 else 1e-3
     if not (got - want).abs().max() <= tolerance * want.std():  # so that nan is refused too
         raise ValueError(
-            f"{model.config.model_type} takes a token's position from its place in the cache, so candidates that share "
-            f"one would be scored wrongly; {WAY_OUT}"
+            f"{model.config.model_type} scores candidates over one cache differently than in whole texts (by up to "
+            f"{float((got - want).abs().max()):.2g}), perhaps because it takes positions from the cache; {WAY_OUT}"
         )
 
 
@@ -232,7 +232,7 @@ class ReencodeScorer:
 
     Args:
         reward_fn: (N, T) ids and their mask, padded on the left -> (N,) rewards. See `model_rewards` and
-            `text_rewards` for hub models; any function of token ids will do. It is called on parts of the texts.
+            `text_rewards` for hub models; any function of token ids will do. It is called on batches of rows.
         max_tokens: per part, padding included; a longer text is a part by itself.
     """
 
@@ -295,7 +295,7 @@ def text_rewards(
     dropped, and a candidate that is half a character reaches the reward model as the replacement character.
 
     Args:
-        ends: ids that end a text (`pargs_min.texts.end_tokens`); None means the end token of `lm_tokenizer`.
+        ends: ids that end a text (`pargs_min.codec.end_tokens`); None means the end token of `lm_tokenizer`.
     """
     ends = {lm_tokenizer.eos_token_id} if ends is None else set(ends)
 

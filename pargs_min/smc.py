@@ -7,8 +7,8 @@ texts. The difference is a weight that the loop already has: after the prefix a,
 
 whatever the token t. When the weights of a prompt's particles have drifted apart, the particles are resampled in
 proportion to them before they draw; at the end, exp(beta (R(y) - r(y))) replaces the partial reward by the reward R
-of the whole text. No further training is needed, and r need not be good: it decides how many particles are enough, not
-what they converge to.
+of the whole text. No further training is needed. With an R of its own, r need not be good: it only decides how many
+particles are enough. Without one, R is r.
 
 Source: twisted sequential Monte Carlo, Zhao et al. (2024), arXiv 2404.17546; the weight is the normaliser of the ratio
 of two RLHF policies in arXiv 2406.07780 (`theory/`, T2 and T10).

@@ -16,7 +16,7 @@ from pathlib import Path
 
 @contextmanager
 def appending(path: str | os.PathLike) -> Iterator[Callable[[Mapping], None]]:
-    """Within, a function that appends one record as a whole line of JSON, at once.
+    """Context manager: a function that appends one record as a whole line of JSON, at once.
 
     Raises:
         OSError: if the file cannot be written.
@@ -36,7 +36,7 @@ def appending(path: str | os.PathLike) -> Iterator[Callable[[Mapping], None]]:
 
 @contextmanager
 def aside(path: str | os.PathLike) -> Iterator[Path]:
-    """Within, a path to write a file or folder to; it takes the place of `path` if nothing is raised.
+    """Context manager: a path to write a file or a new folder to, which becomes `path` if nothing is raised.
 
     So `path`, once there, is whole. What an earlier run left unfinished is removed.
     """

@@ -66,7 +66,8 @@ def train_reward_model(
             arguments give the weights of a run that was never interrupted.
 
     Returns:
-        Metrics: `train_loss` and `eval_loss` in nats per prefix, pair accuracies (`prefix_metrics`), seconds.
+        Metrics: `train_loss` and `eval_loss` in nats per prefix (full objective, or reduction by pair: per pair), pair
+        accuracies (`prefix_metrics`), seconds.
 
     Raises:
         ValueError: if the model is not causal, if `objective`, `tail` or `reduction` is unknown, if one process sees
@@ -99,7 +100,8 @@ def train_value_model(
 
     Args:
         texts, eval_texts: samples of the reference, rated (`rate`).
-        others: as in `train_reward_model`.
+
+    All other arguments are those of `train_reward_model`.
 
     Returns:
         Metrics: `train_loss` and `eval_loss` in squared units of reward per prefix, `value_metrics`, seconds.
@@ -123,7 +125,7 @@ def train_value_model(
 
 @torch.no_grad()
 def rate(texts: Sequence[Text], reward_fn: RewardFn, *, batch_size: int = 32, device: str = "cpu") -> list[Text]:
-    """The texts with their rewards as wholes."""
+    """The texts, each with the reward of its whole response."""
     rated = []
     for start in progress(range(0, len(texts), batch_size), desc="rewards"):
         some = texts[start : start + batch_size]
@@ -271,7 +273,7 @@ def full_loss(
 
 @contextmanager
 def _forward_is_prefix_rewards(model: PreTrainedModel) -> Iterator[None]:
-    """Within, calling the model gives its rewards at every token.
+    """Context manager: calling the model gives its rewards at every token.
 
     The model's own forward pools the last one. Wrappers (DDP, autocast) act on a model that is called, so its
     parts must not be called behind their back.

@@ -158,10 +158,7 @@ def test_distinct_n_is_over_as_many_samples_in_every_file():
 def test_a_judge_that_guided_a_method_is_reported(tmp_path):
     folder = str(tmp_path)
     settings = {"settings": {"reward_model": folder + "/."}}
-    files = {
-        "guided": [text(0, 0, "a", method="pargs", **settings)],
-        "scored": [text(0, 0, "a", **settings)],
-    }
+    files = {"guided": [text(0, 0, "a", method="pargs", **settings)], "scored": [text(0, 0, "a", **settings)]}
     notes = compare(files, [Judge(folder, score=length)]).notes
     assert [note for note in notes if "guided" in note] == notes
     assert notes[0].startswith(f"the judge {folder} guided guided: its reward says how well it was optimised")
@@ -288,10 +285,7 @@ def test_texts_whose_prompts_are_ids_alone_are_read_and_told_apart(tmp_path):
         ("\n", "x.jsonl holds no texts"),
         ("GOOD\nno\n", "x.jsonl:2: not JSON"),
         ("GOOD\n[1]\n", "x.jsonl:2: expected a JSON object, got"),
-        (
-            '{"prompt": "a", "chosen": "b"}\n',
-            "x.jsonl:1: not a record of `pargs generate`: no field `prompt_number`",
-        ),
+        ('{"prompt": "a", "chosen": "b"}\n', "x.jsonl:1: not a record of `pargs generate`: no field `prompt_number`"),
         (json.dumps(text(0, 1, "a") | {"response": None}), "x.jsonl:1: `response` must not be null"),
         (json.dumps(text(0, 1, "a") | {"kl": "0.1"}), 'x.jsonl:1: `kl` must not be "0.1"'),
         (json.dumps(text(0, 1, "a", kl=math.nan)), "x.jsonl:1: `kl` must not be NaN"),

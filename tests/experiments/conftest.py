@@ -43,4 +43,4 @@ def lab(tmp_path: Path) -> Lab:
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells are measured in this process, which tests can patch."""
-    monkeypatch.setattr(sweep, "workers", lambda processes: ThreadPoolExecutor(1))
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
