@@ -9,7 +9,7 @@ What such files hold is read back by `records.read_jsonl`.
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,6 +48,13 @@ def aside(path: str | os.PathLike) -> Iterator[Path]:
     unfinished.unlink(missing_ok=True)
     yield unfinished
     unfinished.replace(path)
+
+
+def write_lines(path: str | os.PathLike, records: Iterable[Mapping]) -> None:
+    """Write a JSONL file, whole or not at all."""
+    with aside(path) as unfinished, appending(unfinished) as append:
+        for record in records:
+            append(record)
 
 
 def write_json(path: str | os.PathLike, value: object) -> None:

@@ -12,13 +12,12 @@ from pargs_min.cli.options import parse
 from pargs_min.cli.train import DataOptions, begin, fit_and_save, read
 from pargs_min.codec import Codec, check_vocabularies
 from pargs_min.data import encode_preferences
-from pargs_min.experiments.setup import write_lines
 from pargs_min.models import default_device, load_language_model, load_reward_model, load_tokenizer, recorded
 from pargs_min.progress import progress
 from pargs_min.records import read_jsonl, read_preferences, read_prompts
 from pargs_min.reward_model import context_length
 from pargs_min.scoring import model_rewards
-from pargs_min.store import appending
+from pargs_min.store import appending, write_lines
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,6 @@
 """`pargs demo` and `pargs study`: experiments, on the embedded world or on a model of one's own."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ import torch
 from pargs_min.cli.options import parse
 from pargs_min.experiments import demo as small_world
 from pargs_min.experiments import studies
-from pargs_min.experiments.setup import Lab, embedded
+from pargs_min.experiments.setup import Lab, Sizes, embedded
 
 
 @dataclass(kw_only=True)
@@ -35,7 +35,7 @@ def demo(arguments: list[str]) -> None:
 
 @dataclass(kw_only=True)
 class StudyOptions:
-    """Options of `pargs study NAME`. Without --model it runs on the embedded world.
+    """Options of `pargs study NAME` besides `Sizes`. Without --model it runs on the embedded world.
 
     Args:
         output_dir: For models, tables and figures. Studies share what they train; an interrupted one continues here.
@@ -47,17 +47,6 @@ class StudyOptions:
         dataset: Preference pairs, as for `pargs train`.
         prompts: Prompts to generate from, as for `pargs generate`.
         judge: Scores texts, as for `pargs evaluate`.
-        held_out: Pairs to test on. Default: those of a tenth of the prompts.
-        max_new_tokens: Length limit of a response, in tokens.
-        samples: Texts per prompt.
-        batch_size: Texts decoded together.
-        pairs_per_step: Pairs per training step.
-        epochs: Passes over the pairs.
-        learning_rate: Learning rate of reward models.
-        dpo_learning_rate: Learning rate of DPO.
-        ppo_learning_rate: Learning rate of PPO.
-        ppo_updates: Batches of texts that PPO learns from.
-        append_eos: Use --no-append-eos if responses were cut at a length limit.
     """
 
     output_dir: Path = Path("runs/study")
@@ -69,17 +58,6 @@ class StudyOptions:
     dataset: str | None = None
     prompts: str | None = None
     judge: str | None = None
-    held_out: str | None = None
-    max_new_tokens: int = 64
-    samples: int = 16
-    batch_size: int = 32
-    pairs_per_step: int = 16
-    epochs: float = 1.0
-    learning_rate: float = 1e-5
-    dpo_learning_rate: float = 1e-6
-    ppo_learning_rate: float = 1e-5
-    ppo_updates: int = 100
-    append_eos: bool = True
 
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.processes < 1:
@@ -97,18 +75,18 @@ def study(arguments: list[str]) -> None:
         rest = ["--help"]
     elif name not in studies.NAMES:
         raise ValueError(f"no study {name!r}; there are {', '.join(studies.NAMES)}")
-    (options,) = parse(study, rest, StudyOptions, prog="pargs study NAME", description=studies.__doc__ or "")
+    options, sizes = parse(study, rest, StudyOptions, Sizes, prog="pargs study NAME", description=studies.__doc__ or "")
     folder = options.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    lab = _lab(options, folder)
+    lab = _lab(options, sizes)
     seeds = range(options.seed, options.seed + options.seeds)
     print(studies.run(name, lab, folder, seeds=seeds, processes=options.processes, quick=options.quick))
     print(f"saved {name}.md, {name}.json and {name}.png in {folder}")
 
 
-def _lab(options: StudyOptions, folder: Path) -> Lab:
+def _lab(options: StudyOptions, sizes: Sizes) -> Lab:
     if options.model is None:
         torch.set_num_threads(1)  # the world's models are so small that a second thread only waits
-        return embedded(folder, quick=options.quick)
-    shared = {field.name for field in fields(Lab)} & vars(options).keys()
-    return Lab(folder=str(folder), pairs=str(options.dataset), **{name: getattr(options, name) for name in shared})
+        return embedded(options.output_dir, quick=options.quick)
+    own: dict = dict(model=options.model, pairs=options.dataset, prompts=options.prompts, judge=options.judge)
+    return Lab(folder=str(options.output_dir), **own, **vars(sizes))

@@ -24,14 +24,14 @@ from pargs_min.codec import Codec, end_tokens
 from pargs_min.data import Text, encode_texts
 from pargs_min.evaluation.statistics import FrontierPoint, distinct_n, mean_and_error, prompt_means, rlhf_frontier
 from pargs_min.experiments import concordance
-from pargs_min.experiments.setup import Lab, judge_of, judged, material, write_lines
+from pargs_min.experiments.setup import Lab, judge_of, judged, material
 from pargs_min.methods import FINE_TUNED, METHODS, Method
 from pargs_min.models import default_device, load_language_model, load_reward_model, load_tokenizer, save_reward_model
 from pargs_min.progress import progress
 from pargs_min.records import read_responses
 from pargs_min.reward_model import context_length, prefix_rewards
 from pargs_min.scoring import model_rewards
-from pargs_min.store import aside
+from pargs_min.store import aside, write_lines
 from pargs_min.texts import generate_texts, text_log_probs
 from pargs_min.train import prefix_accuracy, rate, train_reward_model, train_value_model
 

@@ -5,7 +5,7 @@ All of it is named by one frozen `Lab`, which is also the key that what was read
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from pargs_min.experiments.judging import named_judge
 from pargs_min.models import default_device, load_language_model, load_tokenizer
 from pargs_min.records import read_preferences, read_prompts
 from pargs_min.reward_model import context_length
-from pargs_min.store import appending, aside
+from pargs_min.store import aside, write_lines
 from pargs_min.world.journey import HELD_OUT_PROMPTS, HORIZON, TRAIN_PROMPTS, Journey
 from pargs_min.world.reference import reference, write_pairs
 
@@ -28,32 +28,60 @@ SHIPPED = Path(__file__).parents[1] / "world" / "reference_model"
 STEPS = 1500
 
 
-@dataclass(frozen=True)
-class Lab:
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Settings that all experiments of a lab share, which `pargs study` has options for.
+
+    Args:
+        held_out: Pairs to test on. Default: those of a tenth of the prompts.
+        max_new_tokens: Length limit of a response, in tokens.
+        samples: Texts per prompt.
+        batch_size: Texts decoded together.
+        pairs_per_step: Pairs per training step.
+        epochs: Passes over the pairs.
+        learning_rate: Learning rate of reward models.
+        dpo_learning_rate: Learning rate of DPO.
+        ppo_learning_rate: Learning rate of PPO.
+        ppo_updates: Batches of texts that PPO learns from.
+        append_eos: Use --no-append-eos if responses were cut at a length limit.
+    """
+
+    held_out: str | None = None
+    max_new_tokens: int = 64
+    samples: int = 16
+    batch_size: int = 32
+    pairs_per_step: int = 16
+    epochs: float = 1.0
+    learning_rate: float = 1e-5
+    dpo_learning_rate: float = 1e-6
+    ppo_learning_rate: float = 1e-5
+    ppo_updates: int = 100
+    append_eos: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lab(Sizes):
     """What experiments are made on, and the settings that they share; everything made stays in the folder.
+
+    Args:
+        model: the reference: a folder or a hub id.
+        pairs: preference pairs to train on, as for `pargs train`.
+        prompts: to generate for.
+        judge: of whole texts, see `named_judge`.
+        world: the embedded world that all this comes from, if it does.
+        plain_samples: texts per prompt that the RLHF policy is estimated from.
 
     Raises:
         ValueError: if a count is below 1.
     """
 
     folder: str
-    model: str  # the reference: a folder or a hub id
-    pairs: str  # preference pairs to train on, as for `pargs train`
-    prompts: str  # to generate for
-    judge: str  # of whole texts, see `named_judge`
-    held_out: str | None = None  # pairs to test reward models on; by default those of a tenth of the prompts
-    world: Journey | None = None  # the embedded world that all this comes from, if it does
-    max_new_tokens: int = 64
-    samples: int = 16  # texts per prompt in every cell
-    plain_samples: int = 64  # texts per prompt that the RLHF policy is estimated from
-    batch_size: int = 32  # texts decoded together
-    pairs_per_step: int = 16
-    epochs: float = 1.0
-    learning_rate: float = 1e-5  # of reward models
-    dpo_learning_rate: float = 1e-6
-    ppo_learning_rate: float = 1e-5
-    ppo_updates: int = 100
-    append_eos: bool = True
+    model: str
+    pairs: str
+    prompts: str
+    judge: str
+    world: Journey | None = None
+    plain_samples: int = 64
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "samples", "plain_samples", "batch_size", "pairs_per_step"):
@@ -144,16 +172,6 @@ def judged(lab: Lab, texts: Sequence[dict]) -> list[float]:
         if not is_number(answer):
             raise ValueError(f"judge {lab.judge} answers {answer!r:.60} to {text['response']!r:.60}; expected a number")
     return [float(answer) for answer in answers]
-
-
-# ---- files ----
-
-
-def write_lines(file: Path, records: Iterable[dict]) -> None:
-    """Write a JSONL file, whole or not at all."""
-    with aside(file) as unfinished, appending(unfinished) as append:
-        for record in records:
-            append(record)
 
 
 def as_json(value: Any) -> Any:

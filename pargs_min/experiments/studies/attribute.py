@@ -8,9 +8,10 @@ from pargs_min import plots
 from pargs_min.codec import Codec, encode_responses
 from pargs_min.experiments.measure import FULL, PARTIAL, Cell
 from pargs_min.experiments.report import BETAS, KL_LABEL, Row, Study, curves, grouped, kl
-from pargs_min.experiments.setup import Lab, judged, write_lines
+from pargs_min.experiments.setup import Lab, judged
 from pargs_min.models import load_tokenizer
 from pargs_min.records import is_messages, read_preferences
+from pargs_min.store import write_lines
 
 ATTRIBUTES = ("style", "topic", "brevity")  # of `pargs_min.world.attributes`
 
