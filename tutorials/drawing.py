@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from pargs_min.experiments.sweep import interval
 from pargs_min.plots import BLACK, BLUE, SKY, figure
 
 
@@ -30,6 +32,21 @@ def bars(
     axes.grid(visible=False, axis="x")
     if len(heights) > 1:
         axes.legend(fontsize=8, frameon=False)
+
+
+def seeds(
+    axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], ink: str, mark: str, label: str
+) -> None:
+    """A thin line per seed, and a thick one for their mean with its 95 % interval.
+
+    Args:
+        axes: where to draw.
+        x, values: (X,) and (seeds, X).
+    """
+    axes.plot(x, np.transpose(values), color=ink, linewidth=0.6, alpha=0.5)
+    found = interval(values)
+    bars = np.subtract(found.mean, found.low), np.subtract(found.high, found.mean)
+    axes.errorbar(x, found.mean, bars, color=ink, marker=mark, markersize=5, linewidth=2, label=label)
 
 
 def tree(
