@@ -34,9 +34,7 @@ def bars(
         axes.legend(fontsize=8, frameon=False)
 
 
-def seeds(
-    axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], ink: str, mark: str, label: str
-) -> None:
+def seeds(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], ink: str, mark: str, label: str) -> None:
     """A thin line per seed, and a thick one for their mean with its 95 % interval.
 
     Args:
