@@ -47,6 +47,7 @@ def test_there_are_notebooks():
 
 
 @each
+@pytest.mark.trains
 def test_runs_from_top_to_bottom(path, tmp_path):
     notebook = read(path)
     NotebookClient(
