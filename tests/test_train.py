@@ -28,6 +28,8 @@ from pargs_min.train import (
 
 from .strategies import tiny_config, tiny_reward_model, tiny_tokenizer, token_pairs
 
+pytestmark = pytest.mark.trains
+
 END = 1
 
 

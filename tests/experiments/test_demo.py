@@ -11,6 +11,8 @@ from pargs_min.experiments.demo import run
 from pargs_min.experiments.setup import embedded
 from pargs_min.world.journey import HELD_OUT_PROMPTS, OFF_GRAMMAR, Journey
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.mark.usefixtures("one_process")
 def test_the_whole_job_in_miniature(tmp_path, monkeypatch):

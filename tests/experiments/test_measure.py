@@ -12,6 +12,8 @@ from pargs_min.experiments import measure as module
 from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell, Recipe, make, measure, rlhf_gap
 from pargs_min.models import load_config
 
+pytestmark = pytest.mark.trains
+
 
 def vowels(prompts, responses):
     """A judge."""

@@ -22,6 +22,8 @@ from pargs_min.experiments.sweep import Row, interval
 from pargs_min.models import load_tokenizer
 from pargs_min.records import read_preferences
 
+pytestmark = pytest.mark.trains
+
 MODULES = {name: import_module(f"{studies.__name__}.{name.replace('-', '_')}") for name in NAMES}
 
 

@@ -17,6 +17,8 @@ from pargs_min.texts import text_log_probs
 from pargs_min.world import reference as toy
 from pargs_min.world.journey import HELD_OUT_PROMPTS, HORIZON, PROMPTS, TRAIN_PROMPTS, Journey
 
+pytestmark = pytest.mark.trains
+
 WORLD = Journey()
 STEPS = 60  # enough for texts that end
 
