@@ -3,16 +3,19 @@
 import math
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import numpy as np
 import torch
 from scipy import stats
+from tqdm import tqdm
 from transformers.utils import logging
 
 from pargs_min.evaluation.statistics import mean_and_error
@@ -39,24 +42,19 @@ def sweep(labs: Labs, cells: Sequence[Cell], file: Path, processes: int = 2) -> 
         raise ValueError("these cells train DPO, which is TRL's: pip install -e '.[baselines]' -c constraints.txt")
     done = _read(file, labs, cells)
     left = [cell for cell in cells if cell not in done]
-    _prepare(labs, left)
     with workers(processes) as pool:
 
-        def run(function: Callable, jobs: Iterable[tuple], desc: str) -> Iterator[tuple[tuple, Any]]:
-            futures = {pool.submit(function, *job): job for job in jobs}
-            try:
-                for future in progress(as_completed(futures), desc=desc, total=len(futures)):
-                    yield futures[future], future.result()
-            finally:  # an error or an interrupt drops what has not begun
-                for future in futures:
-                    future.cancel()
+        def run(jobs: Iterable[tuple], desc: str) -> Iterator[tuple[tuple, Any]]:
+            futures = {pool.submit(*job): job for job in jobs}
+            for future in progress(as_completed(futures), desc=desc, total=len(futures)):
+                yield futures[future], future.result()
 
-        # Models first, each once: cells share them.
-        for stage in filter(None, _missing_models(labs, left)):
-            for _ in run(measure.make, stage, "models"):
+        # First what cells share, so that none of it is made twice.
+        for stage in filter(None, _stages(labs, left)):
+            for _ in run(stage, "models and texts"):
                 pass
         with appending(file) as append:
-            for (_, cell), found in run(measure.measure, [(labs[cell.lab], cell) for cell in left], "cells"):
+            for (_, _, cell), found in run([(measure.measure, labs[cell.lab], cell) for cell in left], "cells"):
                 append({"cell": as_json(cell), "found": found})
                 done[cell] = found
     return {cell: done[cell] for cell in cells}
@@ -74,28 +72,30 @@ def _read(file: Path, labs: Labs, cells: Sequence[Cell]) -> dict[Cell, dict]:
     return {cell: line["found"] for line in lines[1:] for cell, written in known if written == line["cell"]}
 
 
-def _prepare(labs: Labs, cells: Sequence[Cell]) -> None:
-    """Make what several processes would otherwise make at once."""
-    for prepare, needed in (
-        (measure.samples, lambda cell: cell.recipe == measure.VALUE),
-        (measure.plain_rewards, lambda cell: cell.method),
-        (measure.siblings, lambda cell: cell.quality),
-    ):
-        for lab in {labs[cell.lab]: None for cell in cells if needed(cell)}:
-            prepare(lab)
-
-
-def _missing_models(labs: Labs, cells: Sequence[Cell]) -> tuple[list[tuple], list[tuple]]:
-    """Models to train, as arguments of `make`: those that need no other model, then those that do."""
+def _stages(labs: Labs, cells: Sequence[Cell]) -> tuple[list[tuple], list[tuple]]:
+    """Jobs that make what cells share: those that need nothing else, then the models that need what the first made."""
     wanted = [(labs[cell.lab], recipe, cell.seed) for cell in cells for recipe in cell.recipes]
     parts = [(lab, part, seed) for lab, recipe, seed in wanted for part in recipe.ingredients]
     missing = [job for job in dict.fromkeys(parts + wanted) if not measure.model_folder(*job).exists()]
-    return [job for job in missing if not job[1].ingredients], [job for job in missing if job[1].ingredients]
+    alone = [(measure.make, *job) for job in missing if not job[1].ingredients]
+    texts: list[tuple] = []
+    for cell in cells:
+        texts += [(measure.samples, labs[cell.lab])] * (cell.recipe == measure.VALUE)
+        texts += [(measure.plain_rewards, labs[cell.lab])] * bool(cell.method)
+        texts += [(measure.siblings, labs[cell.lab])] * cell.quality
+    return [*alone, *dict.fromkeys(texts)], [(measure.make, *job) for job in missing if job[1].ingredients]
 
 
-def workers(processes: int) -> Executor:
-    """Processes that train and decode side by side."""
-    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), quiet_worker)
+@contextmanager
+def workers(processes: int) -> Iterator[Executor]:
+    """Processes that train and decode side by side; an error or an interrupt drops what has not begun."""
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), quiet_worker)
+    try:
+        for _ in range(processes):
+            pool.submit(int)  # so that all of them load the package now, and not the last when it is needed
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def quiet_worker() -> None:
@@ -104,6 +104,7 @@ def quiet_worker() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    tqdm.set_lock(RLock())  # instead of one between processes, which an interrupt would leave behind
 
 
 # ---- over seeds ----
