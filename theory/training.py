@@ -76,13 +76,14 @@ def trained_scores(
     seed: int,
     objective: str = "partial",
     initializer_range: float = 0.2,
+    batch_size: int = 128,
 ) -> Levels:
-    """The scores of a tiny GPT-2 after so many steps of 128 pairs, read at every prefix by itself."""
+    """The scores of a tiny GPT-2 after so many steps of `batch_size` pairs, read at every prefix by itself."""
     model, tokenizer = tiny_reward_model(world, seed, initializer_range)
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            output_dir=folder, max_steps=steps, per_device_train_batch_size=128, learning_rate=1e-2, weight_decay=0.0,
-            lr_scheduler_type="cosine", seed=seed, use_cpu=True, report_to=[], save_strategy="no",
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=batch_size, learning_rate=1e-2,
+            weight_decay=0.0, lr_scheduler_type="cosine", seed=seed, use_cpu=True, report_to=[], save_strategy="no",
             logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         train_reward_model(model, tokenizer, pairs, args=args, objective=objective)
@@ -92,7 +93,7 @@ def trained_scores(
 def pair_accuracy(world: World, scores: Levels, *, hold: bool = False) -> list[float]:
     """P(the preferred response is ahead after i tokens | the prefixes differ), i = 1..T, over pairs from ref x ref.
 
-    Ties count 1/2; the most that any score reaches is that of `win_rates`. A response that has ended is read at its
+    Ties count 1/2. A response that has ended is read at its
     i-th token, an end token, as training on prefixes compares it; with `hold` it keeps the score of its own end.
     """
     ref = np.exp(world.log_ref[-1])
