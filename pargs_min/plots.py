@@ -1,6 +1,6 @@
 """Every figure of the project, in one style: few inks, told apart by shape as well as by colour."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
@@ -63,31 +63,6 @@ def root_scale(axes: Axes, largest: float) -> None:
     axes.set_xscale("function", functions=(lambda kl: np.sqrt(np.maximum(kl, 0)), np.square))
     axes.set_xticks(ticks := [0, 0.1, 0.5, 1, 2, 3, 5, 10, 20, 30], [f"{tick:g}" for tick in ticks])
     axes.set_xlim(0, 1.15 * largest)
-
-
-def prefix_accuracy(curves: Mapping[str, Sequence[Sequence[float]]], title: str = "") -> Figure:
-    """Pair accuracy against prefix length: a thin line a reward model, a thick one for their mean.
-
-    Args:
-        curves: for each objective, one list a model: accuracy after 1, 2, ... tokens.
-    """
-    drawing, axes = figure("prefix length (tokens)", "pairs ordered as labelled", title)
-    axes.axhline(0.5, color=BLACK, linewidth=0.8, linestyle=":")
-    for objective, models in curves.items():
-        ink, _ = INKS[objective]
-        lengths = range(1, len(models[0]) + 1)
-        for accuracy in models:
-            axes.plot(lengths, accuracy, color=ink, linewidth=0.7, alpha=0.6)
-        mean = [sum(column) / len(column) for column in zip(*models, strict=True)]
-        axes.plot(
-            lengths,
-            mean,
-            color=ink,
-            linewidth=2.2,
-            label=f"trained on {'prefixes' if objective == 'partial' else 'whole texts'}",
-        )
-    axes.legend(fontsize=8, frameon=False)
-    return drawing
 
 
 def intervals(panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> Figure:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from pargs_min.experiments.sweep import interval
-from pargs_min.plots import BLACK, BLUE, SKY, figure
+from pargs_min.plots import BLACK, BLUE, INKS, SKY, figure
 
 
 def bars(
@@ -45,6 +45,23 @@ def seeds(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], ink
     found = interval(values)
     bars = np.subtract(found.mean, found.low), np.subtract(found.high, found.mean)
     axes.errorbar(x, found.mean, bars, color=ink, marker=mark, markersize=5, linewidth=2, label=label)
+
+
+def prefix_accuracy(curves: Mapping[str, Sequence[Sequence[float]]], title: str = "") -> Figure:
+    """Pair accuracy against prefix length: a thin line per reward model, a thick one for their mean.
+
+    Args:
+        curves: for each objective, one list per model: accuracy after 1, 2, ... tokens.
+    """
+    drawing, axes = figure("prefix length (tokens)", "pairs ordered as labelled", title)
+    axes.axhline(0.5, color=BLACK, linewidth=0.8, linestyle=":")
+    for objective, models in curves.items():
+        ink, lengths = INKS[objective][0], range(1, len(models[0]) + 1)
+        axes.plot(lengths, np.transpose(models), color=ink, linewidth=0.7, alpha=0.6)
+        label = f"trained on {'prefixes' if objective == 'partial' else 'whole texts'}"
+        axes.plot(lengths, np.mean(models, 0), color=ink, linewidth=2.2, label=label)
+    axes.legend(fontsize=8, frameon=False)
+    return drawing
 
 
 def tree(
