@@ -67,19 +67,25 @@ def weights(model):
 # ---- training ----
 
 
+# What is claimed of a trained model is claimed of three. All of them learn from noise-free labels in float64, so their
+# numbers hardly depend on the processor; behind each bound stands the least favourable number of eight seeds.
+three_seeds = pytest.mark.parametrize("seed", range(3))
+
+
+@three_seeds
 @pytest.mark.parametrize("objective", ["partial", "full"])
-def test_training_learns_which_response_is_better(tmp_path, objective):
-    model, pairs = reward_model(), random_pairs(64)
+def test_training_learns_which_response_is_better(tmp_path, objective, seed):
+    model, pairs = reward_model(seed), random_pairs(64, seed=2 * seed)
     metrics = train_reward_model(
         model,
         tiny_tokenizer(),
         pairs,
-        random_pairs(32, seed=1),
+        random_pairs(32, seed=2 * seed + 1),
         args=arguments(tmp_path, max_steps=60, per_device_train_batch_size=16),
         objective=objective,
     )
-    assert metrics["eval_accuracy"] > 0.95
-    assert metrics["eval_loss"] < 0.3
+    assert metrics["eval_accuracy"] > 0.95  # 1
+    assert metrics["eval_loss"] < 0.3  # 0.006
     assert not model.training
 
 
@@ -264,9 +270,11 @@ def family_model(family, seed=1):
 FAMILIES = {"gpt2": dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0), "llama": {}}
 
 
+@three_seeds
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_adapters_and_head_are_trained_and_merging_changes_no_reward(tmp_path, monkeypatch, family):
-    model, pairs, seen = family_model(family), random_pairs(64), {}
+def test_only_adapters_and_head_are_trained_and_merging_changes_no_reward(tmp_path, monkeypatch, family, seed):
+    model, pairs, seen = family_model(family, seed), random_pairs(64, seed=2 * seed), {}
+    torch.manual_seed(seed)  # the adapters
     before, head = {name: p.clone() for name, p in model.named_parameters()}, model.score.weight.clone()
     ids = torch.randint(2, 14, (4, 9), generator=torch.Generator().manual_seed(0))
     merge = LoraModel.merge_and_unload
@@ -280,13 +288,15 @@ def test_only_adapters_and_head_are_trained_and_merging_changes_no_reward(tmp_pa
     monkeypatch.setattr(LoraModel, "merge_and_unload", look)
     args = arguments(tmp_path, max_steps=60, per_device_train_batch_size=16)
     linear = {name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))}
-    metrics = train_reward_model(model, tiny_tokenizer(), pairs, random_pairs(32, seed=1), args=args, lora_rank=2)
+    metrics = train_reward_model(
+        model, tiny_tokenizer(), pairs, random_pairs(32, seed=2 * seed + 1), args=args, lora_rank=2
+    )
     assert seen["adapted"] == linear - {"score"}
     assert {name for name in seen["gradients"] if ".lora_" not in name} == {"score.weight"}
     assert len(seen["gradients"]) == 2 * len(seen["adapted"]) + 1
     torch.testing.assert_close(prefix_rewards(model, ids, torch.ones_like(ids)), seen["rewards"], rtol=0, atol=1e-5)
-    assert metrics["eval_accuracy"] > 0.95
-    assert metrics["eval_loss"] < 0.5
+    assert metrics["eval_accuracy"] > 0.95  # 1
+    assert metrics["eval_loss"] < 0.5  # 0.09
 
     after = dict(model.named_parameters())
     assert list(after) == list(before)  # an ordinary model again
@@ -342,11 +352,15 @@ def test_adapters_are_resumed_to_the_weights_of_an_uninterrupted_run(tmp_path, m
     assert torch.equal(run("killed", resume=True), expected)
 
 
-def test_value_models_take_adapters_too(tmp_path):
-    model, args = family_model("llama"), arguments(tmp_path, max_steps=60, per_device_train_batch_size=16)
+@three_seeds
+def test_value_models_take_adapters_too(tmp_path, seed):
+    model = family_model("llama", seed)
+    args = arguments(tmp_path, max_steps=120, per_device_train_batch_size=16, learning_rate=3e-2)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    metrics = train_value_model(model, tiny_tokenizer(), random_texts(64), random_texts(32), args=args, lora_rank=2)
-    assert metrics["eval_correlation"] > 0.5
+    texts, held_out = random_texts(64, 2 * seed), random_texts(32, 2 * seed + 1)
+    torch.manual_seed(seed)  # the adapters
+    metrics = train_value_model(model, tiny_tokenizer(), texts, held_out, args=args, lora_rank=2)
+    assert metrics["eval_correlation"] > 0.5  # 0.9
     assert torch.equal(model.get_input_embeddings().weight, before["model.embed_tokens.weight"])
 
 
@@ -387,12 +401,13 @@ def random_texts(count, seed=0):
     return [text._replace(reward=float(text.response_ids[0] == 7) + text.response_ids[-2] / 10) for text in texts]
 
 
-def test_every_prefix_learns_the_expected_reward(tmp_path):
+@three_seeds
+def test_every_prefix_learns_the_expected_reward(tmp_path, seed):
     """After the first token the value is the mean reward of the texts that go on from it."""
-    model, texts = reward_model(), random_texts(128)
+    model, texts = reward_model(seed), random_texts(128, 2 * seed)
     args = arguments(tmp_path, max_steps=150, per_device_train_batch_size=32, lr_scheduler_type="cosine")
-    metrics = train_value_model(model, tiny_tokenizer(), texts, random_texts(64, seed=1), args=args)
-    assert metrics["eval_correlation"] > metrics["eval_correlation_25_percent"] > 0.5
+    metrics = train_value_model(model, tiny_tokenizer(), texts, random_texts(64, 2 * seed + 1), args=args)
+    assert metrics["eval_correlation"] > metrics["eval_correlation_25_percent"] > 0.5  # 0.94 and 0.93
     for first in (7, 8):
         starting = [text for text in texts if text.response_ids[0] == first]
         mean = sum(text.reward for text in starting) / len(starting)
@@ -400,7 +415,7 @@ def test_every_prefix_learns_the_expected_reward(tmp_path):
         for text in starting:
             ids = torch.tensor([[*text.prompt_ids, first]])
             values.append(prefix_rewards(model, ids, torch.ones_like(ids))[0, -1].item())
-        assert sum(values) / len(values) == pytest.approx(mean, abs=0.1)
+        assert sum(values) / len(values) == pytest.approx(mean, abs=0.1)  # 0.05
 
 
 def test_accumulated_texts_weigh_as_one_batch(tmp_path):
