@@ -81,9 +81,13 @@ def test_training_repeats_itself_and_leaves_the_global_stream_alone(tmp_path: Pa
     assert not torch.equal(one.transformer.wte.weight, different.transformer.wte.weight)
 
 
-def test_the_reference_learns_the_grammar(trained):
-    """Its surprisal at fresh journeys: more than the grammar's own (by KL), much less than that of guessing words."""
-    model, tokenizer = trained
+@pytest.mark.parametrize("seed", range(3))
+def test_the_reference_learns_the_grammar(tmp_path: Path, seed: int):
+    """Its surprisal at fresh journeys: more than the grammar's own (by KL), much less than that of guessing words.
+
+    By how much: 6.5 nats per text, with a standard error of 0.2; and 1.1 nats per token, where half of guessing is 2.1.
+    """
+    model, tokenizer = toy.reference(tmp_path / "reference", WORLD, seed=seed, steps=STEPS)
     tokens, log_probs = WORLD.write(np.random.default_rng(5).random((240, HORIZON)))
     rows = [row[: row.index(tokenizer.eos_token_id) + 1] for row in tokens.tolist()]
     texts = [{"prompt": PROMPTS[i % len(PROMPTS)], "response_ids": row} for i, row in enumerate(rows)]
