@@ -7,8 +7,8 @@ small language model that has learned to write such journeys; reward models guid
 gold reward, the world's own: from -2.75 to 2.75, or -3.5 for a text that is no journey. No model is trained on it.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,11 +38,10 @@ Where to go next:
   README.md                        the same on your own model and pairs"""
 
 
-def say_now(text: str) -> None:
-    print(text, flush=True)  # also where stdout is a pipe
+say = partial(print, flush=True)  # at once, also where stdout is a pipe
 
 
-def run(folder: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str], None] = say_now) -> None:
+def run(folder: Path, *, quick: bool = False, seed: int = 0) -> None:
     """Train, decode and compare; tables, figure and models stay in the folder.
 
     Args:
@@ -50,7 +49,7 @@ def run(folder: Path, *, quick: bool = False, seed: int = 0, say: Callable[[str]
         seed: of the reference, the pairs, the reward models and the texts; 0 takes the reference that is shipped.
     """
     torch.set_num_threads(1)  # the models are so small that a second thread only waits; processes do not
-    say(__doc__ or "")
+    say(__doc__)
     say(PAIRS.format(TRAINED if seed else SHIPPED))
     lab = small(folder, seed) if quick else replace(embedded(folder, seed=seed), plain_samples=2000)
     say(MODELS)

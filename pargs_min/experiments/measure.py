@@ -5,7 +5,6 @@ What a cell needs is trained once, under a name that says how, and shared by all
 
 import json
 import math
-import re
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -52,8 +51,8 @@ class Recipe:
         lengths: first and last prefix length to train on (partial); no end where the last is None.
         beta: of the policy that DPO and PPO train for.
 
-    >>> str(Recipe("partial", pairs=500)), str(Recipe("partial", lengths=(1, 8)))
-    ('partial, 500 pairs', 'partial, lengths 1 to 8')
+    >>> str(Recipe("partial", pairs=500, lengths=(1, 8)))
+    'partial, pairs=500, lengths=1-8'
     """
 
     objective: str
@@ -64,14 +63,9 @@ class Recipe:
     beta: float | None = None
 
     def __str__(self) -> str:
-        words = [self.objective]
-        words += [f"{self.pairs} pairs"] if self.pairs else []
-        words += [f"{self.head} head"] if self.head else []
-        if self.lengths:
-            first, last = self.lengths
-            words.append(f"lengths {first} to {last}" if last else f"lengths from {first}")
-        words += ["new {} {} x {}".format(*self.start)] if self.start else []
-        return ", ".join(words)
+        settings = ((field.name, getattr(self, field.name)) for field in fields(self)[1:])
+        words = [f"{name}={_joined(value)}" for name, value in settings if value is not None]
+        return ", ".join([self.objective, *words])
 
     def folder_name(self, seed: int) -> str:
         """A folder name that says how a model was made.
@@ -79,15 +73,16 @@ class Recipe:
         >>> Recipe("partial", pairs=500, lengths=(1, 8)).folder_name(seed=3)
         'partial-pairs=500-lengths=1-8-seed=3'
         """
-        settings = [(field.name, getattr(self, field.name)) for field in fields(self)[1:]]
-        parts = [f"{name}={value}" for name, value in settings if value is not None]
-        joined = "-".join([self.objective, *parts, f"seed={seed}"])
-        return re.sub(r"-+", "-", re.sub(r"[^\w.=-]+", "-", joined)).replace("=-", "=")
+        return f"{self}, seed={seed}".replace(", ", "-")
 
     @property
     def ingredients(self) -> list["Recipe"]:
         """The models that this one is made from: value models and PPO learn from a full-sequence reward model."""
         return MADE_FROM.get(self.objective, [])
+
+
+def _joined(value: object) -> str:
+    return "-".join(str(part or "end") for part in value) if isinstance(value, tuple) else str(value)
 
 
 PARTIAL, FULL, VALUE = Recipe("partial"), Recipe("full"), Recipe("value")

@@ -15,11 +15,10 @@ pytestmark = pytest.mark.trains
 
 
 @pytest.mark.usefixtures("one_process")
-def test_the_whole_job_in_miniature(tmp_path, monkeypatch):
+def test_the_whole_job_in_miniature(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "small", lambda folder, seed: replace(embedded(folder, quick=True), epochs=3.2))
-    said = []
-    run(tmp_path, quick=True, say=said.append)
-    everything = "\n".join(said)
+    run(tmp_path, quick=True)
+    everything = capsys.readouterr().out
     assert [stage in everything for stage in ("[1/3]", "[2/3]", "[3/3]")] == [True] * 3
     for word in ("gold", "KL", "nats", "off-grammar", "passes", "beta"):  # each is said before or beside the table
         assert word in everything
@@ -36,10 +35,9 @@ def test_the_whole_job_in_miniature(tmp_path, monkeypatch):
 
     trained = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.safetensors")}
     assert len(trained) == 4  # the reference and a reward model of each kind
-    again = []
-    run(tmp_path, quick=True, say=again.append)  # reuses what it trained, and says the same
+    run(tmp_path, quick=True)  # reuses what it trained, and says the same
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.safetensors")} == trained
-    assert again == said
+    assert capsys.readouterr().out == everything
 
 
 def test_what_is_said_of_the_world_is_so():

@@ -14,34 +14,15 @@ Each gives a table, a figure and a JSON file, on the embedded world or on a mode
 """
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from pargs_min.experiments.report import Study, legend, table, with_rlhf, write
 from pargs_min.experiments.setup import Lab
-from pargs_min.experiments.studies import (
-    architecture,
-    attribute,
-    best_of_n,
-    beta,
-    cost,
-    data_size,
-    partial_vs_full,
-    policy_gap,
-    prefix_length,
-)
 from pargs_min.experiments.sweep import gather, sweep
 
-STUDIES: dict[str, Study] = {
-    "data-size": data_size.STUDY,
-    "policy-gap": policy_gap.STUDY,
-    "best-of-n": best_of_n.STUDY,
-    "beta": beta.STUDY,
-    "attribute": attribute.STUDY,
-    "prefix-length": prefix_length.STUDY,
-    "architecture": architecture.STUDY,
-    "partial-vs-full": partial_vs_full.STUDY,
-}
-NAMES = (*STUDIES, "cost")
+# The list above is the table of studies: a name in it, and its file here.
+NAMES = [line.split()[0] for line in (__doc__ or "").splitlines() if line.startswith("    ")]
 
 
 def run(name: str, lab: Lab, folder: Path, *, seeds: Sequence[int], processes: int = 2, quick: bool = False) -> str:
@@ -50,9 +31,9 @@ def run(name: str, lab: Lab, folder: Path, *, seeds: Sequence[int], processes: i
     Raises:
         ValueError: if the folder holds the same study with other settings.
     """
-    if name not in STUDIES:
-        return cost.run(lab, folder, quick)
-    study = STUDIES[name]
+    study = import_module(f"{__name__}.{name.replace('-', '_')}").STUDY
+    if not isinstance(study, Study):  # no grid: it is run by itself
+        return study(lab, folder, quick)
     labs = study.labs(lab, quick)
     cells = [cell for seed in seeds for cell in study.cells(lab, seed)]
     rows = gather(sweep(labs, cells, folder / f"{name}.jsonl", processes))

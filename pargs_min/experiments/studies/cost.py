@@ -24,3 +24,6 @@ def run(lab: Lab, folder: Path, quick: bool) -> str:
     write_json(folder / "cost.json", measured)
     plots.save(report.draw(measured), folder / "cost.png")
     return text
+
+
+STUDY = run
