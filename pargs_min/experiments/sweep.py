@@ -41,7 +41,8 @@ def sweep(labs: Labs, cells: Sequence[Cell], file: Path, processes: int = 2) -> 
     if objectives & measure.NEED_TRL and find_spec("trl") is None:
         raise ValueError("these cells train DPO, which is TRL's: pip install -e '.[baselines]' -c constraints.txt")
     done = _read(file, labs, cells)
-    left = [cell for cell in cells if cell not in done]
+    if not (left := [cell for cell in cells if cell not in done]):
+        return {cell: done[cell] for cell in cells}
     with workers(processes) as pool:
 
         def run(jobs: Iterable[tuple], desc: str) -> Iterator[tuple[tuple, Any]]:
