@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from pargs_min.experiments.sweep import interval
 from pargs_min.plots import BLACK, BLUE, INKS, SKY, figure
 
 
@@ -41,6 +40,8 @@ def seeds(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], ink
         axes: where to draw.
         x, values: (X,) and (seeds, X).
     """
+    from pargs_min.experiments.sweep import interval  # with all that trains models, which other figures do not need
+
     axes.plot(x, np.transpose(values), color=ink, linewidth=0.6, alpha=0.5)
     found = interval(values)
     bars = np.subtract(found.mean, found.low), np.subtract(found.high, found.mean)
