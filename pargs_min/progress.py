@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers.utils.logging import is_progress_bar_enabled
 
 SECONDS = 10  # between two lines

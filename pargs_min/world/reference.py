@@ -23,8 +23,6 @@ from pargs_min.progress import progress
 from pargs_min.store import appending, aside
 from pargs_min.world.journey import END, HORIZON, PAD, PROMPTS, TRAIN_PROMPTS, UNKNOWN, Journey
 
-LEARNING_RATE = 3e-3  # of the reference
-
 
 def word_tokenizer(world: Journey) -> PreTrainedTokenizerFast:
     """One token per word, split at blanks; padding, end and unknown tokens have ids of their own."""
@@ -34,7 +32,13 @@ def word_tokenizer(world: Journey) -> PreTrainedTokenizerFast:
 
 
 def reference(
-    folder: str | Path, world: Journey | None = None, *, seed: int = 0, steps: int = 1500, batch_size: int = 64
+    folder: str | Path,
+    world: Journey | None = None,
+    *,
+    seed: int = 0,
+    steps: int = 1500,
+    batch_size: int = 64,
+    learning_rate: float = 3e-3,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Train the reference on journeys for all prompts, each seen once; load it if the folder holds it already.
 
@@ -46,10 +50,10 @@ def reference(
             changes no text.
     """
     folder, world = Path(folder), world or Journey()
-    made_with = dict(luck=str(world.luck), seed=seed, steps=steps, batch_size=batch_size, learning_rate=LEARNING_RATE)
+    made_with = dict(luck=str(world.luck), seed=seed, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
     if not folder.exists():
         model = _new_model(world, seed)
-        _train(model, world, seed, steps, batch_size)
+        _train(model, world, seed, steps, batch_size, learning_rate)
         model.config.journey = made_with
         with aside(folder) as unfinished:
             model.save_pretrained(unfinished)
@@ -75,11 +79,13 @@ def _new_model(world: Journey, seed: int) -> GPT2LMHeadModel:
         return GPT2LMHeadModel(config)
 
 
-def _train(model: PreTrainedModel, world: Journey, seed: int, steps: int, batch_size: int) -> None:
+def _train(
+    model: PreTrainedModel, world: Journey, seed: int, steps: int, batch_size: int, learning_rate: float
+) -> None:
     uniforms = np.random.default_rng(seed).random((steps * batch_size, HORIZON))
     ids, labels = _with_prompts(world, world.write(uniforms)[0])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     batches = zip(ids.split(batch_size), labels.split(batch_size), strict=True)
     reported = progress(batches, desc="reference model", total=steps)
     for input_ids, targets in reported:
