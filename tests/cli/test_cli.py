@@ -44,6 +44,7 @@ def test_help_is_instant():
     assert not {"torch", "transformers", "numpy"} & set(done.stdout.split("\n")[-2].split())
 
 
+@pytest.mark.trains
 def test_train_saves_a_model_that_transformers_loads_and_that_says_how_it_was_made(lm, pairs, tmp_path, capsys):
     assert train(lm, pairs, tmp_path / "out", "--eval-fraction", "0.2") == 0
     out = capsys.readouterr().out
@@ -63,6 +64,7 @@ def test_train_saves_a_model_that_transformers_loads_and_that_says_how_it_was_ma
         torch.testing.assert_close(model(ids).logits, own)
 
 
+@pytest.mark.trains
 def test_responses_that_were_cut_are_compared_up_to_the_shorter_one(lm, pairs, tmp_path, capsys):
     assert train(lm, pairs, tmp_path / "out", "--no-append-eos", "--objective", "full") == 0
     settings = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.pargs
@@ -81,6 +83,7 @@ def test_an_earlier_run_is_gone_on_with_or_left_alone(lm, pairs, tmp_path, capsy
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(
     ("more", "differ"),
     [
@@ -102,12 +105,14 @@ def test_a_run_goes_on_with_the_options_it_began_with(lm, pairs, tmp_path, capsy
     assert train(lm, pairs, tmp_path / "out", "--resume", "--tail", "extend") == 0  # the default, spelled out
 
 
+@pytest.mark.trains
 def test_what_a_run_began_with_is_checked_before_anything_is_loaded(lm, pairs, tmp_path, capsys):
     assert train(lm, pairs, tmp_path / "out") == 0
     assert train("nowhere/at-all", "nowhere.jsonl", tmp_path / "out", "--resume") == 2
     assert "'nowhere/at-all' now" in capsys.readouterr().err
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("head", ["scalar", "vocab"])
 def test_a_model_trained_by_adapters_is_an_ordinary_one_that_guides(lm, pairs, prompts, tmp_path, capsys, head):
     assert train(lm, pairs, tmp_path / "out", "--lora-rank", "2", "--head", head) == 0
@@ -120,6 +125,7 @@ def test_a_model_trained_by_adapters_is_an_ordinary_one_that_guides(lm, pairs, p
     assert generate(lm, prompts, tmp_path / "texts.jsonl", *guide) == 0
 
 
+@pytest.mark.trains
 def test_held_out_pairs_may_be_a_file_of_their_own(lm, pairs, tmp_path, capsys):
     assert train(lm, pairs, tmp_path / "out", "--eval-dataset", str(pairs)) == 0
     assert "eval_pairs                   49" in capsys.readouterr().out
@@ -176,6 +182,7 @@ def prompts(tmp_path):
     return file
 
 
+@pytest.mark.trains
 def test_a_trained_model_guides_and_every_text_says_how_it_was_made(lm, pairs, prompts, tmp_path, capsys):
     assert train(lm, pairs, tmp_path / "rm") == 0
     out = tmp_path / "out.jsonl"
@@ -186,6 +193,7 @@ def test_a_trained_model_guides_and_every_text_says_how_it_was_made(lm, pairs, p
     assert {"response", "response_ids", "ref_log_prob", "kl", "reward", "finished"} <= set(records[0])
 
 
+@pytest.mark.trains
 def test_controlled_decoding_from_samples_to_texts(lm, pairs, prompts, tmp_path, capsys):
     """A full-sequence reward model rates samples, a value model learns their prefixes, and guides."""
     assert train(lm, pairs, tmp_path / "rm", "--objective", "full") == 0
@@ -203,6 +211,7 @@ def test_controlled_decoding_from_samples_to_texts(lm, pairs, prompts, tmp_path,
     assert "--objective value and --reward-model go together" in capsys.readouterr().err
 
 
+@pytest.mark.trains
 def test_fine_tuned_rivals_write_folders_that_generate_takes(lm, pairs, prompts, tmp_path, capsys):
     few = ["--max-steps", "2", "--save-steps", "1", "--disable-tqdm", "True", "--use-cpu", "True", "--beta", "2"]
     made = ["dpo", "--model", str(lm), "--dataset", str(pairs), "--output-dir", str(tmp_path / "dpo"), *few]
