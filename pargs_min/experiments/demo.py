@@ -33,7 +33,8 @@ NEXT = """
 Saved demo.md, demo.json and demo.png (gold reward against KL: the closer to the black line, the better) in {0}.
 Where to go next:
   pargs study partial-vs-full      the same for several seeds, with error bars
-  pargs trace --model {0}/reference --reward-model {0}/models/{1} --prompt "{2}" --beta 2 --output trace.html
+  pargs trace --model {0}/reference --reward-model {0}/models/{1} --beta 2 --max-new-tokens 25 \\
+    --prompt "{2}" --output trace.html
                                    one text, token by token
   README.md                        the same on your own model and pairs"""
 

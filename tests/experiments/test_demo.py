@@ -2,10 +2,12 @@
 
 import json
 import re
+import shlex
 from dataclasses import replace
 
 import pytest
 
+from pargs_min.cli import main
 from pargs_min.experiments import demo
 from pargs_min.experiments.demo import run
 from pargs_min.experiments.setup import embedded
@@ -35,6 +37,12 @@ def test_the_whole_job_in_miniature(tmp_path, monkeypatch, capsys):
 
     trained = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.safetensors")}
     assert len(trained) == 4  # the reference and a reward model of each kind
+    command = re.search(r"pargs (trace .+)\\\n(.+)\n", everything).groups()
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(" ".join(command))) == 0
+    assert (tmp_path / "trace.html").exists()
+    capsys.readouterr()
+
     run(tmp_path, quick=True)  # reuses what it trained, and says the same
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.safetensors")} == trained
     assert capsys.readouterr().out == everything
