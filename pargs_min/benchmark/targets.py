@@ -7,10 +7,10 @@ without a bound: it weighs arithmetic against memory and the cost of a call, whi
 ways write what slow ones do is not measured here: the tests hold all of them to `minimal.py`.
 """
 
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from pargs_min.benchmark import ways
@@ -33,10 +33,9 @@ class Target:
     at_least: float | None = None
 
     @property
-    def quartiles(self) -> tuple[float, float]:
+    def quartiles(self) -> list[float]:
         """The lower and the upper one; of a single value, itself."""
-        low, _, high = statistics.quantiles(self.values, n=4) if len(self.values) > 1 else [self.values[0]] * 3
-        return low, high
+        return np.quantile(self.values, (0.25, 0.75), method="weibull").tolist()
 
     @property
     def holds(self) -> bool:
@@ -44,7 +43,7 @@ class Target:
         return (self.at_most is None or high <= self.at_most) and (self.at_least is None or low >= self.at_least)
 
     def __str__(self) -> str:
-        line = f"{self.name:58} {statistics.median(self.values):8.3g}"
+        line = f"{self.name:58} {np.median(self.values):8.3g}"
         if len(self.values) > 1:
             line += "  [{:.3g}, {:.3g}]".format(*self.quartiles)
         if self.at_most is None and self.at_least is None:

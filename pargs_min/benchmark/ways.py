@@ -9,12 +9,13 @@ import copy
 import os
 import statistics
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
-from threading import Semaphore
+from threading import Condition
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +142,7 @@ def ours(policy: PolicyStepper, scorer: RewardScorer, ids: Tensor, top_k: int, t
 class CopiedScorer(CachedText):
     """ARGS's code as a scorer: one new token for each candidate, behind k copies of the cache.
 
-    The copy that read the winner is then copied k times.
+    The copy that read the winner is then copied k times. Rows cannot be resampled.
     """
 
     def __init__(self, model: PreTrainedModel, k: int):
@@ -161,12 +162,7 @@ class CopiedScorer(CachedText):
     def push(self, tokens: Tensor) -> None:
         winner = (self.candidates == tokens[:, None]).long().argmax(-1)  # any copy will do for a finished row
         rows = winner + self.k * torch.arange(len(tokens), device=tokens.device)
-        super().select(rows.repeat_interleave(self.k))
-
-    def select(self, rows: Tensor) -> None:
-        self.candidates = self.candidates[rows]
-        copies = torch.arange(self.k, device=rows.device)
-        super().select((self.k * rows[:, None] + copies).flatten())
+        self.select(rows.repeat_interleave(self.k))
 
 
 def uncached(models: Models, ids: Tensor, top_k: int, tick: Tick) -> None:
@@ -227,9 +223,13 @@ def seconds_per_token(
 
 def interleaved(ways: Mapping[str, Way], rounds: Iterable[object], device: torch.device) -> dict[str, list[float]]:
     """Seconds per token of each way in each round, after one run of each to warm up."""
-    measure = _taking_turns if device.type == "cpu" else _one_by_one
-    measure(ways)
-    times = [measure(ways) for _ in rounds]
+
+    def measure() -> dict[str, list[float]]:
+        on_cpu = device.type == "cpu"
+        return _taking_turns(ways) if on_cpu else {name: _gpu_seconds(way) for name, way in ways.items()}
+
+    measure()
+    times = [measure() for _ in rounds]
     return {name: [statistics.median(round[name]) for round in times] for name in ways}
 
 
@@ -238,48 +238,36 @@ def _taking_turns(ways: Mapping[str, Way]) -> dict[str, list[float]]:
 
     So they meet the same neighbours. The reading of the prompt is not counted, except of a way that ticks before it.
     """
-    turns, back = {name: Semaphore(0) for name in ways}, Semaphore(0)
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    turns, changed = deque(ways), Condition()  # whoever is first in line holds the lock, and works
+    marks: dict[str, list[float]] = {name: [] for name in ways}  # by turns the end of one token, the start of the next
 
     def run(name: str) -> None:
-        began = 0.0
-
         def tick() -> None:
-            nonlocal began
-            times[name].append(clock() - began)
-            back.release()
-            turns[name].acquire()
-            began = clock()
+            marks[name].append(clock())
+            turns.rotate(-1)
+            changed.notify_all()
+            changed.wait_for(lambda: turns[0] == name)
+            marks[name].append(clock())
 
-        turns[name].acquire()
-        ways[name](tick)
+        with changed:
+            changed.wait_for(lambda: turns[0] == name)
+            try:
+                ways[name](tick)
+            finally:
+                turns.remove(name)
+                changed.notify_all()
 
     with ThreadPoolExecutor(len(ways)) as pool:
-        futures = {name: pool.submit(run, name) for name in ways}
-        for future in futures.values():
-            future.add_done_callback(lambda _: back.release())
-        while running := [name for name, future in futures.items() if not future.done()]:
-            for name in running:
-                turns[name].release()
-                back.acquire()
-    for future in futures.values():
-        future.result()  # raises what stopped it
-    return {name: seconds[1:] for name, seconds in times.items()}
+        list(pool.map(run, ways))  # raises what stopped a way
+    return {name: [end - start for start, end in zip(at[1::2], at[2::2], strict=False)] for name, at in marks.items()}
 
 
-def _one_by_one(ways: Mapping[str, Way]) -> dict[str, list[float]]:
-    """Seconds from tick to tick of each way by the GPU's own clock, without making the CPU wait for it."""
-    times = {}
-    for name, way in ways.items():
-        marks: list[torch.cuda.Event] = []
-
-        def mark(marks: list[torch.cuda.Event] = marks) -> None:
-            marks.append(torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True)))
-
-        way(mark)
-        torch.cuda.synchronize()
-        times[name] = [first.elapsed_time(second) / 1e3 for first, second in pairwise(marks)]
-    return times
+def _gpu_seconds(way: Way) -> list[float]:
+    """Seconds from tick to tick by the GPU's own clock, without making the CPU wait for it."""
+    marks: list[torch.cuda.Event] = []
+    way(lambda: marks.append(torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))))
+    torch.cuda.synchronize()
+    return [first.elapsed_time(second) / 1e3 for first, second in pairwise(marks)]
 
 
 def clock() -> float:
@@ -297,26 +285,17 @@ def ratios(seconds: Mapping[str, Sequence[float]], name: str, over: str) -> list
 
 
 def peak_bytes(way: Way, device: torch.device) -> int:
-    """The most memory that tensors hold at any time after the first token, weights not counted."""
-    return _peak_on_cpu(way) if device.type == "cpu" else _peak_on_gpu(way)
+    """The most memory that tensors hold at any time after the first token, weights not counted.
 
-
-def _peak_on_gpu(way: Way) -> int:
-    before = torch.cuda.memory_allocated()
-    way(cache(torch.cuda.reset_peak_memory_stats))  # at the first tick alone
-    return torch.cuda.max_memory_allocated() - before
-
-
-def _peak_on_cpu(way: Way) -> int:
-    """By the profiler's record of what was allocated and freed."""
+    On a CPU, the profiler records what is allocated and freed.
+    """
+    if device.type != "cpu":
+        before = torch.cuda.memory_allocated()
+        way(cache(torch.cuda.reset_peak_memory_stats))  # at the first tick alone
+        return torch.cuda.max_memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler announces itself
-
-    def tick() -> None:
-        with record_function("pargs.tick"):
-            pass
-
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        way(tick)
+        way(record_function("pargs.tick")(lambda: None))
     events = profiler.profiler.kineto_results.events()
     first = next(number for number, event in enumerate(events) if event.name() == "pargs.tick")
     return max(list(accumulate(event.nbytes() if event.name() == "[memory]" else 0 for event in events))[first:])
@@ -324,21 +303,21 @@ def _peak_on_cpu(way: Way) -> int:
 
 def passes_per_token(way: Way, models: Models) -> dict[str, float]:
     """Forward passes of each model and the tokens they read, per token written; the reading of the prompt left out."""
-    counts = dict.fromkeys(("lm passes", "lm tokens", "reward passes", "reward tokens"), 0)
-    seen: list[dict[str, int]] = []  # a copy of the counts at each tick
+    counts: Counter[str] = Counter()
+    seen: list[Counter[str]] = []  # the counts at each tick
 
-    def counting(model: str, output) -> None:
-        counts[f"{model} passes"] += 1
-        counts[f"{model} tokens"] += output.last_hidden_state.shape[:2].numel()
+    def counting(name: str) -> Callable[..., None]:
+        return lambda _, __, output: counts.update({f"{name} passes": 1, f"{name} tokens": output[0].shape[:2].numel()})
 
     hooks = [
-        model.base_model.register_forward_hook(lambda _, __, output, name=name: counting(name, output))
+        model.base_model.register_forward_hook(counting(name))
         for name, model in (("lm", models.lm), ("reward", models.scalar))
     ]
-    way(lambda: seen.append(dict(counts)))
+    way(lambda: seen.append(counts.copy()))
     for hook in hooks:
         hook.remove()
-    return {name: (seen[-1][name] - seen[0][name]) / (len(seen) - 1) for name in counts}
+    names = "lm passes", "lm tokens", "reward passes", "reward tokens"
+    return {name: (seen[-1][name] - seen[0][name]) / (len(seen) - 1) for name in names}
 
 
 def weight_bytes(*models: PreTrainedModel) -> int:
