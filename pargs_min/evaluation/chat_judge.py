@@ -4,9 +4,10 @@ import json
 import os
 import re
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -46,59 +47,47 @@ class ChatJudge:
 
     def __post_init__(self) -> None:
         self.address = self.address.rstrip("/")
-        self.replies: dict[str, str] = {}
+        self.replies: dict[str, str] = {}  # by address and request, as JSON
         kept = read_jsonl(self.verdicts, growing=True) if os.path.exists(self.verdicts) else ()
         for verdict, source in kept:
             try:
-                question = verdict["request"]["messages"][0]["content"]
-                if (verdict["address"], verdict["request"]) == (self.address, self._request(question)):
-                    self.replies[question] = verdict["reply"]
-            except (KeyError, IndexError, TypeError) as error:
-                raise ValueError(f"{source}: not a verdict ({error!r}); remove the line") from None
+                self.replies[json.dumps([verdict["address"], verdict["request"]])] = verdict["reply"]
+            except KeyError as error:
+                raise ValueError(f"{source}: not a verdict (it has no {error}); remove the line") from None
 
     def compare(self, ours: Texts, theirs: Texts) -> list:
         """1, 0.5 or 0 per pair; the two raw replies where one of them is not a verdict. Equal texts are a tie."""
-        pairs = [self._questions(*pair) for pair in zip(ours, theirs, strict=True)]
-        questions = {question for pair in pairs for question in pair}
-        replies = self.replies | self._ask_all(questions - self.replies.keys())
-        return [both_orders(*(replies[question] for question in pair)) if pair else 0.5 for pair in pairs]
+        pairs = [(_question(one, other), _question(other, one)) for one, other in zip(ours, theirs, strict=True)]
+        asked = sorted({question for pair in pairs for question in pair if pair[0] != pair[1]})
+        with appending(self.verdicts) as append, ThreadPoolExecutor(self.workers) as pool:
+            answers = pool.map(partial(self._ask, append), asked)
+            replies = dict(zip(asked, progress(answers, desc=self.model, total=len(asked)), strict=True))
+        return [both_orders(replies[a], replies[b]) if a != b else 0.5 for a, b in pairs]
 
-    def _questions(self, one: dict, other: dict) -> list[str]:
-        """In both orders; none where the texts are equal."""
-        orders = (one["response"], other["response"]), (other["response"], one["response"])
-        return [QUESTION.format(prompt=prompt_text(one), a=a, b=b) for a, b in orders if a != b]
+    def _ask(self, append: Callable[[dict], None], question: str) -> str:
+        """The reply; what the model said is kept, other answers (an error, say) may be better another time."""
+        messages = [{"role": "user", "content": question}]
+        request = {"model": self.model, "temperature": 0, "messages": messages}
+        if (key := json.dumps([self.address, request])) in self.replies:
+            return self.replies[key]
+        if (reply := _message(answer := self._post(request))) is None:
+            return answer
+        append({"address": self.address, "request": request, "reply": reply})
+        return self.replies.setdefault(key, reply)
 
-    def _request(self, question: str) -> dict:
-        return {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": question}]}
-
-    def _ask_all(self, questions: set[str]) -> dict[str, str]:
-        """The reply to each; what the model said is kept, other answers (an error, say) may be better another time."""
-        pool, replies = ThreadPoolExecutor(self.workers), {}
-        try:
-            with appending(self.verdicts) as append:
-                asked = {pool.submit(self._ask, question): question for question in sorted(questions)}
-                for answer in progress(as_completed(asked), desc=self.model, total=len(asked)):
-                    question, said = asked[answer], answer.result()
-                    replies[question] = said
-                    if (reply := _message(said)) is not None:
-                        replies[question] = self.replies[question] = reply
-                        append({"address": self.address, "request": self._request(question), "reply": reply})
-        finally:
-            pool.shutdown(cancel_futures=True)
-        return replies
-
-    def _ask(self, question: str) -> str:
-        """The answer, as it came."""
+    def _post(self, request: dict) -> str:
+        """The answer to a request, as it came."""
         key = os.environ.get("OPENAI_API_KEY")
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        request = Request(f"{self.address}/chat/completions", json.dumps(self._request(question)).encode(), headers)
+        asked = Request(f"{self.address}/chat/completions", json.dumps(request).encode(), headers)
         pauses = iter(self.pauses)
         while True:
             try:
-                with urlopen(request, timeout=SECONDS) as answer:
+                with urlopen(asked, timeout=SECONDS) as answer:
                     return answer.read().decode(errors="replace")
             except (OSError, HTTPException) as error:
-                if _refused(error) or (pause := next(pauses, None)) is None:
+                refused = isinstance(error, HTTPError) and error.code < 500 and error.code not in (408, 409, 425, 429)
+                if refused or (pause := next(pauses, None)) is None:
                     said = error.read().decode(errors="replace")[:300] if isinstance(error, HTTPError) else ""
                     raise ValueError(
                         f"judge {self.address}#{self.model} does not answer: {error} {said}; what it has said so far "
@@ -107,9 +96,8 @@ class ChatJudge:
                 time.sleep(pause)
 
 
-def _refused(error: Exception) -> bool:
-    """Whether asking again is of no use."""
-    return isinstance(error, HTTPError) and error.code < 500 and error.code not in (408, 409, 425, 429)
+def _question(first: dict, second: dict) -> str:
+    return QUESTION.format(prompt=prompt_text(first), a=first["response"], b=second["response"])
 
 
 def _message(answer: str) -> str | None:

@@ -6,7 +6,7 @@ read_files -> compare -> write_comparison, markdown, panels
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -18,6 +18,8 @@ from pargs_min.methods import BOUNDED, METHODS
 from pargs_min.records import read_texts
 
 Files = Mapping[str, list[dict]]  # label -> records of `pargs generate`
+# What a judge says of each text of a file: its answers, and 1 (won), 0.5 or 0 (lost) against the text's partner.
+Verdicts = tuple[list, list]
 
 
 class Comparison(NamedTuple):
@@ -93,30 +95,21 @@ def compare(files: Files, judges: Sequence[Judge] = (), against: str | None = No
         row = {"file": label} | _row(texts, verdicts, min(samples))
         rows.append(row if _model(texts) == _model(files[reference]) else row | {"kl": None})
         for i, text in enumerate(texts):
-            said = {judge.name: mine[i].answer for judge, mine in verdicts}
+            said = {judge.name: mine[i] for judge, (mine, _) in verdicts}
             answers.append({"file": label, "prompt_number": text["prompt_number"], "sample": text["sample"]} | said)
     return Comparison(rows, answers, [*_notes(files, judges, reference, samples)])
 
 
-class Verdict(NamedTuple):
-    """What a judge says of a text: its answer, and 1 (won), 0.5 or 0 (lost) against the text's partner.
+def _judge(judge: Judge, files: Files, against: str | None) -> dict[str, Verdicts]:
+    """The verdicts on the texts of each file.
 
-    The outcome is None where a text has no partner, or one of the two no number. For a judge that compares, the answer
-    is the outcome, or whatever it said in its place.
+    A text has no outcome (None) where it has no partner, or one of the two no number. For a judge that compares, the
+    answer is the outcome, or whatever it said in its place.
     """
-
-    prompt_number: int
-    answer: Any
-    outcome: Any
-
-
-def _judge(judge: Judge, files: Files, against: str | None) -> dict[str, list[Verdict]]:
-    """The verdicts on the texts of each file."""
     if judge.compare and against is None:
         raise ValueError(f"judge {judge.name} compares texts: say with which (--against FILE)")
     texts = {label: {(text["prompt_number"], text["sample"]): text for text in mine} for label, mine in files.items()}
-    scores = {label: judge.score(mine) for label, mine in files.items()} if judge.score else {}
-    scored = {label: dict(zip(texts[label], answers, strict=True)) for label, answers in scores.items()}
+    scores = {label: dict(zip(texts[label], judge.score(files[label]), strict=True)) for label in files if judge.score}
     partners, verdicts = texts[against] if against else {}, {}
     for label, ours in texts.items():
         paired = [key for key in ours if label != against and key in partners]
@@ -124,35 +117,36 @@ def _judge(judge: Judge, files: Files, against: str | None) -> dict[str, list[Ve
             said = judge.compare([ours[key] for key in paired], [partners[key] for key in paired])
             answers = won = dict(zip(paired, said, strict=True))
         else:
-            answers = scored[label]
-            pairs = {key: (answers[key], scored[against or label][key]) for key in paired}
+            answers = scores[label]
+            pairs = {key: (answers[key], scores[against or label][key]) for key in paired}
             won = {key: outcome(*pair) for key, pair in pairs.items() if all(map(is_number, pair))}
-        verdicts[label] = [Verdict(key[0], answers.get(key), won.get(key)) for key in ours]
+        verdicts[label] = [*map(answers.get, ours)], [*map(won.get, ours)]
     return verdicts
 
 
-def _row(texts: list[dict], judged: Sequence[tuple[Judge, list[Verdict]]], samples: int) -> dict:
+def _row(texts: list[dict], judged: Sequence[tuple[Judge, Verdicts]], samples: int) -> dict:
     """What is said and measured of the texts of a file, in the order of the table's columns."""
     prompts, groups = [text["prompt_number"] for text in texts], _by_prompt(texts)
 
-    def mean(measure: Callable[[dict], float | None]) -> dict | None:
-        known = [value for text in texts if (value := measure(text)) is not None]
-        return estimate(known, prompts) if len(known) == len(texts) else None
+    def mean(measure: Callable[[dict], Any]) -> dict | None:
+        values = [measure(text) for text in texts]
+        return None if None in values else estimate(values, prompts)
 
     def among_samples(measure: Callable[[list[dict]], float]) -> dict | None:
-        known = [value for group in groups if not math.isnan(value := measure(group))]
-        return estimate(known, range(len(known))) if known else None
+        return _of_numbers(estimate, map(measure, groups), range(len(groups)))
 
-    further = {
-        name: estimate([measure(verdict.answer) for verdict in verdicts], prompts)
-        for judge, verdicts in judged
-        for name, measure in judge.measures.items()
-    }
     return {
         "method": ", ".join(dict.fromkeys(str(text.get("method", "")) for text in texts)),
         "prompts": len(groups),
         "texts": len(texts),
-        "judges": {judge.name: _summary(judge, verdicts) for judge, verdicts in judged},
+        "judges": {
+            judge.name: {
+                "reward": _of_numbers(estimate, answers, prompts) if judge.score else None,
+                "win_rate": _of_numbers(win_rate, outcomes, prompts),
+                "out_of_format": sum(not is_number(answer) for answer in answers if judge.score or answer is not None),
+            }
+            for judge, (answers, outcomes) in judged
+        },
         "kl_is_bound": any(text.get("method") in BOUNDED for text in texts),
         "kl": mean(lambda text: text.get("kl")),
         "distinct_1": among_samples(lambda group: distinct(group[:samples], 1)),
@@ -160,20 +154,20 @@ def _row(texts: list[dict], judged: Sequence[tuple[Judge, list[Verdict]]], sampl
         "rouge_l": among_samples(rouge_l),
         "length": mean(lambda text: len(text["response_ids"])),
         "finished": mean(lambda text: text.get("finished")),
-        **further,
+        **{
+            name: estimate([measure(answer) for answer in answers], prompts)
+            for judge, (answers, _) in judged
+            for name, measure in judge.measures.items()
+        },
         "seconds": mean(lambda text: text.get("cost", {}).get("seconds")),
         "model_calls": mean(lambda text: text.get("cost", {}).get("model_calls")),
     }
 
 
-def _summary(judge: Judge, verdicts: list[Verdict]) -> dict:
-    scored = [verdict for verdict in verdicts if judge.score and is_number(verdict.answer)]
-    decided = [verdict for verdict in verdicts if is_number(verdict.outcome)]
-    return {
-        "reward": estimate([v.answer for v in scored], [v.prompt_number for v in scored]) if scored else None,
-        "win_rate": win_rate([v.outcome for v in decided], [v.prompt_number for v in decided]) if decided else None,
-        "out_of_format": sum(not is_number(v.answer) for v in verdicts if judge.score or v.answer is not None),
-    }
+def _of_numbers(statistic: Callable[..., dict], values: Iterable, prompts: Iterable[int]) -> dict | None:
+    """`estimate` or `win_rate` of those values that are numbers; None where none is."""
+    known = [pair for pair in zip(values, prompts, strict=True) if is_number(pair[0])]
+    return statistic(*zip(*known, strict=True)) if known else None
 
 
 def distinct(texts: list[dict], n: int) -> float:
@@ -199,8 +193,7 @@ def rouge_l(texts: list[dict]) -> float:
 
 def _notes(files: Files, judges: Sequence[Judge], reference: str, samples: set[int]) -> Iterator[str]:
     for judge in judges:
-        guided = [label for label, texts in files.items() if any(_guided_by(text, judge.name) for text in texts)]
-        if guided:
+        if guided := [label for label, texts in files.items() if any(_guided_by(text, judge.name) for text in texts)]:
             yield (
                 f"the judge {judge.name} guided {', '.join(guided)}: its reward says how well it was optimised, not "
                 "how good the texts are; add a judge that no method has seen"

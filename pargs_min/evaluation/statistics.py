@@ -54,10 +54,8 @@ def mean_and_error(values: Sequence[float], groups: Sequence[Hashable]) -> tuple
     return float(means.mean()), error
 
 
-def bootstrap_interval(
-    values: Sequence[float], groups: Sequence[Hashable], confidence: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """Bootstrap interval (BCa) of the mean over prompts: whole prompts are drawn again, with all their texts.
+def bootstrap_interval(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[float, float]:
+    """Bootstrap interval (BCa, 95%) of the mean over prompts: whole prompts are drawn again, with all their texts.
 
     Returns:
         (low, high) in the unit of `values`; nan for a single prompt.
@@ -72,8 +70,8 @@ def bootstrap_interval(
     if np.ptp(means) == 0:
         return (float(means[0]),) * 2 if len(means) > 1 else (math.nan, math.nan)
     batch = max(1, 10**7 // len(means))  # at most 80 MB at a time
-    drawn = stats.bootstrap((means,), np.mean, confidence_level=confidence, batch=batch, rng=seed)
-    return float(drawn.confidence_interval.low), float(drawn.confidence_interval.high)
+    low, high = stats.bootstrap((means,), np.mean, batch=batch, rng=0).confidence_interval
+    return float(low), float(high)
 
 
 def estimate(values: Sequence[float], groups: Sequence[Hashable]) -> dict[str, float | None]:

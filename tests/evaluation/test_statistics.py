@@ -49,14 +49,11 @@ def test_the_bootstrap_interval_is_the_normal_one_where_that_is_right():
     low, high = bootstrap_interval(values, range(400))
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.15 * error)
     assert bootstrap_interval([*values] * 2, [*range(400)] * 2) == pytest.approx((low, high))
-    narrow = bootstrap_interval(values, range(400), confidence=0.5)
-    assert narrow[1] - narrow[0] == pytest.approx(2 * 0.6745 * error, abs=0.1 * error)
 
 
 def test_the_bootstrap_interval_is_repeatable_and_exact_for_constants():
     values = [0.0, 1.0, 5.0, 2.0, 2.5, 9.0, 4.1]
     assert bootstrap_interval(values, range(7)) == bootstrap_interval(values, range(7))
-    assert bootstrap_interval(values, range(7)) != bootstrap_interval(values, range(7), seed=1)
     assert bootstrap_interval([2.0] * 3, range(3)) == (2.0, 2.0)
 
 
