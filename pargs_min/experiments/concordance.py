@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pargs_min.codec import Codec, left_pad
+from pargs_min.codec import Codec, encode_prompt, left_pad
+from pargs_min.data import Text
 from pargs_min.decode import ModelPolicy
-from pargs_min.texts import choose_scorer, generate_texts
+from pargs_min.scoring import model_rewards
+from pargs_min.texts import generate_texts
+from pargs_min.train import rate
 from pargs_min.world.automaton import Array, sample, win_rates
 from pargs_min.world.journey import Journey
 
@@ -71,16 +74,11 @@ def concordance(
 
 @torch.no_grad()
 def score_siblings(model: PreTrainedModel, siblings: Sequence[Siblings], batch_size: int = 256) -> list[Array]:
-    """(K,) rewards of the candidates of each prefix, by the scorer that decoding uses."""
-    scores, device = [], model.device
-    scorer = choose_scorer(model, max(len(one.prefix_ids) for one in siblings) + 1)
-    for some in (siblings[i : i + batch_size] for i in range(0, len(siblings), batch_size)):
-        widest = max(len(one.candidates) for one in some)
-        padded = [one.candidates + one.candidates[:1] * (widest - len(one.candidates)) for one in some]
-        scorer.start(*(x.to(device) for x in left_pad([one.prefix_ids for one in some])))
-        rewards = scorer.score(torch.tensor(padded, device=device)).double().cpu().numpy()
-        scores += [row[: len(one.candidates)] for row, one in zip(rewards, some, strict=True)]
-    return scores
+    """(K,) rewards of the candidates of each prefix: of the texts that end in them."""
+    texts = [Text(one.prefix_ids, [token]) for one in siblings for token in one.candidates]
+    rated = rate(texts, model_rewards(model), batch_size=batch_size, device=str(model.device))
+    ends = np.cumsum([len(one.candidates) for one in siblings])
+    return np.split(np.array([text.reward for text in rated]), ends[:-1])
 
 
 def reward_model_concordance(model: PreTrainedModel, siblings: Sequence[Siblings]) -> tuple[float, float]:
@@ -101,18 +99,17 @@ def ceiling(siblings: Sequence[Siblings]) -> float:
 
 
 def exact_siblings(
-    world: Journey, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], texts: int, seed: int = 0
+    world: Journey, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], texts: int
 ) -> Iterator[Siblings]:
     """The next words wherever the grammar has a choice, along its own journeys, with the world's exact win rates."""
     for number, prompt in enumerate(prompts):
         automaton = world.automata[prompt]
-        rates, ends = win_rates(automaton), np.append(automaton.first_edges[1:], len(automaton.sources))
-        drawn, _ = sample(automaton, np.random.default_rng([seed, number]).random((texts, automaton.horizon)))
-        prompt_ids = Codec(tokenizer).prompt({"prompt": prompt})
+        rates, prompt_ids = win_rates(automaton), encode_prompt(tokenizer, prompt)
+        drawn, _ = sample(automaton, np.random.default_rng([0, number]).random((texts, automaton.horizon)))
         for row in drawn:
             state = automaton.start
             for step, token in enumerate(row):
-                edges = np.arange(automaton.first_edges[state], ends[state])
+                edges = np.flatnonzero(automaton.sources == state)
                 candidates, targets = automaton.tokens[edges], automaton.targets[edges]
                 if len(edges) > 1:
                     values = rates[step + 1, targets].tolist()
@@ -132,7 +129,6 @@ def rollout_siblings(
     completions: int = 8,
     opponents: int = 16,
     batch_size: int = 64,
-    seed: int = 0,
 ) -> Iterator[Siblings]:
     """The most likely tokens after a quarter, a half and three quarters of a text, each completed several times.
 
@@ -149,7 +145,7 @@ def rollout_siblings(
         return generate_texts(lm, tokenizer, asked, method="plain", batch_size=batch_size, **settings)
 
     # What completions compete with.
-    texts = [*generated(prompts, num_samples=opponents, max_new_tokens=max_new_tokens, seed=seed)]
+    texts = [*generated(prompts, num_samples=opponents, max_new_tokens=max_new_tokens, seed=0)]
     rewards = np.array(judge(texts), dtype=float).reshape(len(prompts), opponents)
 
     lengths = [max_new_tokens // 4, max_new_tokens // 2, 3 * max_new_tokens // 4]
@@ -165,7 +161,7 @@ def rollout_siblings(
         candidates, limit = tokens.tolist(), max_new_tokens - length - 1
         open_ended = {token for token in candidates if limit and not codec.finished([token])}
         asked = [{"prompt_ids": [*prefix, token]} for token in candidates if token in open_ended]
-        rest = generated(asked, num_samples=completions, max_new_tokens=limit, seed=seed + pair)
+        rest = generated(asked, num_samples=completions, max_new_tokens=limit, seed=pair)
         whole = []
         for sample_number, token in enumerate(np.repeat(candidates, completions).tolist()):
             ids = [*written, token] + (next(rest)["response_ids"] if token in open_ended else [])

@@ -1,11 +1,13 @@
 """The judges by name: those of `evaluation/`, and the gold reward of the embedded world."""
 
 import os
-from collections.abc import Sequence
+from functools import cache
 
 from pargs_min.evaluation.judges import Judge, load_judge
-from pargs_min.evaluation.reading import prompt_text
-from pargs_min.world.gold import gold_rewards, off_grammar
+from pargs_min.evaluation.reading import Texts, prompt_text
+from pargs_min.world.journey import END, OFF_GRAMMAR, Journey
+
+_world = cache(Journey)  # its automata take a second
 
 
 def named_judge(name: str, verdicts: str | os.PathLike = "verdicts.jsonl") -> Judge:
@@ -15,9 +17,16 @@ def named_judge(name: str, verdicts: str | os.PathLike = "verdicts.jsonl") -> Ju
         ValueError: if it cannot be loaded.
     """
     if name == "toy":
-        return Judge(name, score=_gold_rewards, measures={"off_grammar": off_grammar})
+        return Judge(name, score=gold_rewards, measures={"off_grammar": lambda gold: float(gold == OFF_GRAMMAR)})
     return load_judge(name, verdicts)
 
 
-def _gold_rewards(texts: Sequence[dict]) -> list[float]:
-    return gold_rewards([prompt_text(text) for text in texts], [text["response_ids"] for text in texts])
+def gold_rewards(texts: Texts) -> list[float]:
+    """The gold reward of generated texts, read off their token ids; one without an end token is off the grammar.
+
+    Raises:
+        ValueError: for a prompt that is not one of the world's.
+    """
+    end, responses = _world().vocabulary[END], [text["response_ids"] for text in texts]
+    golds = _world().gold([prompt_text(text) for text in texts], responses)
+    return [gold if end in ids else OFF_GRAMMAR for gold, ids in zip(golds, responses, strict=True)]

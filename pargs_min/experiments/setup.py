@@ -6,7 +6,7 @@ All of it is named by one frozen `Lab`, which is also the key that what was read
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +21,10 @@ from pargs_min.records import read_preferences, read_prompts
 from pargs_min.reward_model import context_length
 from pargs_min.store import aside, write_lines
 from pargs_min.world.journey import HELD_OUT_PROMPTS, HORIZON, TRAIN_PROMPTS, Journey
-from pargs_min.world.reference import reference, write_pairs
+from pargs_min.world.reference import STEPS, reference, write_pairs
 
 # The reference of the embedded world at its defaults, as `pargs_min.world.reference.reference(folder)` trains it.
 SHIPPED = Path(__file__).parents[1] / "world" / "reference_model"
-STEPS = 1500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +183,6 @@ def as_json(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    if not is_dataclass(value):
+    if not is_dataclass(value) or isinstance(value, type):
         return str(value)
-    named = ((field.name, getattr(value, field.name)) for field in fields(value))
-    return {name: inner for name, inner in named if inner is not None}
+    return asdict(value, dict_factory=lambda items: {name: inner for name, inner in items if inner is not None})

@@ -38,20 +38,16 @@ class Automaton:
     horizon: int
 
     def __post_init__(self) -> None:
-        if not np.array_equal(np.unique(self.sources), np.arange(len(self.rewards))):
+        named = np.array_equal(np.unique(self.sources), np.arange(len(self.rewards)))
+        if not named or np.any(np.diff(self.sources) < 0):
             raise ValueError(
-                f"sources must name each of the {len(self.rewards)} states at least once: give a finished "
-                "state the end token, back to itself"
+                f"sources must be sorted, and name each of the {len(self.rewards)} states at least once: give a "
+                "finished state the end token, back to itself"
             )
-        if np.any(np.diff(self.sources) < 0):
-            raise ValueError("sources must be sorted: order the edges by their source")
         totals = np.add.reduceat(np.exp(self.log_probs), self.first_edges)
         worst = int(np.argmax(np.abs(totals - 1)))
         if abs(totals[worst] - 1) > 1e-9:
-            raise ValueError(
-                f"log_probs must be normalised at each state, but those of state {worst} sum to "
-                f"{totals[worst]!r} in probability"
-            )
+            raise ValueError(f"log_probs must be normalised at each state, but state {worst} sums to {totals[worst]!r}")
 
     @cached_property
     def first_edges(self) -> NDArray[np.int64]:

@@ -10,12 +10,14 @@ mislead (under fair skies a traveller strays from her road). The gold reward dep
 is a finite automaton over words, so values are known exactly (`automaton.py`).
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, cached_property
 from itertools import product, takewhile
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,22 +28,14 @@ PAD, END, UNKNOWN = "<pad>", "<end>", "<unk>"
 HORIZON = 25  # tokens in the longest journey, its end token included
 OFF_GRAMMAR = -3.5  # the gold reward of a word string that the grammar cannot have written
 
-OPENINGS = (2, "she"), (1, "today she"), (1, "again she")  # each with its weight
-ADJECTIVES = (4, ""), (1, "small"), (1, "red"), (1, "heavy"), (1, "worn")
-HELP = {"floods": "rope raft", "fog": "compass lantern", "snow": "kettle blanket", "wolves": "flute drum"}
+# The words: openings and adjectives with their weights; the items that help in each trouble; what each role packs most
+# often; the trouble of each road of a place; the mood of each word for a sight, and the sights; what the words of an
+# ending, and gifts, add to the gold reward.
+OPENINGS, ADJECTIVES, HELP, HABIT, ROADS, MOODS, SIGHTS, HOME, AWAY, GIFTS = json.loads(
+    Path(__file__).with_suffix(".json").read_text("utf-8")
+).values()
 TROUBLES = tuple(HELP)
-USE = {item: trouble for trouble, items in HELP.items() for item in items.split()}
-HABIT = {"sailor": "rope", "baker": "kettle", "painter": "lantern", "shepherd": "flute"}  # what a role packs most often
-ROADS = {
-    "island": {"coast": "floods", "marsh": "fog", "ridge": "wolves", "valley": "floods"},
-    "mountain": {"coast": "fog", "marsh": "wolves", "ridge": "snow", "valley": "snow"},
-    "forest": {"coast": "snow", "marsh": "floods", "ridge": "fog", "valley": "fog"},
-}
-MOODS = {"golden": "fair", "warm": "fair", "bright": "fair", "grim": "dark", "cold": "dark", "bitter": "dark"}
-SIGHTS = {"past": "hills orchards villages", "under": "skies clouds stars", "through": "rain wind woods"}
-HOME = {"warm": 0.5, "bright": 0.25, "golden": 0.25, "tired": 0.0, "cold": -0.25, "bitter": -0.5}
-AWAY = {"warm": 0.25, "lost": 0.0, "tired": 0.0, "cold": -0.25, "bitter": -0.25, "grim": -0.5}
-GIFTS = {"songs": 0.25, "honey": 0.0, "nothing": -0.25}
+USE = {item: trouble for trouble, items in HELP.items() for item in items}
 
 DEPARTURE = "the {} leaves for the {} :"
 PROMPTS = tuple(DEPARTURE.format(role, place) for role in HABIT for place in ROADS)
@@ -96,7 +90,7 @@ class Journey:
             case "sight", preposition, use, own, sights_left:
                 return [
                     (1, f"{word} {noun}", ("road", use, own, mood, sights_left))
-                    for (word, mood), noun in product(MOODS.items(), SIGHTS[preposition].split())
+                    for (word, mood), noun in product(MOODS.items(), SIGHTS[preposition])
                 ]
             case "trouble", prepared:
                 home = Fraction(17, 20) if prepared else self.luck
@@ -161,25 +155,16 @@ class Journey:
         """The word of each id."""
         return list(self.vocabulary)
 
-    def text(self, ids: Sequence[int]) -> str:
-        """The words of token ids, joined by blanks."""
-        return " ".join(self.words[i] for i in ids)
-
-    def ids(self, text: str) -> list[int]:
-        """The token ids of words."""
-        return [self.vocabulary[word] for word in text.split()]
-
     @cached_property
     def automata(self) -> dict[str, Automaton]:
         """The automaton of each prompt; the reward of an unfinished state is that of an off-grammar text."""
-        return {prompt: self._automaton(*story) for prompt, story in self._stories.items()}
-
-    def _automaton(self, states: list[State], moves: Moves) -> Automaton:
-        ids = self.vocabulary
-        edges = [(i, ids[word], j, float(p)) for i, onward in enumerate(moves) for word, (p, j) in onward.items()]
-        sources, tokens, targets, probabilities = map(np.array, zip(*edges, strict=True))
-        rewards = np.array([_final_reward(state) for state in states])
-        return Automaton(sources, tokens, targets, np.log(probabilities), rewards, start=0, horizon=HORIZON)
+        automata, ids = {}, self.vocabulary
+        for prompt, (states, moves) in self._stories.items():
+            edges = [(i, ids[word], j, float(p)) for i, onward in enumerate(moves) for word, (p, j) in onward.items()]
+            sources, tokens, targets, p = map(np.array, zip(*edges, strict=True))
+            rewards = np.array([_final_reward(state) for state in states])
+            automata[prompt] = Automaton(sources, tokens, targets, np.log(p), rewards, start=0, horizon=HORIZON)
+        return automata
 
     def write(self, uniforms: Array, prompts: Sequence[str] = PROMPTS) -> tuple[NDArray[np.int64], Array]:
         """Journeys by the grammar itself, row i for prompts[i % len(prompts)]: tokens and their log-probabilities.

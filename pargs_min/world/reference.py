@@ -7,6 +7,7 @@ TRAIN_PROMPTS alone: a reward model meets the role and the place of each of HELD
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from pargs_min.progress import progress
 from pargs_min.store import appending, aside
 from pargs_min.world.journey import END, HORIZON, PAD, PROMPTS, TRAIN_PROMPTS, UNKNOWN, Journey
 
+STEPS, BATCH_SIZE, LEARNING_RATE = 1500, 64, 3e-3  # of the reference; its learning rate at the highest
+
 
 def word_tokenizer(world: Journey) -> PreTrainedTokenizerFast:
     """One token per word, split at blanks; padding, end and unknown tokens have ids of their own."""
@@ -32,13 +35,7 @@ def word_tokenizer(world: Journey) -> PreTrainedTokenizerFast:
 
 
 def reference(
-    folder: str | Path,
-    world: Journey | None = None,
-    *,
-    seed: int = 0,
-    steps: int = 1500,
-    batch_size: int = 64,
-    learning_rate: float = 3e-3,
+    folder: str | Path, world: Journey | None = None, *, seed: int = 0, steps: int = STEPS
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Train the reference on journeys for all prompts, each seen once; load it if the folder holds it already.
 
@@ -50,19 +47,18 @@ def reference(
             changes no text.
     """
     folder, world = Path(folder), world or Journey()
-    made_with = dict(luck=str(world.luck), seed=seed, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
+    made_with = dict(luck=str(world.luck), seed=seed, steps=steps, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE)
     if not folder.exists():
         model = _new_model(world, seed)
-        _train(model, world, seed, steps, batch_size, learning_rate)
+        _train(model, world, seed, steps)
         model.config.journey = made_with
         with aside(folder) as unfinished:
             model.save_pretrained(unfinished)
             word_tokenizer(world).save_pretrained(unfinished)
     model = load_language_model(folder)
-    if getattr(model.config, "journey", None) != made_with:
+    if (found := getattr(model.config, "journey", "other code")) != made_with:
         raise ValueError(
-            f"folder {folder} holds a model made with {getattr(model.config, 'journey', 'other code')}, "
-            f"not with {made_with}: choose another folder or delete this one"
+            f"{folder} holds a model made with {found}, not with {made_with}: choose another folder, or delete this one"
         )
     return model, load_tokenizer(folder)
 
@@ -71,22 +67,19 @@ def _new_model(world: Journey, seed: int) -> GPT2LMHeadModel:
     end, pad = world.vocabulary[END], world.vocabulary[PAD]
     sizes = dict(vocab_size=len(world.vocabulary), n_positions=64, n_embd=64, n_layer=2, n_head=4)
     special = dict(bos_token_id=end, eos_token_id=end, pad_token_id=pad)
-    no_dropout = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     gelu = "gelu_pytorch_tanh"  # the same function as GPT-2's gelu_new, in one kernel
-    config = GPT2Config(**sizes, **special, **no_dropout, activation_function=gelu)
+    config = GPT2Config(**sizes, **special, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function=gelu)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPT2LMHeadModel(config)
 
 
-def _train(
-    model: PreTrainedModel, world: Journey, seed: int, steps: int, batch_size: int, learning_rate: float
-) -> None:
-    uniforms = np.random.default_rng(seed).random((steps * batch_size, HORIZON))
+def _train(model: PreTrainedModel, world: Journey, seed: int, steps: int) -> None:
+    uniforms = np.random.default_rng(seed).random((steps * BATCH_SIZE, HORIZON))
     ids, labels = _with_prompts(world, world.write(uniforms)[0])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
-    batches = zip(ids.split(batch_size), labels.split(batch_size), strict=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    batches = zip(ids.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
     reported = progress(batches, desc="reference model", total=steps)
     for input_ids, targets in reported:
         loss = model(input_ids=input_ids, labels=targets).loss
@@ -102,7 +95,7 @@ def _with_prompts(world: Journey, tokens: NDArray[np.int64]) -> tuple[Tensor, Te
 
     Labels are -100, which the loss ignores, for the prompt and for end tokens after the first.
     """
-    prompt_ids = np.array([world.ids(prompt) for prompt in PROMPTS])
+    prompt_ids = np.array([[world.vocabulary[word] for word in prompt.split()] for prompt in PROMPTS])
     start = prompt_ids.shape[1]
     ids = np.hstack([np.resize(prompt_ids, (len(tokens), start)), tokens])
     ends = ids == world.vocabulary[END]
@@ -120,55 +113,32 @@ def write_pairs(
     pairs: int = 4000,
     seed: int = 0,
     prompts: Sequence[str] = TRAIN_PROMPTS,
-    batch_size: int = 500,
-) -> int:
+    batch_size: int = 250,
+) -> None:
     """Write preference pairs: two samples of the reference each, the first one chosen with P = sigmoid(gold - gold').
 
     JSONL records {prompt, chosen, rejected, prompt_ids, chosen_ids, rejected_ids}; responses without their end token.
-    Pair i is for prompts[i % len(prompts)]. A pair with a response that did not end within HORIZON tokens is left out;
-    off-grammar responses stay, being part of the reference.
-
-    Returns:
-        How many pairs were left out.
+    Pair i holds samples 2 i and 2 i + 1 for prompts[i % len(prompts)] (`row_uniforms`), whatever its batch is. A pair
+    with a response that did not end within HORIZON tokens is left out; off-grammar responses stay, being part of the
+    reference.
     """
-    left_out = 0
+    policy, end = ModelPolicy(model), tokenizer.eos_token_id
+    settings: dict[str, Any] = dict(beta=0.0, top_k=0, max_new_tokens=HORIZON, eos=end)
     with aside(file) as unfinished, appending(unfinished) as append:
         for first in progress(range(0, pairs, batch_size), desc="preference pairs", unit="batch"):
-            numbers = range(first, min(first + batch_size, pairs))
-            asked = [prompts[i % len(prompts)] for i in numbers]
-            ours, theirs = (responses(model, tokenizer, asked, [2 * i + k for i in numbers], seed) for k in (0, 1))
-            labels = _label_uniforms(asked, numbers, seed)
-            for prompt, one, other, uniform in zip(asked, ours, theirs, labels, strict=True):
+            samples = range(2 * first, 2 * min(first + batch_size, pairs))
+            asked = [prompts[sample // 2 % len(prompts)] for sample in samples]
+            prompt_ids = [encode_prompt(tokenizer, prompt) for prompt in asked]
+            uniforms = row_uniforms(seed, map(PROMPTS.index, asked), samples, HORIZON + 1)
+            drawn = generate(policy, None, torch.tensor(prompt_ids), uniforms=uniforms[:, :-1], **settings)
+            responses = [row[: row.index(end)] if end in row else None for row in drawn.tokens.tolist()]
+            # The number that follows those of a pair's first response draws its label.
+            both = zip(asked[::2], responses[::2], responses[1::2], uniforms[::2, -1].tolist(), strict=True)
+            for prompt, one, other, uniform in both:
                 if one is None or other is None:
-                    left_out += 1
                     continue
                 gold, other_gold = world.gold([prompt] * 2, [one, other])
                 chosen, rejected = (one, other) if uniform < expit(gold - other_gold) else (other, one)
-                record = {"prompt": prompt, "chosen": world.text(chosen), "rejected": world.text(rejected)}
-                append(record | {"prompt_ids": world.ids(prompt), "chosen_ids": chosen, "rejected_ids": rejected})
-    return left_out
-
-
-def _label_uniforms(prompts: Sequence[str], numbers: Sequence[int], seed: int) -> list[float]:
-    """The number that draws each pair's label: the next one in the stream that drew its first response."""
-    rows = row_uniforms(seed, map(PROMPTS.index, prompts), [2 * i for i in numbers], HORIZON + 1)
-    return rows[:, -1].tolist()
-
-
-def responses(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    samples: Sequence[int],
-    seed: int,
-) -> list[list[int] | None]:
-    """One sample of the reference per prompt, ids without the end token; None where HORIZON tokens brought no end.
-
-    Row i is sample number samples[i] for prompts[i], whatever the other rows are (`row_uniforms`).
-    """
-    ids = torch.tensor([encode_prompt(tokenizer, prompt) for prompt in prompts])
-    uniforms = row_uniforms(seed, map(PROMPTS.index, prompts), samples, HORIZON)
-    end = tokenizer.eos_token_id
-    settings = dict(beta=0.0, top_k=0, max_new_tokens=HORIZON, eos=end, uniforms=uniforms)
-    drawn = generate(ModelPolicy(model), None, ids, **settings)
-    return [row[: row.index(end)] if end in row else None for row in drawn.tokens.tolist()]
+                ids = {"prompt": encode_prompt(tokenizer, prompt), "chosen": chosen, "rejected": rejected}
+                record = {name: tokenizer.decode(row) for name, row in ids.items()}
+                append(record | {f"{name}_ids": row for name, row in ids.items()})

@@ -196,7 +196,7 @@ def test_a_normalised_edge_tilt_need_not_be_a_function_of_the_state():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(log_probs=np.log([0.5, 0.6, 1.0])), "state 0 sum to"),
+        (dict(log_probs=np.log([0.5, 0.6, 1.0])), "state 0 sums to"),
         (dict(sources=np.array([1, 0, 0])), "sorted"),
         (dict(sources=np.array([0, 0, 0])), "each of the 2 states"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pargs_min.codec import Codec
 from pargs_min.decode import row_uniforms
-from pargs_min.texts import text_log_probs
+from pargs_min.texts import generate_texts, text_log_probs
 from pargs_min.world import reference as toy
 from pargs_min.world.journey import HELD_OUT_PROMPTS, HORIZON, PROMPTS, TRAIN_PROMPTS, Journey
 
@@ -34,10 +35,10 @@ def trained(folder: Path):
 
 
 @pytest.fixture(scope="module")
-def pairs(folder: Path, trained) -> tuple[list[dict], int]:
-    """Four hundred pairs, and how many were left out."""
-    left_out = toy.write_pairs(folder / "../pairs.jsonl", *trained, WORLD, pairs=400)
-    return [json.loads(line) for line in (folder / "../pairs.jsonl").read_text().splitlines()], left_out
+def pairs(folder: Path, trained) -> list[dict]:
+    """Four hundred pairs, less those with a response that did not end."""
+    toy.write_pairs(folder / "../pairs.jsonl", *trained, WORLD, pairs=400)
+    return [json.loads(line) for line in (folder / "../pairs.jsonl").read_text().splitlines()]
 
 
 def test_texts_survive_the_tokenizer():
@@ -71,13 +72,13 @@ def test_a_reference_that_is_there_is_reused_and_another_is_refused(folder: Path
 
 
 def test_training_repeats_itself_and_leaves_the_global_stream_alone(tmp_path: Path):
-    one = toy.reference(tmp_path / "a", WORLD, steps=3, batch_size=4)[0]
+    one = toy.reference(tmp_path / "a", WORLD, steps=3)[0]
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    other = toy.reference(tmp_path / "b", WORLD, steps=3, batch_size=4)[0]
+    other = toy.reference(tmp_path / "b", WORLD, steps=3)[0]
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    different = toy.reference(tmp_path / "c", WORLD, steps=3, batch_size=4, seed=1)[0]
+    different = toy.reference(tmp_path / "c", WORLD, steps=3, seed=1)[0]
     assert not torch.equal(one.transformer.wte.weight, different.transformer.wte.weight)
 
 
@@ -97,13 +98,20 @@ def test_the_reference_learns_the_grammar(tmp_path: Path, seed: int):
 
 
 def test_pairs_are_records_of_training_prompts_in_text_and_ids(pairs, trained):
-    records, left_out = pairs
-    tokenizer = trained[1]
-    assert len(records) + left_out == 400
-    assert {record["prompt"] for record in records} == set(TRAIN_PROMPTS)
+    model, tokenizer = trained
+    prompts = [{"prompt": prompt} for prompt in PROMPTS]
+    settings = dict(method="plain", max_new_tokens=HORIZON, num_samples=800, batch_size=500)
+    texts = {
+        (PROMPTS[text["prompt_number"]], text["sample"]): text["response_ids"][:-1] if text["finished"] else None
+        for text in generate_texts(model, tokenizer, prompts, **settings)
+    }
+    drawn = [[texts[TRAIN_PROMPTS[i % len(TRAIN_PROMPTS)], 2 * i + k] for k in (0, 1)] for i in range(400)]
+    whole = [sorted(both) for both in drawn if None not in both]
+    assert [sorted([record["chosen_ids"], record["rejected_ids"]]) for record in pairs] == whole
+    assert {record["prompt"] for record in pairs} == set(TRAIN_PROMPTS)
     assert not set(TRAIN_PROMPTS) & set(HELD_OUT_PROMPTS)
-    assert sum(record["chosen_ids"] != record["rejected_ids"] for record in records) > 0.9 * len(records)
-    for record in records:
+    assert sum(record["chosen_ids"] != record["rejected_ids"] for record in pairs) > 0.9 * len(pairs)
+    for record in pairs:
         for field in ("prompt", "chosen", "rejected"):
             ids = record[f"{field}_ids"]
             assert tokenizer(record[field]).input_ids == ids or tokenizer.pad_token_id in ids
@@ -115,13 +123,15 @@ def test_labels_are_bradley_terry_on_the_gold_reward(trained, tmp_path: Path, mo
     """Hoeffding at 1e-6: how often the better response was chosen, against the mean of its probability."""
     rng = np.random.default_rng(2)
 
-    def by_the_grammar(model, tokenizer, prompts, samples, seed):
+    def by_the_grammar(policy, reward, prompt_ids, **settings):
+        prompts = trained[1].batch_decode(prompt_ids)
         tokens, _ = WORLD.write(rng.random((len(prompts), HORIZON)), prompts)
-        return [row[: row.index(tokenizer.eos_token_id)] for row in tokens.tolist()]
+        return SimpleNamespace(tokens=tokens)
 
-    monkeypatch.setattr(toy, "responses", by_the_grammar)
-    assert toy.write_pairs(tmp_path / "pairs.jsonl", *trained, WORLD, pairs=4000, batch_size=4000) == 0
+    monkeypatch.setattr(toy, "generate", by_the_grammar)
+    toy.write_pairs(tmp_path / "pairs.jsonl", *trained, WORLD, pairs=4000, batch_size=4000)
     records = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert len(records) == 4000
     gold = np.array([WORLD.gold([r["prompt"]] * 2, [r["chosen"], r["rejected"]]) for r in records])
     margin = (gold[:, 0] - gold[:, 1])[gold[:, 0] != gold[:, 1]]
     bound = np.sqrt(np.log(2 / 1e-6) / (2 * len(margin)))
@@ -133,12 +143,28 @@ def test_labels_are_bradley_terry_on_the_gold_reward(trained, tmp_path: Path, mo
     )
 
 
-def test_labels_are_drawn_by_numbers_that_drew_no_token():
-    numbers = range(8)
-    labels = toy._label_uniforms(PROMPTS[:8], numbers, seed=3)
-    for sample in range(2 * 8):
-        assert not set(labels) & set(row_uniforms(3, range(8), [sample] * 8, HORIZON).flatten().tolist())
-    assert len(set(labels)) == 8
+def test_labels_are_drawn_by_numbers_that_drew_no_token(trained, tmp_path: Path, monkeypatch):
+    """Each pair's by its own: the first that its first response left over."""
+    drawn, compared = [], []
+
+    def recorded(*arguments, uniforms, **settings):
+        drawn.append(uniforms)
+        return generate(*arguments, uniforms=uniforms, **settings)
+
+    class Chance(float):
+        def __gt__(self, uniform):
+            compared.append(uniform)
+            return True
+
+    generate = toy.generate
+    monkeypatch.setattr(toy, "generate", recorded)
+    monkeypatch.setattr(toy, "expit", Chance)
+    toy.write_pairs(tmp_path / "pairs.jsonl", *trained, WORLD, pairs=8, seed=3, prompts=PROMPTS)
+    labels = row_uniforms(3, range(8), range(0, 16, 2), HORIZON + 1)[:, -1].tolist()
+    assert set(compared) <= set(labels)
+    assert len(set(compared)) == len(compared) > 4
+    assert torch.cat(drawn).shape == (16, HORIZON)
+    assert not set(labels) & set(torch.cat(drawn).flatten().tolist())
 
 
 def test_pairs_do_not_depend_on_the_batch_and_are_whole_or_not_there(trained, tmp_path: Path, monkeypatch):
@@ -159,14 +185,13 @@ def test_pairs_do_not_depend_on_the_batch_and_are_whole_or_not_there(trained, tm
     assert not (tmp_path / "d").exists()
 
 
-def test_responses_that_do_not_end_are_none(trained):
+def test_pairs_with_a_response_that_does_not_end_are_left_out(trained, tmp_path: Path):
     model, tokenizer = trained
     bias = torch.zeros(len(WORLD.vocabulary))
-    got = toy.responses(model, tokenizer, PROMPTS * 4, range(48), 0)
-    assert all(row is None or (len(row) < HORIZON and tokenizer.eos_token_id not in row) for row in got)
     bias[tokenizer.eos_token_id] = -torch.inf
     hook = model.lm_head.register_forward_hook(lambda module, args, logits: logits + bias)
     try:
-        assert toy.responses(model, tokenizer, PROMPTS, range(12), 0) == [None] * 12
+        toy.write_pairs(tmp_path / "pairs.jsonl", model, tokenizer, WORLD, pairs=12)
     finally:
         hook.remove()
+    assert (tmp_path / "pairs.jsonl").read_text() == ""
