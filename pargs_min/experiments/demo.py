@@ -15,30 +15,14 @@ import torch
 
 from pargs_min import plots
 from pargs_min.experiments import report
-from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell, write
+from pargs_min.experiments.measure import FULL, PARTIAL, Cell, guided, write
 from pargs_min.experiments.report import BETA
 from pargs_min.experiments.setup import Lab, embedded, judged, material
 from pargs_min.experiments.sweep import Row, gather, sweep
 
-PAIRS = """\
-[1/3] The reference: {}.
-      Preference pairs: two of its texts each, of which the one with more gold is chosen more often."""
+PAIRS, MODELS, RESULTS, NEXT = Path(__file__).with_name("demo.txt").read_text("utf-8").rstrip().split("\n\n")
 SHIPPED, TRAINED = "shipped with the package, made by pargs_min.world.reference.reference", "trained now"
-MODELS = """\
-[2/3] Three reward models, trained on these pairs: on every prefix (PARGS), on whole texts (ARGS), and a value model
-      (controlled decoding, cd). Guided by them, with beta for the weight of the reward, every method writes for four
-      prompts that no pair was made for."""
 COLUMNS = ("reward", "kl", "off_grammar", "calls")
-NEXT = """
-Saved demo.md, demo.json and demo.png (gold reward against KL: the closer to the black line, the better) in {0}.
-Where to go next:
-  pargs study partial-vs-full      the same for several seeds, with error bars
-  pargs trace --model {0}/reference --reward-model {0}/models/{1} --beta 2 --max-new-tokens 25 \\
-    --prompt "{2}" --output trace.html
-                                   one text, token by token
-  README.md                        the same on your own model and pairs"""
-
-
 say = partial(print, flush=True)  # at once, also where stdout is a pipe
 
 
@@ -55,12 +39,12 @@ def run(folder: Path, *, quick: bool = False, seed: int = 0) -> None:
     lab = small(folder, seed) if quick else replace(embedded(folder, seed=seed), plain_samples=2000)
     say(MODELS)
     rows = gather(sweep({"": lab}, cells(seed), folder / "demo.jsonl"))
-    say("[3/3] What came of it:\n")
+    say(f"{RESULTS}\n")
     shown = [report.table(rows, COLUMNS), report.legend(rows, COLUMNS, seeds=1), side_by_side(lab, seed)]
     text = "\n\n".join(shown)
-    report.write(folder / "demo", text, rows, draw(rows, lab), lab=lab, seed=seed)
+    report.write(folder / "demo", text, draw(rows, lab), dict(lab=lab, seed=seed, rows=[row.as_json() for row in rows]))
     say(text)
-    say(NEXT.format(folder, PARTIAL.folder_name(seed), material(lab).prompts[0]["prompt"]))
+    say("\n" + NEXT.format(folder, PARTIAL.folder_name(seed), material(lab).prompts[0]["prompt"]))
 
 
 def small(folder: Path, seed: int) -> Lab:
@@ -70,9 +54,8 @@ def small(folder: Path, seed: int) -> Lab:
 
 
 def cells(seed: int) -> list[Cell]:
-    guided = [("args", FULL, 1.0), ("args", FULL, BETA), ("pargs", PARTIAL, 1.0), ("pargs", PARTIAL, BETA)]
-    found = [Cell(seed, name, beta=beta, recipe=recipe) for name, recipe, beta in [*guided, ("cd", VALUE, BETA)]]
-    return [Cell(seed, "plain"), *found, Cell(seed, "best-of-n", n=16, recipe=FULL)]
+    by_pairs, by_value = guided(seed, ("args", "pargs"), (1.0, BETA)), guided(seed, ["cd"], [BETA])
+    return [Cell(seed, "plain"), *by_pairs, *by_value, Cell(seed, "best-of-n", n=16, recipe=FULL)]
 
 
 def draw(rows: list[Row], lab: Lab) -> plots.Figure:
@@ -90,10 +73,9 @@ def side_by_side(lab: Lab, seed: int) -> str:
     """One prompt under plain, ARGS and PARGS: of each method's texts for it, the one with the median gold reward."""
     prompt = material(lab).prompts[0]["prompt"]
     lines = [f'"{prompt}" under three methods (beta {BETA:g}); of the texts of each, the one of median gold:']
-    for method, recipe in (("plain", None), ("args", FULL), ("pargs", PARTIAL)):
-        texts = write(lab, Cell(seed, method, beta=BETA if recipe else None, recipe=recipe))
-        texts = [text for text in texts if text["prompt"] == prompt]
+    for cell in (Cell(seed, "plain"), *guided(seed, ("args", "pargs"), [BETA])):
+        texts = [text for text in write(lab, cell) if text["prompt"] == prompt]
         ranked = sorted(zip(judged(lab, texts), (text["response"] for text in texts), strict=True))
         gold, response = ranked[len(ranked) // 2]
-        lines.append(f"    {method:5}  {gold:5.2f}  {response}")
+        lines.append(f"    {cell.method:5}  {gold:5.2f}  {response}")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from pargs_min.baselines.ppo import PPOSettings, train_ppo
 from pargs_min.codec import Codec, end_tokens
-from pargs_min.data import Text, encode_texts
+from pargs_min.data import encode_texts
 from pargs_min.evaluation.statistics import FrontierPoint, distinct_n, mean_and_error, prompt_means, rlhf_frontier
 from pargs_min.experiments import concordance
 from pargs_min.experiments.setup import Lab, judge_of, judged, material
@@ -30,7 +30,7 @@ from pargs_min.progress import progress
 from pargs_min.records import read_responses
 from pargs_min.reward_model import context_length, prefix_rewards
 from pargs_min.scoring import model_rewards
-from pargs_min.store import aside, write_lines
+from pargs_min.store import aside, write_json, write_lines
 from pargs_min.texts import generate_texts, text_log_probs
 from pargs_min.train import prefix_accuracy, rate, train_reward_model, train_value_model
 
@@ -63,9 +63,8 @@ class Recipe:
     beta: float | None = None
 
     def __str__(self) -> str:
-        settings = ((field.name, getattr(self, field.name)) for field in fields(self)[1:])
-        words = [f"{name}={_joined(value)}" for name, value in settings if value is not None]
-        return ", ".join([self.objective, *words])
+        settings = {name: value for name, value in vars(self).items() if value is not None}
+        return ", ".join([settings.pop("objective"), *(f"{name}={_joined(settings[name])}" for name in settings)])
 
     def folder_name(self, seed: int) -> str:
         """A folder name that says how a model was made.
@@ -78,7 +77,7 @@ class Recipe:
     @property
     def ingredients(self) -> list["Recipe"]:
         """The models that this one is made from: value models and PPO learn from a full-sequence reward model."""
-        return MADE_FROM.get(self.objective, [])
+        return [FULL] if self.objective in ("value", "ppo") else []
 
 
 def _joined(value: object) -> str:
@@ -86,8 +85,6 @@ def _joined(value: object) -> str:
 
 
 PARTIAL, FULL, VALUE = Recipe("partial"), Recipe("full"), Recipe("value")
-MADE_FROM = {"value": [FULL], "ppo": [FULL]}
-NEED_TRL = {"dpo"}
 
 
 @dataclass(frozen=True)
@@ -136,22 +133,30 @@ class Cell:
         return [recipe for recipe in (self.recipe, self.final, self.tuned) if recipe]
 
 
+def guided(seed: int, methods: Sequence[str], betas: Sequence[float], **settings: Any) -> list[Cell]:
+    """Cells of guided methods, each with the reward model that it is made for, at each beta."""
+    recipes = {method: Recipe(METHODS[method].objective or "partial") for method in methods}
+    return [Cell(seed, method, beta=b, recipe=recipes[method], **settings) for method in methods for b in betas]
+
+
 # ---- what cells need ----
-
-
-def model_folder(lab: Lab, recipe: Recipe, seed: int) -> Path:
-    """Where a model is kept, once it is trained."""
-    return lab.file("models") / recipe.folder_name(seed)
 
 
 def make(lab: Lab, recipe: Recipe, seed: int) -> Path:
     """The folder of a model, trained now unless it is there."""
-    folder = model_folder(lab, recipe, seed)
+    folder = lab.file("models") / recipe.folder_name(seed)
     if not folder.exists():
-        train = {"dpo": _make_dpo, "ppo": _make_ppo}.get(recipe.objective, _make_reward_model)
         with aside(folder) as unfinished:
             set_seed(seed)
-            train(lab, recipe, seed, unfinished)
+            tokenizer = load_tokenizer(lab.model)
+            if recipe.objective in FINE_TUNED:
+                tune = _tuned_by_dpo if recipe.objective == "dpo" else _tuned_by_ppo
+                tune(lab, recipe, seed, tokenizer, unfinished).save_pretrained(unfinished)
+                tokenizer.save_pretrained(unfinished)
+            else:
+                model = _trained_reward_model(lab, recipe, seed, tokenizer, unfinished)
+                recorded = {"objective": recipe.objective, "append_eos": lab.append_eos, "prompt_format": "text"}
+                save_reward_model(model, tokenizer, unfinished, **recorded)
     return folder
 
 
@@ -160,20 +165,22 @@ def reward_model(lab: Lab, recipe: Recipe, seed: int) -> PreTrainedModel:
     return load_reward_model(make(lab, recipe, seed), device=default_device())
 
 
-def _make_reward_model(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> None:
-    tokenizer, pairs = load_tokenizer(lab.model), material(lab).pairs[: recipe.pairs]
+def _trained_reward_model(lab: Lab, recipe: Recipe, seed: int, tokenizer: Tokenizer, folder: Path) -> PreTrainedModel:
     if recipe.start:
         model = _new_model(*recipe.start, tokenizer)
     else:
         model = load_reward_model(lab.model, tokenizer, head=recipe.head or "scalar")
+    pairs = material(lab).pairs[: recipe.pairs]
     args = _arguments(lab, folder, len(pairs), lab.learning_rate, seed)
     if recipe == VALUE:
-        train_value_model(model, tokenizer, _rated_texts(lab, seed), args=args)
+        texts, _ = encode_texts(read_responses(samples(lab)), tokenizer, context_length(model))
+        reward_fn, device = model_rewards(reward_model(lab, FULL, seed)), default_device()
+        rated = rate(texts, reward_fn, batch_size=lab.batch_size, device=device)
+        train_value_model(model, tokenizer, rated, args=args)
     else:
         tail, lengths = "extend" if lab.append_eos else "min", recipe.lengths or (1, None)
         train_reward_model(model, tokenizer, pairs, args=args, objective=recipe.objective, tail=tail, lengths=lengths)
-    recorded = {"objective": recipe.objective, "append_eos": lab.append_eos, "prompt_format": "text"}
-    save_reward_model(model, tokenizer, folder, **recorded)
+    return model
 
 
 def _new_model(family: str, layers: int, width: int, tokenizer: Tokenizer) -> PreTrainedModel:
@@ -185,19 +192,18 @@ def _new_model(family: str, layers: int, width: int, tokenizer: Tokenizer) -> Pr
     return AutoModelForSequenceClassification.from_config(config)
 
 
-def _make_dpo(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> None:
+def _tuned_by_dpo(lab: Lab, recipe: Recipe, seed: int, tokenizer: Tokenizer, folder: Path) -> PreTrainedModel:
     from pargs_min.baselines.dpo import train_dpo  # TRL is an extra
 
-    tokenizer, model = load_tokenizer(lab.model), load_language_model(lab.model)
-    pairs = material(lab).pairs[: recipe.pairs]
+    model, pairs = load_language_model(lab.model), material(lab).pairs
     settings: dict[str, Any] = dict(beta=recipe.beta)
-    args = _arguments(lab, folder, len(pairs), lab.dpo_learning_rate, seed)
-    train_dpo(model, tokenizer, pairs, args=args, **settings)
-    _save(model, tokenizer, folder)
+    settings |= dict(args=_arguments(lab, folder, len(pairs), lab.dpo_learning_rate, seed))
+    train_dpo(model, tokenizer, pairs, **settings)
+    return model
 
 
-def _make_ppo(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> None:
-    tokenizer, model = load_tokenizer(lab.model), load_language_model(lab.model, device=default_device())
+def _tuned_by_ppo(lab: Lab, recipe: Recipe, seed: int, tokenizer: Tokenizer, folder: Path) -> PreTrainedModel:
+    model = load_language_model(lab.model, device=default_device())
     rater, critic = (reward_model(lab, FULL, seed) for _ in range(2))
     settings: dict[str, Any] = dict(beta=recipe.beta, max_new_tokens=lab.max_new_tokens, seed=seed)
     settings |= dict(updates=lab.ppo_updates, learning_rate=lab.ppo_learning_rate)
@@ -205,12 +211,7 @@ def _make_ppo(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> None:
     prompts, ends = _training_prompts(lab), end_tokens(model, tokenizer)
     for _ in train_ppo(model, critic, model_rewards(rater), prompts, ends, PPOSettings(**settings)):
         pass
-    _save(model, tokenizer, folder)
-
-
-def _save(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return model
 
 
 def _arguments(lab: Lab, folder: Path, pairs: int, learning_rate: float, seed: int) -> TrainingArguments:
@@ -246,12 +247,6 @@ def samples(lab: Lab) -> Path:
     return file
 
 
-def _rated_texts(lab: Lab, seed: int) -> list[Text]:
-    made, rater = material(lab), reward_model(lab, FULL, seed)
-    texts, _ = encode_texts(read_responses(samples(lab)), made.tokenizer, context_length(made.lm))
-    return rate(texts, model_rewards(rater), batch_size=lab.batch_size, device=default_device())
-
-
 def plain_rewards(lab: Lab) -> np.ndarray:
     """(prompts, N) rewards of texts of the reference that no cell shares."""
     file = lab.file("plain_rewards.npy")
@@ -280,8 +275,7 @@ def siblings(lab: Lab) -> list[concordance.Siblings]:
         if lab.world:
             prompts = [prompt["prompt"] for prompt in made.prompts]
             found = concordance.exact_siblings(replace(lab.world), made.tokenizer, prompts, texts=lab.samples)
-        with aside(file) as unfinished:
-            unfinished.write_text(json.dumps([*found]), "utf-8")
+        write_json(file, [*found])
     return [concordance.Siblings(*one) for one in json.loads(file.read_text("utf-8"))]
 
 
@@ -307,9 +301,8 @@ def write(lab: Lab, cell: Cell) -> list[dict]:
     """The texts of a cell, as records of `generate_texts`; their `kl` is to the lab's reference."""
     made, names = material(lab), ("beta", "top_k", "n", "particles")
     settings: dict = {name: value for name in names if (value := getattr(cell, name)) is not None}
-    for role, recipe in (("reward_model", cell.recipe), ("final_reward_model", cell.final)):
-        if recipe:
-            settings[role] = reward_model(lab, recipe, cell.seed)
+    roles = {"reward_model": cell.recipe, "final_reward_model": cell.final}
+    settings |= {role: reward_model(lab, recipe, cell.seed) for role, recipe in roles.items() if recipe}
     if cell.tuned:
         settings["lm"] = load_language_model(make(lab, cell.tuned, cell.seed), device=default_device())
     texts = _generate(lab, made.prompts, lab.samples, method=cell.writes.name, seed=cell.seed, **settings)
@@ -372,15 +365,14 @@ def quality(lab: Lab, model: PreTrainedModel) -> dict:
     every_pair, by_gain = concordance.reward_model_concordance(model, known)
     texts, gold = _plain_texts(lab)
     scores = _prefix_scores(lab, model, texts)
-    prompts = np.array([text["prompt_number"] for text in texts])
     return {
         "accuracy": accuracy[: lab.max_new_tokens].tolist(),
         "whole": accuracy[-1].item(),
         "concordance": every_pair,
         "gain": by_gain,
         "ceiling": concordance.ceiling(known),
-        "final": _correlations(scores, scores[:, -1], prompts),
-        "gold": _correlations(scores, np.array(gold), prompts),
+        "final": _correlations(scores, scores[:, -1], lab.samples),
+        "gold": _correlations(scores, np.array(gold), lab.samples),
     }
 
 
@@ -402,11 +394,11 @@ def _prefix_scores(lab: Lab, model: PreTrainedModel, texts: list[dict]) -> np.nd
     return np.array(rows)
 
 
-def _correlations(scores: np.ndarray, rewards: np.ndarray, prompts: np.ndarray) -> list[float]:
+def _correlations(scores: np.ndarray, rewards: np.ndarray, samples: int) -> list[float]:
     """Spearman's, within each prompt, averaged over the prompts where there is anything to correlate; (T,)."""
     means = []
     for column in scores.T:
-        pairs = [(column[prompts == number], rewards[prompts == number]) for number in np.unique(prompts)]
+        pairs = zip(column.reshape(-1, samples), rewards.reshape(-1, samples), strict=True)
         known = [stats.spearmanr(*pair).statistic for pair in pairs if np.ptp(pair[0]) and np.ptp(pair[1])]
         means.append(statistics.fmean(map(float, known)) if known else math.nan)
     return means

@@ -1,8 +1,8 @@
 """How studies show what they measured: tables with a legend, and curves with their intervals."""
 
+import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from pargs_min import plots
 from pargs_min.evaluation.statistics import FrontierPoint
-from pargs_min.experiments.measure import Cell, rlhf_policies
+from pargs_min.experiments.measure import rlhf_policies
 from pargs_min.experiments.setup import Lab, as_json
 from pargs_min.experiments.sweep import Estimate, Row
 from pargs_min.markdown import markdown_table
@@ -24,18 +24,6 @@ BETA = 2.0  # where one is enough
 PARTICLES = 8
 
 
-@dataclass(frozen=True)
-class Study:
-    """A question: its cells for one seed, and how the answer is shown."""
-
-    cells: Callable[[Lab, int], list[Cell]]
-    draw: Callable[[list[Row], Lab], Figure]
-    columns: tuple[str, ...]  # of the table
-    labs: Callable[[Lab, bool], dict[str, Lab]] = lambda lab, quick: {"": lab}
-    conclude: Callable[[list[Row]], str] = lambda rows: ""
-    each_seed: bool = False  # show the reward of each
-
-
 @cache
 def optimum(lab: Lab) -> list[FrontierPoint]:
     """The RLHF policies of the judge's reward, from little KL to much."""
@@ -44,40 +32,25 @@ def optimum(lab: Lab) -> list[FrontierPoint]:
 
 def with_rlhf(row: Row, lab: Lab) -> Row:
     """The row with `rlhf`, the most reward that any policy has at its KL, where that is known and the KL a policy's."""
-    if not row.cell.method or row.cell.writes.greedy:
+    points = optimum(lab) if row.cell.method and not row.cell.writes.greedy else []
+    if not points or kl(row) > points[-1].kl:
         return row
-    points, kl = optimum(lab), row.found["kl"].mean
-    if not points or kl > points[-1].kl:
-        return row
-    reward = np.interp(kl, [point.kl for point in points], [point.reward for point in points])
+    reward = np.interp(kl(row), [point.kl for point in points], [point.reward for point in points])
     return Row(row.cell, row.found | {"rlhf": Estimate(float(reward))})
 
 
 # ---- texts ----
 
 HEADS = dict(lab="world", method="method", beta="beta", top_k="k", n="n", particles="particles", recipe="reward model")
-MEASURES = {  # what a column is called, its decimals, and what it says
-    "reward": ("reward", 2, "the judge's mean reward of a text; of the embedded world it is the gold reward"),
-    "prompt_error": ("± over prompts", 2, "standard error of the reward over prompts, seeds averaged"),
-    "rlhf": ("RLHF at this KL", 2, "the most reward that any policy has at this KL, estimated from plain texts"),
-    "kl": ("KL", 2, "mean log(p(text) / p_reference(text)) of its texts, in nats (base e) per text; ≤: an upper bound"),
-    "gap": ("KL to RLHF", 2, "to the RLHF policy of the same beta, in nats per text"),
-    "calls": ("passes", 0, "forward passes of one row by any model, per text"),
-    "length": ("tokens", 1, "per text, its end token included"),
-    "distinct2": ("distinct-2", 2, "share of distinct bigrams among the texts of a prompt"),
-    "off_grammar": ("off-grammar", 3, "share of texts that the world's grammar cannot have written"),
-    "whole": ("accuracy", 3, "share of held-out pairs whose chosen response has more reward"),
-    "concordance": ("concordance", 3, "share of candidate pairs ranked as their completions' win rates"),
-    "gain": ("by gain", 3, "concordance, each pair weighted by the squared gap between its win rates"),
-    "ceiling": ("ceiling", 3, "concordance that noise in the win rates leaves to a perfect reward model"),
-}
+# What a column is called, its decimals, and what the legend says of it.
+MEASURES = json.loads(Path(__file__).with_name("measures.json").read_text("utf-8"))
 
 
 def table(rows: list[Row], columns: Sequence[str], each_seed: bool = False) -> str:
     """The rows as Markdown: the settings that vary, means ± standard errors over seeds, and each seed's reward."""
     varied = [name for name in HEADS if len({getattr(row.cell, name) for row in rows}) > 1]
     shown = [name for name in columns if any(name in row.found for row in rows)]
-    head = [HEADS[name] for name in varied] + [MEASURES[name][0] for name in shown] + ["each seed"] * each_seed
+    head = [HEADS[name] for name in varied] + [MEASURES[name]["title"] for name in shown] + ["each seed"] * each_seed
     lines = []
     for row in rows:
         line = [_setting(getattr(row.cell, name)) for name in varied] + [_measure(row, name) for name in shown]
@@ -94,7 +67,7 @@ def _setting(value: object) -> str:
 def _measure(row: Row, name: str) -> str:
     if (found := row.found.get(name)) is None:
         return ""
-    digits, bound = MEASURES[name][1], "≤ " if name == "kl" and row.cell.writes.bound else ""
+    digits, bound = MEASURES[name]["digits"], "≤ " if name == "kl" and row.cell.writes.bound else ""
     error = "" if math.isnan(found.error) else f" ± {found.error:.{digits}f}"
     return f"{bound}{round(found.mean, digits) + 0.0:.{digits}f}{error}"  # + 0.0: no minus before a zero
 
@@ -104,13 +77,13 @@ def legend(rows: list[Row], columns: Sequence[str], seeds: int) -> str:
     shown = [MEASURES[name] for name in columns if any(name in row.found for row in rows)]
     varies = "of what is trained and of the texts; reference, pairs and prompts stay the same"
     over = f"± is the standard error over {seeds} seeds: {varies}." if seeds > 1 else "One seed: no error bars."
-    return "\n".join([*(f"- {title}: {says}" for title, _, says in shown), over])
+    return "\n".join([*(f"- {measure['title']}: {measure['says']}" for measure in shown), over])
 
 
-def write(stem: Path, text: str, rows: list[Row], drawing: Figure, **facts) -> None:
-    """Write what was found as text, as JSON and as a figure: stem.md, stem.json, stem.png."""
+def write(stem: Path, text: str, drawing: Figure, facts: dict) -> None:
+    """Write what was found as text, as a figure and as JSON: stem.md, stem.png, stem.json."""
     stem.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    write_json(stem.with_suffix(".json"), as_json(facts) | {"rows": [row.as_json() for row in rows]})
+    write_json(stem.with_suffix(".json"), as_json(facts))
     plots.save(drawing, stem.with_suffix(".png"))
 
 
@@ -128,10 +101,8 @@ def kl(row: Row) -> float:
 
 def grouped(rows: list[Row], name: str) -> dict[Any, list[Row]]:
     """The rows by a setting of their cells."""
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(getattr(row.cell, name), []).append(row)
-    return groups
+    settings = dict.fromkeys(getattr(row.cell, name) for row in rows)
+    return {value: [row for row in rows if getattr(row.cell, name) == value] for value in settings}
 
 
 def curve(

@@ -3,7 +3,7 @@
 import math
 import multiprocessing
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,28 +37,25 @@ def sweep(labs: Labs, cells: Sequence[Cell], file: Path, processes: int = 2) -> 
     Raises:
         ValueError: if the file was made with other labs, or a cell needs what is not installed.
     """
-    objectives = {recipe.objective for cell in cells for recipe in cell.recipes}
-    if objectives & measure.NEED_TRL and find_spec("trl") is None:
+    if any(recipe.objective == "dpo" for cell in cells for recipe in cell.recipes) and find_spec("trl") is None:
         raise ValueError("these cells train DPO, which is TRL's: pip install -e '.[baselines]' -c constraints.txt")
     done = _read(file, labs, cells)
-    if not (left := [cell for cell in cells if cell not in done]):
-        return {cell: done[cell] for cell in cells}
-    with workers(processes) as pool:
-
-        def run(jobs: Iterable[tuple], desc: str) -> Iterator[tuple[tuple, Any]]:
-            futures = {pool.submit(*job): job for job in jobs}
-            for future in progress(as_completed(futures), desc=desc, total=len(futures)):
-                yield futures[future], future.result()
-
-        # First what cells share, so that none of it is made twice.
-        for stage in filter(None, _stages(labs, left)):
-            for _ in run(stage, "models and texts"):
-                pass
-        with appending(file) as append:
-            for (_, _, cell), found in run([(measure.measure, labs[cell.lab], cell) for cell in left], "cells"):
+    if left := [cell for cell in cells if cell not in done]:
+        with workers(processes) as pool, appending(file) as append:
+            for jobs in _shared(labs, left):  # first, so that none of it is made twice
+                for _ in _run(pool, jobs, "models and texts"):
+                    pass
+            for (_, _, cell), found in _run(pool, [(measure.measure, labs[cell.lab], cell) for cell in left], "cells"):
                 append({"cell": as_json(cell), "found": found})
                 done[cell] = found
     return {cell: done[cell] for cell in cells}
+
+
+def _run(pool: Executor, jobs: list[tuple], desc: str) -> Iterator[tuple[tuple, Any]]:
+    """Each job and what it returned, in the order in which they end."""
+    futures = {pool.submit(*job): job for job in jobs}
+    for future in progress(as_completed(futures), desc=desc, total=len(futures)) if futures else ():
+        yield futures[future], future.result()
 
 
 def _read(file: Path, labs: Labs, cells: Sequence[Cell]) -> dict[Cell, dict]:
@@ -73,18 +70,16 @@ def _read(file: Path, labs: Labs, cells: Sequence[Cell]) -> dict[Cell, dict]:
     return {cell: line["found"] for line in lines[1:] for cell, written in known if written == line["cell"]}
 
 
-def _stages(labs: Labs, cells: Sequence[Cell]) -> tuple[list[tuple], list[tuple]]:
+def _shared(labs: Labs, cells: Sequence[Cell]) -> list[list[tuple]]:
     """Jobs that make what cells share: those that need nothing else, then the models that need what the first made."""
-    wanted = [(labs[cell.lab], recipe, cell.seed) for cell in cells for recipe in cell.recipes]
-    parts = [(lab, part, seed) for lab, recipe, seed in wanted for part in recipe.ingredients]
-    missing = [job for job in dict.fromkeys(parts + wanted) if not measure.model_folder(*job).exists()]
-    alone = [(measure.make, *job) for job in missing if not job[1].ingredients]
-    texts: list[tuple] = []
+    jobs: dict[tuple, bool] = {}  # whether each is for later
     for cell in cells:
-        texts += [(measure.samples, labs[cell.lab])] * (cell.recipe == measure.VALUE)
-        texts += [(measure.plain_rewards, labs[cell.lab])] * bool(cell.method)
-        texts += [(measure.siblings, labs[cell.lab])] * cell.quality
-    return [*alone, *dict.fromkeys(texts)], [(measure.make, *job) for job in missing if job[1].ingredients]
+        lab = labs[cell.lab]
+        models = [model for recipe in cell.recipes for model in (*recipe.ingredients, recipe)]
+        jobs |= {(measure.make, lab, model, cell.seed): bool(model.ingredients) for model in models}
+        texts = (measure.samples, cell.recipe == measure.VALUE), (measure.plain_rewards, bool(cell.method))
+        jobs |= {(make, lab): False for make, needed in (*texts, (measure.siblings, cell.quality)) if needed}
+    return [[job for job, later in jobs.items() if later == stage] for stage in (False, True)]
 
 
 @contextmanager
@@ -92,8 +87,6 @@ def workers(processes: int) -> Iterator[Executor]:
     """Processes that train and decode side by side; an error or an interrupt drops what has not begun."""
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), quiet_worker)
     try:
-        for _ in range(processes):
-            pool.submit(int)  # so that all of them load the package now, and not the last when it is needed
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)

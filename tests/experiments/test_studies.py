@@ -121,7 +121,7 @@ def test_the_legend_says_what_the_columns_are_and_what_varies():
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_every_column_is_explained(name):
-    assert set(MODULES[name].STUDY.columns) <= report.MEASURES.keys()
+    assert set(MODULES[name].COLUMNS) <= report.MEASURES.keys()
 
 
 def test_the_figure_of_the_frontier_leaves_out_greedy_methods_and_names_what_lies_beyond(world):

@@ -10,6 +10,9 @@
     architecture     do reward models of other shapes and sizes work?
     partial-vs-full  what is gained by training on prefixes?
 
+A file has `cells`, the grid for one seed, `draw`, and the COLUMNS of its table; it may have `labs`, if it needs further
+ones, and `conclude`, which reads an answer off the rows. One without a grid has `run` alone.
+
 Each gives a table, a figure and a JSON file, on the embedded world or on a model, pairs and a judge of one's own.
 """
 
@@ -17,7 +20,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from pargs_min.experiments.report import Study, legend, table, with_rlhf, write
+from pargs_min.experiments.report import legend, table, with_rlhf, write
 from pargs_min.experiments.setup import Lab
 from pargs_min.experiments.sweep import gather, sweep
 
@@ -31,14 +34,16 @@ def run(name: str, lab: Lab, folder: Path, *, seeds: Sequence[int], processes: i
     Raises:
         ValueError: if the folder holds the same study with other settings.
     """
-    study = import_module(f"{__name__}.{name.replace('-', '_')}").STUDY
-    if not isinstance(study, Study):  # no grid: it is run by itself
-        return study(lab, folder, quick)
-    labs = study.labs(lab, quick)
+    study = import_module(f"{__name__}.{name.replace('-', '_')}")
+    if hasattr(study, "run"):
+        return study.run(lab, folder, quick)
+    labs = study.labs(lab, quick) if hasattr(study, "labs") else {"": lab}
     cells = [cell for seed in seeds for cell in study.cells(lab, seed)]
     rows = gather(sweep(labs, cells, folder / f"{name}.jsonl", processes))
     rows = [with_rlhf(row, labs[row.cell.lab]) for row in rows]
-    head, shown = f"{name}, seeds {seeds[0]} to {seeds[-1]}", table(rows, study.columns, study.each_seed)
-    text = "\n\n".join(filter(None, [head, shown, legend(rows, study.columns, len(seeds)), study.conclude(rows)]))
-    write(folder / name, text, rows, study.draw(rows, lab), study=name, lab=lab, seeds=list(seeds))
+    shown = table(rows, study.COLUMNS, each_seed=hasattr(study, "conclude"))
+    parts = [f"{name}, seeds {seeds[0]} to {seeds[-1]}", shown, legend(rows, study.COLUMNS, len(seeds))]
+    text = "\n\n".join([*parts, study.conclude(rows)] if hasattr(study, "conclude") else parts)
+    facts = dict(study=name, lab=lab, seeds=list(seeds), rows=[row.as_json() for row in rows])
+    write(folder / name, text, study.draw(rows, lab), facts)
     return text

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 from pargs_min import plots
 from pargs_min.experiments.measure import PARTIAL, Cell, Lab
-from pargs_min.experiments.report import BETA, RANKED, Row, Study
+from pargs_min.experiments.report import BETA, RANKED, Row
 
+COLUMNS = ("reward", "kl", "calls", "whole", "concordance", "gain", "ceiling")
 SHAPES = ("gpt2", 1, 32), ("gpt2", 2, 64), ("gpt2", 4, 64), ("llama", 2, 64)  # family, layers, width
 
 
@@ -22,6 +23,3 @@ def draw(rows: list[Row], lab: Lab) -> plots.Figure:
         for name, label in measures.items()
     }
     return plots.intervals(shown)
-
-
-STUDY = Study(cells, draw, ("reward", "kl", "calls", "whole", "concordance", "gain", "ceiling"))

@@ -6,13 +6,14 @@ from typing import Any
 
 from pargs_min import plots
 from pargs_min.codec import Codec, encode_responses
-from pargs_min.experiments.measure import FULL, PARTIAL, Cell
-from pargs_min.experiments.report import BETAS, KL_LABEL, Row, Study, curves, grouped, kl
+from pargs_min.experiments.measure import Cell, guided
+from pargs_min.experiments.report import BETAS, KL_LABEL, Row, curves, grouped, kl
 from pargs_min.experiments.setup import Lab, judged
 from pargs_min.models import load_tokenizer
 from pargs_min.records import is_messages, read_preferences
 from pargs_min.store import write_lines
 
+COLUMNS = ("reward", "prompt_error", "rlhf", "kl", "length")
 ATTRIBUTES = ("style", "topic", "brevity")  # of `pargs_min.world.attributes`
 
 
@@ -27,30 +28,28 @@ def relabelled(lab: Lab, name: str, judge: str) -> Lab:
     """A lab with the given one's pairs, labelled by this judge; half the epochs are enough without noisy labels."""
     folder = lab.file(name)
     folder.mkdir(exist_ok=True)
-    plain_samples = min(lab.plain_samples, 400)
-    other = replace(
-        lab, folder=str(folder), judge=judge, world=None, epochs=lab.epochs / 2, plain_samples=plain_samples
-    )
+    changed: dict[str, Any] = dict(folder=str(folder), judge=judge, world=None, epochs=lab.epochs / 2)
+    other = replace(lab, plain_samples=min(lab.plain_samples, 400), **changed)
     for kind in ("pairs", "held_out"):
         if source := getattr(lab, kind):
             file = folder / f"{kind}.jsonl"
             if not file.exists():
                 write_lines(file, by_reward(other, source))
-            files: dict[str, Any] = {kind: str(file)}
-            other = replace(other, **files)
-    return other
+            changed[kind] = str(file)
+    return replace(other, **changed)
 
 
 def by_reward(lab: Lab, source: str) -> Iterator[dict]:
     """The pairs of a file, the response with more of the judge's reward chosen; ties are left out."""
     pairs, codec = read_preferences(source), Codec(load_tokenizer(lab.model))
     responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
-    end, texts = [codec.tokenizer.eos_token_id] * lab.append_eos, []
-    for number, (response, ids) in enumerate(zip(responses, encode_responses(codec.tokenizer, responses), strict=True)):
-        pair, (prompt, sample) = pairs[number // 2], divmod(number, 2)
-        record = dict(prompt=readable(codec, pair.prompt), response=readable(codec, response))
-        record |= dict(prompt_number=prompt, sample=sample, finished=lab.append_eos)
-        texts.append(record | dict(response_ids=ids if codec.finished(ids) else ids + end))
+    encoded, end = encode_responses(codec.tokenizer, responses), [codec.tokenizer.eos_token_id] * lab.append_eos
+    texts = []
+    for number, (response, ids) in enumerate(zip(responses, encoded, strict=True)):
+        pair, whole = pairs[number // 2], ids if codec.finished(ids) else ids + end
+        text = dict(prompt=readable(codec, pair.prompt), prompt_number=number // 2, sample=number % 2)
+        text |= dict(response=readable(codec, response), response_ids=whole, finished=lab.append_eos)
+        texts.append(text)
     rewards = judged(lab, texts)
     for pair, first, second in zip(pairs, rewards[::2], rewards[1::2], strict=True):
         if first != second:
@@ -70,9 +69,7 @@ def is_ids(value: object) -> bool:
 def cells(lab: Lab, seed: int) -> list[Cell]:
     found = []
     for name in ATTRIBUTES if lab.world else ("",):
-        found.append(Cell(seed, "plain", lab=name))
-        for method, recipe in (("args", FULL), ("pargs", PARTIAL)):
-            found += [Cell(seed, method, lab=name, beta=beta, recipe=recipe) for beta in BETAS[:3]]
+        found += [Cell(seed, "plain", lab=name), *guided(seed, ("args", "pargs"), BETAS[:3], lab=name)]
     return found
 
 
@@ -84,6 +81,3 @@ def draw(rows: list[Row], lab: Lab) -> plots.Figure:
         panel.set(xlabel=KL_LABEL, ylabel=name or lab.judge)
     axes[0].legend(frameon=False, fontsize=8)
     return drawing
-
-
-STUDY = Study(cells, draw, ("reward", "prompt_error", "rlhf", "kl", "length"), labs=labs)

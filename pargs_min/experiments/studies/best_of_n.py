@@ -1,18 +1,18 @@
 """What does a unit of reward cost, in forward passes and in KL?"""
 
 import math
-from dataclasses import replace
 
 from pargs_min import plots
-from pargs_min.experiments.measure import FULL, PARTIAL, Cell, Lab
-from pargs_min.experiments.report import BETA, BETAS, INTERVALS, Row, Study, curves, log_scale, reward_against_kl
+from pargs_min.experiments.measure import FULL, PARTIAL, Cell, Lab, guided
+from pargs_min.experiments.report import BETA, BETAS, INTERVALS, Row, curves, log_scale, reward_against_kl
+
+COLUMNS = ("reward", "prompt_error", "rlhf", "kl", "calls", "distinct2")
 
 
 def cells(lab: Lab, seed: int) -> list[Cell]:
     best = [Cell(seed, "best-of-n", n=n, recipe=FULL) for n in (2, 4, 8, 16, 32)]
-    guided = [Cell(seed, "pargs", beta=beta, recipe=PARTIAL) for beta in BETAS]
-    smc = Cell(seed, "smc", beta=BETA, recipe=PARTIAL, final=FULL)
-    return [Cell(seed, "plain"), *best, *guided, *(replace(smc, particles=count) for count in (2, 4, 8, 16))]
+    smc = [Cell(seed, "smc", beta=BETA, particles=n, recipe=PARTIAL, final=FULL) for n in (2, 4, 8, 16)]
+    return [Cell(seed, "plain"), *best, *guided(seed, ["pargs"], BETAS), *smc]
 
 
 def draw(rows: list[Row], lab: Lab) -> plots.Figure:
@@ -24,6 +24,3 @@ def draw(rows: list[Row], lab: Lab) -> plots.Figure:
     left.legend(frameon=False, fontsize=8, title=INTERVALS)
     reward_against_kl(right, rows, lab)
     return drawing
-
-
-STUDY = Study(cells, draw, ("reward", "prompt_error", "rlhf", "kl", "calls", "distinct2"))

@@ -1,13 +1,15 @@
 """Does the best beta, and the best k, carry over to other worlds and references?"""
 
 from fractions import Fraction
+from itertools import product
 
 from pargs_min import plots
-from pargs_min.experiments.measure import PARTIAL, Cell
-from pargs_min.experiments.report import BETAS, INTERVALS, Row, Study, curve, grouped
+from pargs_min.experiments.measure import Cell, guided
+from pargs_min.experiments.report import BETAS, INTERVALS, Row, curve, grouped
 from pargs_min.experiments.setup import Lab, embedded
 from pargs_min.world.journey import Journey
 
+COLUMNS = ("reward", "prompt_error", "rlhf", "kl", "off_grammar")
 OTHERS: dict[str, dict] = {
     "forgiving": {"world": Journey(luck=Fraction(1, 4))},  # a first mistake can be undone
     "early reference": {"steps": 500},  # a third of the training
@@ -25,12 +27,8 @@ def labs(lab: Lab, quick: bool) -> dict[str, Lab]:
 
 
 def cells(lab: Lab, seed: int) -> list[Cell]:
-    return [
-        Cell(seed, "pargs", lab=name, top_k=top_k, beta=beta, recipe=PARTIAL)
-        for name in ("", *(OTHERS if lab.world else ()))
-        for top_k in (3, 10, 0)
-        for beta in (*BETAS, 4.0)
-    ]
+    grid = product(("", *(OTHERS if lab.world else ())), (3, 10, 0))
+    return [cell for name, k in grid for cell in guided(seed, ["pargs"], (*BETAS, 4.0), lab=name, top_k=k)]
 
 
 def draw(rows: list[Row], lab: Lab) -> plots.Figure:
@@ -43,6 +41,3 @@ def draw(rows: list[Row], lab: Lab) -> plots.Figure:
         panel.set(xlabel=f"beta ({INTERVALS})", ylabel="reward", title=name or "as usual")
     axes[0].legend(frameon=False, fontsize=8)
     return drawing
-
-
-STUDY = Study(cells, draw, ("reward", "prompt_error", "rlhf", "kl", "off_grammar"), labs=labs)

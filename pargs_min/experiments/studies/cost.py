@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from pargs_min import plots
 from pargs_min.benchmark import report, ways
+from pargs_min.experiments.report import write
 from pargs_min.experiments.setup import Lab
 from pargs_min.models import default_device, load_language_model, load_reward_model
-from pargs_min.store import write_json
 
 
 def run(lab: Lab, folder: Path, quick: bool) -> str:
@@ -15,15 +14,10 @@ def run(lab: Lab, folder: Path, quick: bool) -> str:
     if lab.world:  # whose texts are too short to tell
         models = ways.models_of_shape("tiny", device=device)
     else:
-        scalar = load_reward_model(lab.model, device=device)
+        scalar = load_reward_model(lab.model, head="scalar", device=device)
         models = ways.Models(load_language_model(lab.model, device=device), scalar, ways.with_vocabulary_head(scalar))
     settings = dict(top_k=10, batch_size=1, prompt_length=64, tokens=4 if quick else 8, rounds=2 if quick else 7)
     measured = report.run(models, quick=quick, **settings)
     text = report.markdown(measured)
-    (folder / "cost.md").write_text(text + "\n", encoding="utf-8")
-    write_json(folder / "cost.json", measured)
-    plots.save(report.draw(measured), folder / "cost.png")
+    write(folder / "cost", text, report.draw(measured), measured)
     return text
-
-
-STUDY = run

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 from pargs_min import plots
 from pargs_min.experiments.measure import FULL, PARTIAL, Cell, Lab
-from pargs_min.experiments.report import BETA, INTERVALS, RANKED, Row, Study, curves, log_scale
+from pargs_min.experiments.report import BETA, INTERVALS, RANKED, Row, curves, log_scale
 from pargs_min.records import read_preferences
+
+COLUMNS = ("reward", "kl", "whole", "concordance", "gain", "ceiling")
 
 
 def pairs_of(lab: Lab) -> int:
@@ -36,6 +38,3 @@ def draw(rows: list[Row], lab: Lab) -> plots.Figure:
         log_scale(panel, sorted(set(map(pairs, rows))))
     axes[0].legend(frameon=False, fontsize=8)
     return drawing
-
-
-STUDY = Study(cells, draw, ("reward", "kl", "whole", "concordance", "gain", "ceiling"))

@@ -1,24 +1,22 @@
 """What is gained by training on prefixes?"""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from pargs_min import plots
 from pargs_min.experiments import report
-from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell, Lab
+from pargs_min.experiments.measure import FULL, Cell, Lab, guided
 from pargs_min.experiments.report import BETAS, PARTICLES, Row, kl
 from pargs_min.experiments.sweep import interval
 
-GUIDED = {"args": FULL, "args-greedy": FULL, "pargs": PARTIAL, "pargs-greedy": PARTIAL, "cd": VALUE}
+COLUMNS = ("reward", "prompt_error", "rlhf", "kl", "calls", "distinct2", "off_grammar")
 
 
 def cells(lab: Lab, seed: int) -> list[Cell]:
-    guided = [Cell(seed, method, beta=beta, recipe=recipe) for method, recipe in GUIDED.items() for beta in BETAS]
-    smc = Cell(seed, "smc", particles=PARTICLES, recipe=PARTIAL, final=FULL)
-    best = [Cell(seed, "best-of-n", n=n, recipe=FULL) for n in (4, 16)]
-    return [Cell(seed, "plain"), *guided, *(replace(smc, beta=beta) for beta in BETAS[1:3]), *best]
+    tokenwise = guided(seed, ("args", "args-greedy", "pargs", "pargs-greedy", "cd"), BETAS)
+    smc = guided(seed, ["smc"], BETAS[1:3], particles=PARTICLES, final=FULL)
+    return [Cell(seed, "plain"), *tokenwise, *smc, *(Cell(seed, "best-of-n", n=n, recipe=FULL) for n in (4, 16))]
 
 
 def draw(rows: list[Row], lab: Lab) -> plots.Figure:
@@ -43,8 +41,8 @@ def conclude(rows: list[Row]) -> str:
         most = "at most " if row.cell.writes.bound else ""
         lines.append(f"- at the KL of {row.cell} ({kl(row):.2f}): {most}{signed(ahead)}")
     for row in ours:
-        both = zip(row.found["reward"].seeds, plain.found["reward"].seeds, strict=True)
-        lines.append(f"- PARGS minus plain, beta={row.cell.beta:g}: {signed([a - b for a, b in both])}")
+        more = np.subtract(row.found["reward"].seeds, plain.found["reward"].seeds).tolist()
+        lines.append(f"- PARGS minus plain, beta={row.cell.beta:g}: {signed(more)}")
     return "\n".join(lines)
 
 
@@ -59,12 +57,3 @@ def signed(values: Sequence[float]) -> str:
     if seeds == 1:
         return f"{found.mean:+.2f} (one seed)"
     return f"{found.mean:+.2f}, 95% [{found.low:+.2f}, {found.high:+.2f}] over {seeds} seeds"
-
-
-STUDY = report.Study(
-    cells,
-    draw,
-    ("reward", "prompt_error", "rlhf", "kl", "calls", "distinct2", "off_grammar"),
-    conclude=conclude,
-    each_seed=True,  # what a reward model of whole texts does depends on its seed
-)

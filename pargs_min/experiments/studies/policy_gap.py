@@ -1,17 +1,18 @@
 """How far are tokenwise policies from the RLHF policy?"""
 
 from pargs_min import plots
-from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell, Lab
-from pargs_min.experiments.report import BETAS, INTERVALS, PARTICLES, Row, Study, curves, reward_against_kl
+from pargs_min.experiments.measure import FULL, Cell, Lab, guided
+from pargs_min.experiments.report import BETAS, INTERVALS, PARTICLES, Row, curves, reward_against_kl
 from pargs_min.methods import FINE_TUNED
+
+COLUMNS = ("reward", "prompt_error", "rlhf", "kl", "gap", "off_grammar")
 
 
 def cells(lab: Lab, seed: int) -> list[Cell]:
     found = [Cell(seed, "plain")]
     for beta in BETAS[:3]:
-        recipes = {"args": FULL, "pargs": PARTIAL, "cd": VALUE}
-        found += [Cell(seed, method, beta=beta, recipe=recipe) for method, recipe in recipes.items()]
-        found.append(Cell(seed, "smc", beta=beta, particles=PARTICLES, recipe=PARTIAL, final=FULL))
+        found += guided(seed, ("args", "pargs", "cd"), [beta])
+        found += guided(seed, ["smc"], [beta], particles=PARTICLES, final=FULL)
     return found + [Cell(seed, method, beta=1.0) for method in FINE_TUNED]
 
 
@@ -21,6 +22,3 @@ def draw(rows: list[Row], lab: Lab) -> plots.Figure:
     left.set(xlabel=f"beta ({INTERVALS})", ylabel="KL(policy ‖ RLHF policy), nats per text", yscale="log")
     reward_against_kl(right, rows, lab)
     return drawing
-
-
-STUDY = Study(cells, draw, ("reward", "prompt_error", "rlhf", "kl", "gap", "off_grammar"))

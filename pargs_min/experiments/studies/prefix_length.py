@@ -6,7 +6,9 @@ import numpy as np
 
 from pargs_min import plots
 from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell, Lab
-from pargs_min.experiments.report import Row, Study
+from pargs_min.experiments.report import Row
+
+COLUMNS = ("whole", "concordance", "gain", "ceiling")
 
 
 def cells(lab: Lab, seed: int) -> list[Cell]:
@@ -33,6 +35,3 @@ def draw(rows: list[Row], lab: Lab) -> plots.Figure:
         panel.set(xlabel="prefix length (tokens; band: all seeds)", ylabel=label)
     axes[0].legend(frameon=False, fontsize=8)
     return drawing
-
-
-STUDY = Study(cells, draw, ("whole", "concordance", "gain", "ceiling"))
