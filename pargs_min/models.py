@@ -1,14 +1,19 @@
 """Models in: every pretrained model and tokenizer of the project is loaded here, from a folder or a hub id.
 
-No code of a model's folder is run, and weights are read from safetensors alone. What cannot be loaded raises a
-`ValueError` that names the folder.
+No code of a model's folder is run, and weights are read from safetensors alone. A model that is loaded is whole: every
+weight comes from its files, and every weight of its files has a place. What cannot be loaded raises a `ValueError` that
+names the folder and, where one is damaged, the file.
 """
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,14 +26,32 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from pargs_min.memory import is_out_of_memory
+
 Name = str | os.PathLike
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 SAFE = dict(trust_remote_code=False)
 # Weights that do not fit are reported, and then refused here by their names.
 WHOLE = dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **SAFE)
+# What training records with a reward model, and which values it knows.
+RECORD: dict[str, Any] = {
+    "objective": ("partial", "full", "value"),
+    "prompt_format": ("text", "dialogue", "chat", "ids"),
+    "append_eos": (True, False),
+}
+HEADS = ("score", "classifier")  # what the families of transformers call theirs
 
 
 def default_device(asked: str | None = None) -> str:
-    """The device that was asked for; by default cuda if there is one, else cpu."""
+    """The device that was asked for; by default cuda if there is one, else cpu.
+
+    Raises:
+        ValueError: if there is no such device on this machine.
+    """
+    try:
+        torch.empty(0, device=asked or "cpu")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {asked!r} cannot be used: {_first_line(error)}") from error
     return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -53,68 +76,75 @@ def load_language_model(
         dtype: float32 to train or to compare, whatever the checkpoint holds; "auto" or bfloat16 to decode.
 
     Raises:
-        ValueError: if there is no such model, or weights of it are missing.
+        ValueError: if there is no such model, or it is not whole.
     """
-    with _loading(name):
-        model, report = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **WHOLE)
-        _check_weights(name, report, fresh=())
-        return model.to(device).eval()
+    return _load(AutoModelForCausalLM, name, dtype, device)
 
 
 def load_reward_model(
-    name_or_path: Name,
+    name: Name,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     dtype: torch.dtype | str = torch.float32,
-    head: str = "scalar",
+    head: str | None = None,
     device: str = "cpu",
 ) -> PreTrainedModel:
-    """Load a reward model, in evaluation mode; a plain language model gets a fresh head.
+    """Load a reward model, in evaluation mode; or make one of a language model, if `head` says so.
 
     Args:
-        name_or_path: a folder or a hub id. A language model's backbone is kept, and a new scalar head is drawn from
-            torch's global random stream (call `torch.manual_seed` first to fix it).
+        name: a folder or a hub id.
         tokenizer: given when the model is to be trained and saved: it gets a padding token that is not its end token
             (see `separate_pad_token`), and the model a row for it where one is needed.
-        dtype: float32 to train, whatever the checkpoint holds; "auto" or bfloat16 to decode.
-        head: what a plain language model gets, "scalar" or "vocab". The latter begins at zero, so that a token which
-            training never meets keeps the reward 0. A reward model keeps the head that it has.
+        dtype: float32 to train, whatever the checkpoint holds; "auto" or bfloat16 to decode. Bidirectional models,
+            whose heads are several layers, are always read in float32.
+        head: what a language model gets: "scalar", drawn from torch's global random stream (`torch.manual_seed` first
+            fixes it), or "vocab", which begins at zero, so that a token which training never meets keeps the reward 0.
+            A reward model keeps the head that it has. None makes no head.
+        device: where it goes.
 
     Raises:
-        ValueError: if there is no such model or weights of it are missing, if the checkpoint is a classifier with
-            several labels, if `head` is unknown, or if it is "vocab" and the checkpoint has a scalar head.
+        ValueError: if there is no such model or it is not whole; if it is a language model and `head` is None, or a
+            classifier with several labels; if `head` is unknown, or "vocab" for a model with a scalar head; if what
+            training recorded with it cannot be.
     """
-    if head not in ("scalar", "vocab"):
+    if head not in (None, "scalar", "vocab"):
         raise ValueError(f'head must be "scalar" or "vocab", got {head!r}')
-    config = load_config(name_or_path)
+    config = load_config(name)
     trained = is_classifier(config)
+    if not trained and head is None:
+        raise ValueError(
+            f"{name} is a language model ({_architecture(config)}), which gives no rewards; train a reward model from "
+            "it with `pargs train`"
+        )
     if trained and config.num_labels not in (1, config.get_text_config().vocab_size):
         raise ValueError(
-            f"{name_or_path} is a classifier with {config.num_labels} labels; a reward model has one "
-            "(num_labels=1), or one for each token"
+            f"{name} is a classifier with {config.num_labels} labels; a reward model has one (num_labels=1), or one "
+            "for each token"
         )
     if trained and head == "vocab" and config.num_labels == 1:
-        raise ValueError(f"{name_or_path} has a scalar head; start a vocabulary head from a language model")
-    with _loading(name_or_path):
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            name_or_path, dtype=dtype, **({} if trained else {"num_labels": 1}), **WHOLE
-        )
-        _check_weights(name_or_path, report, fresh=() if trained else ("score", "classifier"))
+        raise ValueError(f"{name} has a scalar head; start a vocabulary head from a language model")
+    _check_record(name, config)
+    model = _load(AutoModelForSequenceClassification, name, dtype, device, fresh_head=not trained)
     if tokenizer is not None:
         separate_pad_token(model, tokenizer)
     if head == "vocab" and not trained:
         _give_vocabulary_head(model)
+    return model if hasattr(model, "score") else model.to(torch.promote_types(model.dtype, torch.float32))
+
+
+def _load(kind: Any, name: Name, dtype: torch.dtype | str, device: str, fresh_head: bool = False) -> PreTrainedModel:
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    default_device(device)
+    with _loading(name):
+        model, report = kind.from_pretrained(name, dtype=dtype, **({"num_labels": 1} if fresh_head else {}), **WHOLE)
+    _check_weights(name, report, model.base_model_prefix, fresh_head)
     return model.to(device).eval()
 
 
 def is_classifier(config: PreTrainedConfig) -> bool:
     """Whether a checkpoint is a sequence classifier, as reward models are."""
     return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-
-
-def recorded(model: PreTrainedModel) -> dict:
-    """What training recorded with a reward model (`save_reward_model`); nothing for one from elsewhere."""
-    return getattr(model.config, "pargs", None) or {}
 
 
 def save_reward_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Name, **settings) -> None:
@@ -155,28 +185,67 @@ def _give_vocabulary_head(model: PreTrainedModel) -> None:
     nn.init.zeros_(model.score.weight)
 
 
-def _check_weights(name: Name, report: dict, fresh: tuple[str, ...]) -> None:
-    """Raises ValueError if the file lacks a weight, but for those of a fresh head, or has one in another shape."""
-    missing = [key for key in sorted(report["missing_keys"]) if not key.startswith(fresh)]
-    wrong = missing + [f"{key} ({there} there, {wanted} wanted)" for key, there, wanted in report["mismatched_keys"]]
+def _check_weights(name: Name, report: dict, backbone: str, fresh_head: bool) -> None:
+    """Raises ValueError if weights are missing, misshapen or without a place, but for those of a fresh head and an
+    old one."""
+    missing, misshapen = report["missing_keys"], report["mismatched_keys"]
+    wrong = [f"{key} is missing" for key in sorted(missing) if not (fresh_head and key.startswith(HEADS))]
+    wrong += [f"{key} is {tuple(there)}, not {tuple(wanted)}" for key, there, wanted in sorted(misshapen)]
+    unexpected = [key for key in sorted(report["unexpected_keys"]) if not fresh_head or key.startswith(f"{backbone}.")]
+    wrong += [f"{key} has no place" for key in unexpected]
     if wrong:
-        raise ValueError(
-            f"{name}: its weights lack {len(wrong)} that its configuration asks for, or have them in another shape: "
-            f"{', '.join(wrong[:3])}"
+        more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise ValueError(f"{name}: its weights are not those of its config.json: {'; '.join(wrong[:3])}{more}")
+
+
+def _check_record(name: Name, config: PreTrainedConfig) -> None:
+    """Raises ValueError if `config.pargs` holds what no training records."""
+    record = getattr(config, "pargs", None) or {}
+    wrong = [key for key in RECORD if isinstance(record, dict) and record.get(key, RECORD[key][0]) not in RECORD[key]]
+    if wrong or not isinstance(record, dict):
+        shown = (
+            f"pargs.{wrong[0]} must not be {record[wrong[0]]!r:.60}" if wrong else f"pargs must not be {record!r:.60}"
         )
+        raise ValueError(f"{Path(name, 'config.json')}: {shown}; train the model again, or remove `pargs`")
+
+
+def _architecture(config: PreTrainedConfig) -> str:
+    return ", ".join(config.architectures or [config.model_type])
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 @contextmanager
 def _loading(name: Name) -> Iterator[None]:
-    """Context manager: transformers loads without its report on each model, and an error names the model."""
+    """Context manager: transformers loads without its report on each model, and whatever a damaged folder makes it
+    raise becomes a ValueError that names the model, and the file where one cannot be read by itself."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
-    except OSError as error:
-        raise ValueError(f"cannot load {str(name)!r}: {error}") from error
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"cannot load {str(name)!r}: {_damage(Path(name)) or _first_line(error)}") from error
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with the first file of a model's folder that cannot be read."""
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        try:
+            if file.suffix == ".json":
+                if not isinstance(json.loads(file.read_text("utf-8")), dict):
+                    return f"{file.name} holds no JSON object"
+            else:
+                with safe_open(file, "pt"):
+                    pass
+        except Exception as error:
+            return f"{file.name} is damaged ({_first_line(error)})"
+    return None

@@ -80,7 +80,8 @@ def final_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """(B,) rewards of whole texts, by any sequence-classification model with one label, bidirectional ones included.
 
     Args:
-        ids, mask: (B, T), padded on either side; a text's reward is read at its last token.
+        ids, mask: (B, T), padded on either side; a reward is read at the last token, or of a model from elsewhere at
+            the last that is not its `pooled_padding`, as its own `forward` reads it.
 
     >>> from transformers import LlamaConfig, LlamaForSequenceClassification
     >>> config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
@@ -91,11 +92,25 @@ def final_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     True
     """
     if is_causal(model):
-        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(-1, keepdim=True)
+        read_at = mask if (pad := pooled_padding(model)) is None else mask * (ids != pad)
+        last = (read_at * torch.arange(mask.shape[1], device=mask.device)).argmax(-1, keepdim=True)
         return prefix_rewards(model, ids, mask).gather(1, last)[:, 0]
     order = mask.argsort(dim=1, descending=True, stable=True)  # bidirectional models expect padding on the right
     logits = model(input_ids=ids.gather(1, order), attention_mask=mask.gather(1, order)).logits
     return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def recorded(model: PreTrainedModel) -> dict:
+    """What training recorded with a reward model (`models.save_reward_model`); nothing for one from elsewhere."""
+    return getattr(model.config, "pargs", None) or {}
+
+
+def pooled_padding(model: PreTrainedModel) -> int | None:
+    """The token at which a reward model from elsewhere is not read, since it takes it for padding: often the end token.
+
+    Ours are read at every token, and their padding is never the end token (`models.separate_pad_token`).
+    """
+    return None if recorded(model) else model.config.get_text_config().pad_token_id
 
 
 def is_causal(model: PreTrainedModel) -> bool:

@@ -22,6 +22,7 @@ from pargs_min.reward_model import (
     context_length,
     final_rewards,
     has_vocabulary_head,
+    prefix_rewards,
     read,
     token_positions,
     token_rewards,
@@ -146,7 +147,7 @@ def _check_siblings(scorer: SiblingScorer) -> None:
     try:
         got, want = (
             _second_step(way, prompt_ids, mask, candidates, drawn)
-            for way in (scorer, ReencodeScorer(model_rewards(model)))
+            for way in (scorer, ReencodeScorer(lambda ids, mask: prefix_rewards(model, ids, mask)[:, -1]))
         )
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise ValueError(
@@ -189,7 +190,11 @@ class CachedText:
         """The body's output on what it has not read yet; once per step."""
         settings |= dict(past_key_values=self.cache, use_cache=True)
         output = read(self.body, self.ids, self.mask, self.positions, **settings)
-        self.cache = output.past_key_values
+        if (cache := getattr(output, "past_key_values", None)) is None:
+            raise ValueError(
+                f"{type(self.model).__name__} is recurrent: it keeps no cache of keys and values to go on from"
+            )
+        self.cache = cache
         return output
 
     def push(self, tokens: Tensor) -> None:
@@ -280,7 +285,12 @@ def length_buckets(lengths: list[int], max_tokens: int) -> Iterator[slice]:
 
 def model_rewards(model: PreTrainedModel) -> RewardFn:
     """The reward function of any one-label classifier that shares the language model's token ids."""
-    return lambda ids, mask: final_rewards(model, ids, mask)
+
+    def reward_fn(ids: Tensor, mask: Tensor) -> Tensor:
+        check_evaluating(model)
+        return final_rewards(model, ids, mask)
+
+    return reward_fn
 
 
 def text_rewards(
@@ -300,6 +310,7 @@ def text_rewards(
     ends = {lm_tokenizer.eos_token_id} if ends is None else set(ends)
 
     def reward_fn(ids: Tensor, mask: Tensor) -> Tensor:
+        check_evaluating(model)
         texts = []
         for row, keep in zip(ids.tolist(), mask.tolist(), strict=True):
             row = [token for token, kept in zip(row, keep, strict=True) if kept]

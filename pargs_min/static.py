@@ -15,7 +15,14 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel, StaticCache
 
-from pargs_min.reward_model import body_and_head, context_length, takes_positions, token_positions, token_rewards
+from pargs_min.reward_model import (
+    body_and_head,
+    check_evaluating,
+    context_length,
+    takes_positions,
+    token_positions,
+    token_rewards,
+)
 from pargs_min.scoring import SiblingScorer, attention_window
 
 
@@ -143,8 +150,7 @@ class _StaticText:
     def start(self, prompt_ids: Tensor, mask: Tensor, **settings):
         """Read the prompts. Not compiled: they have many lengths. The cache is made anew only for another batch size,
         for a compiled step knows it by its address."""
-        if self.model.training:
-            raise ValueError(f"{type(self.model).__name__} is in training mode (dropout would change it): call .eval()")
+        check_evaluating(self.model)
         batch, width = prompt_ids.shape
         if width >= self.slots:
             raise ValueError(f"a prompt of {width} tokens leaves no room in a cache of {self.slots}; give more slots")

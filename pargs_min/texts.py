@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,9 +31,8 @@ from pargs_min.decode import (
 )
 from pargs_min.memory import enough_memory
 from pargs_min.methods import METHODS, OBJECTIVES, Batch, Method, Setup, guided_by, no_reward
-from pargs_min.models import recorded
 from pargs_min.records import read_jsonl
-from pargs_min.reward_model import context_length, has_vocabulary_head
+from pargs_min.reward_model import context_length, has_vocabulary_head, pooled_padding, recorded
 from pargs_min.scoring import ReencodeScorer, RewardFn, SiblingScorer, VocabularyScorer, model_rewards, text_rewards
 from pargs_min.static import StaticPolicy, StaticScorer
 from pargs_min.store import appending
@@ -298,24 +297,30 @@ def _reward(
             warnings.warn(f"{error}. Falling back to the latter: {_reencoding(longest)}", stacklevel=3)
             reward_fn = text_rewards(model, tokenizer, codec.tokenizer, codec.ends)
             return reward_fn, ReencodeScorer(reward_fn)
-    return model_rewards(model), choose_scorer(model, longest) if guided else None
+    return model_rewards(model), choose_scorer(model, longest, codec.ends or ()) if guided else None
 
 
-def choose_scorer(model: PreTrainedModel, longest: int) -> RewardScorer:
+def choose_scorer(model: PreTrainedModel, longest: int, ends: Collection[int] = ()) -> RewardScorer:
     """The fastest scorer that is right for this model and texts of up to `longest` tokens.
 
     `VocabularyScorer` for a vocabulary head, `SiblingScorer` for others where it is right, else `ReencodeScorer`, with
     a warning.
+
+    Args:
+        ends: ids that end a response.
     """
     if has_vocabulary_head(model):
         return VocabularyScorer(model)
-    try:
-        scorer = SiblingScorer(model)
-        if scorer.window is None or longest <= scorer.window:
-            return scorer
-        why = f"texts of up to {longest} tokens outgrow the reward model's attention window of {scorer.window}"
-    except ValueError as error:
-        why = str(error)
+    if (pad := pooled_padding(model)) in ends:
+        why = f"this reward model takes an end token ({pad}) for padding, and reads a text that has ended before it"
+    else:
+        try:
+            scorer = SiblingScorer(model)
+            if scorer.window is None or longest <= scorer.window:
+                return scorer
+            why = f"texts of up to {longest} tokens outgrow the reward model's attention window of {scorer.window}"
+        except ValueError as error:
+            why = str(error)
     warnings.warn(f"{why}. Falling back to whole texts: {_reencoding(longest)}", stacklevel=2)
     return ReencodeScorer(model_rewards(model))
 

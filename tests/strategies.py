@@ -47,7 +47,7 @@ def tiny_lm(family: str = "gpt2", vocabulary: int = 11, seed: int = 0, **changes
 
 
 def tiny_reward_model(family: str = "gpt2", vocabulary: int = 11, seed: int = 1, **changes):
-    config = tiny_config(family, vocabulary, **{"num_labels": 1, **changes})
+    config = tiny_config(family, vocabulary, **{"num_labels": 1, "pad_token_id": None, **changes})
     return _randomised(AutoModelForSequenceClassification.from_config(config), seed)
 
 

@@ -25,7 +25,7 @@ METHOD = {  # what a reader of the method meets, and all that it may import of t
     "decode": {"policy", "reward_model", "scoring"},
     "smc": {"decode", "scoring"},
     "methods": {"decode", "scoring", "smc"},
-    "models": set(),
+    "models": {"memory"},
     "records": set(),
     "codec": {"records"},
     "store": set(),

@@ -39,7 +39,7 @@ def test_a_pretrained_model_is_guided_by_the_rewards_of_whole_texts_read_at_ever
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(real / "stories260K")
     lm = AutoModelForCausalLM.from_pretrained(real / "stories260K")
-    rm = load_reward_model(real / "stories260K")
+    rm = load_reward_model(real / "stories260K", head="scalar")
     prompt = torch.tensor([tokenizer("Once upon a time, there was").input_ids])
     result = generate(ModelPolicy(lm), SiblingScorer(rm), prompt, beta=3.0, top_k=10, max_new_tokens=20)
     for i in range(20):

@@ -12,10 +12,10 @@ from pargs_min.cli.options import parse
 from pargs_min.cli.train import DataOptions, begin, fit_and_save, read
 from pargs_min.codec import Codec, check_vocabularies
 from pargs_min.data import encode_preferences
-from pargs_min.models import default_device, load_language_model, load_reward_model, load_tokenizer, recorded
+from pargs_min.models import default_device, load_language_model, load_reward_model, load_tokenizer
 from pargs_min.progress import progress
 from pargs_min.records import read_jsonl, read_preferences, read_prompts
-from pargs_min.reward_model import context_length
+from pargs_min.reward_model import context_length, recorded
 from pargs_min.scoring import model_rewards
 from pargs_min.store import appending, write_lines
 
@@ -89,7 +89,7 @@ def ppo(arguments: list[str]) -> None:
     check_vocabularies(tokenizer, load_tokenizer(options.reward_model))
     reward_model = load_reward_model(options.reward_model, device=device)
     set_seed(settings.seed)  # draws the head of a value function that starts from a language model
-    value_model = load_reward_model(options.value_model or options.reward_model, device=device)
+    value_model = load_reward_model(options.value_model or options.reward_model, head="scalar", device=device)
 
     codec = Codec.of(model, tokenizer, recorded(reward_model).get("prompt_format"))
     prompt_ids, often = [codec.prompt(prompt) for prompt in prompts], options.save_every

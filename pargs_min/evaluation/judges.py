@@ -18,14 +18,13 @@ from numbers import Real
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pargs_min.codec import Codec, left_pad
 from pargs_min.evaluation.chat_judge import ChatJudge
 from pargs_min.evaluation.reading import Texts, as_chats, as_ids, prompt_text
-from pargs_min.models import default_device, is_classifier, load_config, load_reward_model, load_tokenizer, recorded
+from pargs_min.models import default_device, is_classifier, load_config, load_reward_model, load_tokenizer
 from pargs_min.progress import progress
-from pargs_min.reward_model import context_length, final_rewards, is_causal
+from pargs_min.reward_model import context_length, final_rewards, is_causal, recorded
 
 BATCH = 32  # texts that a reward model reads together
 
@@ -115,10 +114,17 @@ def model_judge(name: str) -> Callable[[Texts], list[float]]:
         raise ValueError(
             f"judge {name!r} cannot be loaded: {error}; expected a reward model, MODULE:FUNCTION or URL#MODEL"
         ) from error
-    limit = context_length(model) or math.inf
+    limit, settings = context_length(model) or math.inf, recorded(model)
+    codec = Codec(tokenizer, settings.get("prompt_format"))
+    chats = tokenizer.chat_template and not settings
+    pairs = not (settings or chats or is_causal(model))
 
     def score(texts: Texts) -> list[float]:
-        rows = _rows(model, tokenizer, texts)
+        if pairs:
+            rows = [tokenizer(prompt_text(text), text["response"]) for text in texts]
+        else:
+            ids = as_chats(codec, texts) if chats else as_ids(codec, texts, append_eos=settings.get("append_eos", True))
+            rows = [{"input_ids": row} for row in ids]
         for row, text in zip(rows, texts, strict=True):
             if len(row["input_ids"]) > limit:
                 raise ValueError(
@@ -126,29 +132,13 @@ def model_judge(name: str) -> Callable[[Texts], list[float]]:
                     f"and judge {name!r} reads at most {limit}; generate shorter texts (--max-new-tokens)"
                 )
         starts = progress(range(0, len(rows), BATCH), desc="judging")
-        return [reward for i in starts for reward in _rewards(model, tokenizer, rows[i : i + BATCH])]
+        return [reward for i in starts for reward in rewards(rows[i : i + BATCH])]
+
+    @torch.no_grad()
+    def rewards(rows: list) -> list[float]:
+        if pairs:
+            return model(**tokenizer.pad(rows, return_tensors="pt").to(model.device)).logits[:, 0].tolist()
+        ids, mask = left_pad([row["input_ids"] for row in rows])
+        return final_rewards(model, ids.to(model.device), mask.to(model.device)).tolist()
 
     return score
-
-
-def _reads_pairs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
-    return not (recorded(model) or tokenizer.chat_template or is_causal(model))
-
-
-def _rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> list[Mapping]:
-    """The `input_ids` of each text in the form that the model reads, and with a pair what tells its texts apart."""
-    if _reads_pairs(model, tokenizer):
-        return [tokenizer(prompt_text(text), text["response"]) for text in texts]
-    settings = recorded(model)
-    codec = Codec(tokenizer, settings.get("prompt_format"))
-    chats = tokenizer.chat_template and not settings
-    ids = as_chats(codec, texts) if chats else as_ids(codec, texts, append_eos=settings.get("append_eos", True))
-    return [{"input_ids": row} for row in ids]
-
-
-@torch.no_grad()
-def _rewards(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Mapping]) -> list[float]:
-    if _reads_pairs(model, tokenizer):
-        return model(**tokenizer.pad(rows, return_tensors="pt").to(model.device)).logits[:, 0].tolist()
-    ids, mask = left_pad([row["input_ids"] for row in rows])
-    return final_rewards(model, ids.to(model.device), mask.to(model.device)).tolist()

@@ -241,7 +241,7 @@ def test_fine_tuned_rivals_write_folders_that_generate_takes(lm, pairs, prompts,
 
 
 def test_a_log_that_cannot_be_read_is_said_before_training_and_kept(lm, prompts, tmp_path, capsys):
-    guide = load_reward_model(lm)
+    guide = load_reward_model(lm, head="scalar")
     save_reward_model(guide, tiny_tokenizer(), tmp_path / "rm")
     log = tmp_path / "ppo" / "log.jsonl"
     log.parent.mkdir()
