@@ -18,17 +18,11 @@ from itertools import accumulate, pairwise
 from threading import Condition
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 from torch.profiler import ProfilerActivity, profile, record_function
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    DynamicCache,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PreTrainedModel
 
 from pargs_min import minimal
 from pargs_min.data import Pair, at_response_tokens, collate
@@ -77,12 +71,12 @@ class Setting:
 def models_of_shape(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Models:
     """Models of one of the `SHAPES`, with random weights: their time does not depend on what they have learned."""
     family, changes = SHAPES[name]
-    config = AutoConfig.for_model(family, **changes)
+    config = transformers.AutoConfig.for_model(family, **changes)
     torch.manual_seed(0)
     with torch.device(device):
-        lm = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        lm = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         config.num_labels = 1
-        scalar = AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
+        scalar = transformers.AutoModelForSequenceClassification.from_config(config, dtype=dtype).eval()
     return Models(lm, scalar, with_vocabulary_head(scalar))
 
 
@@ -123,14 +117,13 @@ def floor(lm: PreTrainedModel, rm: PreTrainedModel, ids: Tensor, queries: int, t
     No candidates are chosen, no masks are made, nothing is drawn; the caches are those of our loop.
     """
     body, head = body_and_head(rm)
-    caches = DynamicCache(), DynamicCache()
-    lm(input_ids=ids, past_key_values=caches[0], use_cache=True, logits_to_keep=1)
-    body(input_ids=ids, past_key_values=caches[1], use_cache=True)
+    written = lm(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+    judged = body(input_ids=ids, use_cache=True).past_key_values
     last, siblings = ids[:, -1:], ids[:, :1].repeat(1, queries)
     for _ in range(tokens):
-        last = lm(input_ids=last, past_key_values=caches[0], use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
-        head(body(input_ids=siblings, past_key_values=caches[1], use_cache=True).last_hidden_state)
-        caches[1].crop(1 - queries)
+        last = lm(input_ids=last, past_key_values=written, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+        head(body(input_ids=siblings, past_key_values=judged, use_cache=True).last_hidden_state)
+        judged.crop(1 - queries)
         tick()
 
 

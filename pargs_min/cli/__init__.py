@@ -1,26 +1,24 @@
-"""The command line, one file for each group of commands.
+"""usage: pargs COMMAND [options]   (pargs COMMAND --help)
 
-A command's file is imported when it is called, so that `pargs --help` is instant; there heavy imports stand on top.
+commands:
+  demo       train, decode and compare on a small embedded world, from start to end
+  train      train a reward model on every prefix of the responses of preference pairs
+  generate   generate texts for a file of prompts, guided by a reward model or not
+  trace      show one text token by token: what could have followed, what was drawn
+  evaluate   judge texts of any methods over the same prompts, in one table
+  study      answer one of nine questions by a grid of experiments
+  benchmark  measure what a guided token costs
+  dpo        fine-tune the language model itself on preference pairs, to compare with
+  ppo        fine-tune the language model itself on a reward model's scores, to compare with
 """
 
 import sys
 import warnings
 from importlib import import_module
 
-COMMANDS = {  # name: its file, what it does
-    "demo": ("study", "train, decode and compare on a small embedded world, from start to end"),
-    "train": ("train", "train a reward model on every prefix of the responses of preference pairs"),
-    "generate": ("decode", "generate texts for a file of prompts, guided by a reward model or not"),
-    "trace": ("decode", "show one text token by token: what could have followed, what was drawn"),
-    "evaluate": ("evaluate", "judge texts of any methods over the same prompts, in one table"),
-    "study": ("study", "answer one of nine questions by a grid of experiments"),
-    "benchmark": ("benchmark", "measure what a guided token costs"),
-    "dpo": ("finetune", "fine-tune the language model itself on preference pairs, to compare with"),
-    "ppo": ("finetune", "fine-tune the language model itself on a reward model's scores, to compare with"),
-}
-USAGE = "usage: pargs COMMAND [options]   (pargs COMMAND --help)\n\n" + "\n".join(
-    f"  {name:10} {does}" for name, (_, does) in COMMANDS.items()
-)
+# Command -> its file, imported when it is called: `pargs --help` is instant, and heavy imports stand on top of a file.
+COMMANDS = dict(demo="study", train="train", generate="decode", trace="decode", evaluate="evaluate")
+COMMANDS |= dict(study="study", benchmark="benchmark", dpo="finetune", ppo="finetune")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,13 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     """
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help"):
-        print(USAGE)
+        print(__doc__, end="")
         return 0
     warnings.formatwarning = lambda message, *_, **__: f"pargs: warning: {message}\n"
     try:
         if name not in COMMANDS:
             raise ValueError(f"no command {name!r}; there are {', '.join(COMMANDS)} (pargs --help)")
-        command = getattr(import_module(f"pargs_min.cli.{COMMANDS[name][0]}"), name)
+        command = getattr(import_module(f"pargs_min.cli.{COMMANDS[name]}"), name)
         return command(rest) or 0
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print("pargs: error:", " ".join(str(error).split()), file=sys.stderr)

@@ -1,8 +1,10 @@
 """`pargs evaluate`: what texts are worth, in one table."""
 
 from argparse import ArgumentParser
+from dataclasses import dataclass
 from pathlib import Path
 
+from pargs_min.cli.options import parse
 from pargs_min.codec import Codec
 from pargs_min.evaluation.compare import compare, file_labels, read_files, with_kl_to
 from pargs_min.evaluation.tables import markdown, panels, write_comparison
@@ -11,37 +13,44 @@ from pargs_min.models import load_language_model, load_tokenizer
 from pargs_min.plots import intervals, save
 from pargs_min.texts import text_log_probs
 
-JUDGE = """toy (the gold reward of the embedded world), a reward model (a folder or a hub id), MODULE:FUNCTION of
-(prompts, responses), or URL#MODEL, a language model behind an OpenAI-compatible address (with the key from
-OPENAI_API_KEY). May be given several times."""
-REFERENCE = """Take every KL to this language model, which reads the texts again: for texts of fine-tuned models, whose
-own KL is to themselves."""
+
+@dataclass(kw_only=True)
+class EvaluateOptions:
+    """Options of `pargs evaluate`.
+
+    Args:
+        files: Texts of `pargs generate`, one file per method.
+        judge: toy (the gold reward of the embedded world), a reward model (a folder or a hub id), MODULE:FUNCTION of
+            (prompts, responses), or URL#MODEL, a language model behind an OpenAI-compatible address (with the key from
+            OPENAI_API_KEY). May be given several times.
+        against: Count how often the others beat this file, text by text.
+        reference: Take every KL to this language model, which reads the texts again: for texts of fine-tuned models,
+            whose own KL is to themselves.
+        output_dir: For the table, the figure, and each judge's answers.
+    """
+
+    against: str | None = None
+    reference: str | None = None
+    output_dir: Path = Path("runs/evaluation")
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="pargs evaluate", description=evaluate.__doc__)
-    add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="Texts of `pargs generate`, one file per method.")
-    add("--judge", action="append", default=[], metavar="JUDGE", help=JUDGE)
-    add("--against", metavar="FILE", help="Count how often the others beat this file, text by text.")
-    add("--reference", metavar="MODEL", help=REFERENCE)
-    about = "For the table, the figure, and each judge's answers. Default: %(default)s."
-    add("--output-dir", "--output_dir", type=Path, default="runs/evaluation", metavar="DIR", help=about)
-    return parser
+REPEATED = ArgumentParser(add_help=False)  # what no field of a dataclass can say
+REPEATED.add_argument("files", nargs="+", metavar="FILE")
+REPEATED.add_argument("--judge", action="append", default=[])
 
 
 def evaluate(arguments: list[str]) -> None:
     """Judge texts of any methods over the same prompts: one table, every number with its standard error."""
-    options = _parser().parse_args(arguments)
+    options, repeated = parse(evaluate, arguments, EvaluateOptions, parents=[REPEATED])
     folder, against = options.output_dir, [options.against] if options.against else []
-    labels = file_labels([*options.files, *against])
+    labels = file_labels([*repeated.files, *against])
     files = read_files(labels)
     if options.reference:
         lm = load_language_model(options.reference)
         codec = Codec.of(lm, load_tokenizer(options.reference))
         for label, texts in files.items():
             files[label] = with_kl_to(options.reference, texts, text_log_probs(lm, codec, texts))
-    judges = [named_judge(name, folder / "verdicts.jsonl") for name in dict.fromkeys(options.judge)]
+    judges = [named_judge(name, folder / "verdicts.jsonl") for name in dict.fromkeys(repeated.judge)]
     comparison = compare(files, judges, *(labels[Path(file)] for file in against))
     write_comparison(comparison, folder)
     if shown := panels(comparison):

@@ -14,10 +14,10 @@ from transformers import HfArgumentParser
 
 
 class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for None: what that means is said by the option's help. Descriptions keep their lines."""
+    """Shows defaults, but for None and []: the option's help says what they mean. Descriptions keep their lines."""
 
     def _get_help_string(self, action: Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 def choice(names: Iterable[str], default: str) -> Any:
@@ -30,9 +30,9 @@ def parse(command: Callable, arguments: list[str], *kinds: type, defaults: dict 
 
     Args:
         command: names the program, and its docstring describes it.
-        kinds: dataclasses whose docstrings explain every field.
+        kinds: dataclasses whose docstrings explain every field, and every option of the `parents`.
         defaults: name -> value, where they differ from those of the dataclasses.
-        about: settings of argparse's parser.
+        about: settings of argparse's parser. What its `parents` parse comes last, as a namespace.
 
     Raises:
         ValueError: for a flag that there is not, and for whatever the dataclasses themselves refuse.
