@@ -170,7 +170,7 @@ class _Writer:
             with counted_passes(*self.raters) as rated:
                 rewards = self.rate and response_rewards(self.rate, batch.prompt_ids, batch.mask, generation)
             seconds = time.perf_counter() - began
-        calls = passes.total() + rated.total() + sum(stepper.passes for stepper in self.static)
+        calls = passes["rows"] + rated["rows"] + sum(stepper.passes for stepper in self.static)
         cost = {"seconds": seconds / len(numbers), "model_calls": calls / len(numbers)}
         return self._records(numbers, generation, kl, rewards, cost)
 
@@ -334,16 +334,16 @@ def _reencoding(longest: int) -> str:
 
 @contextmanager
 def counted_passes(*models: PreTrainedModel | None) -> Iterator[Counter]:
-    """Count the forward passes of the models' backbones, a row each, while this is open.
+    """Count the `passes` of the models' backbones, their `rows` and the `tokens` they read, while this is open.
 
     Not for models whose steps are compiled: a hook would be compiled in, and make every step compile anew.
     """
     passes: Counter = Counter()
-    hooks = [
-        model.base_model.register_forward_hook(lambda body, args, output: passes.update(rows=len(output[0])))
-        for model in models
-        if model is not None
-    ]
+
+    def count(body: PreTrainedModel, args: tuple, output) -> None:
+        passes.update(passes=1, rows=len(output[0]), tokens=output[0].shape[:2].numel())
+
+    hooks = [model.base_model.register_forward_hook(count) for model in models if model is not None]
     try:
         yield passes
     finally:

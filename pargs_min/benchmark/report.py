@@ -1,7 +1,9 @@
 """The report of `pargs benchmark`: every way side by side, how cost grows, and training; as tables and a figure."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 from matplotlib.figure import Figure
@@ -17,17 +19,8 @@ GROWN = {"plain generation": ORANGE, "our loop": BLUE, "vocabulary head": GREEN}
 SWEEPS = {"top_k": (1, 5, 10, 20, 50), "batch_size": (1, 2, 4, 8), "prompt_length": (64, 128, 256, 512)}
 RESPONSES = (32, 64, 128)  # tokens of the responses that training reads
 
-# The columns of the tables: their heads, the field of a row, and how it is written.
-WAYS = {
-    "way": ("way", ""), "ms per token": ("ms", ".2f"), "/ plain": ("over_plain", ".2f"),
-    "/ floor": ("over_floor", ".2f"), "lm passes": ("lm passes", "g"), "reward passes": ("reward passes", "g"),
-    "reward tokens": ("reward tokens", "g"), "peak MB": ("peak_mb", ".1f"),
-}  # fmt: skip
-TRAINING = {
-    "response": ("response", ""), "one pass, s": ("one pass", ".3f"),
-    "a row per prefix, s": ("a row per prefix", ".2f"), "speed-up": ("speed_up", ".1f"),
-    "by tokens read": ("ideal", ".1f"),
-}  # fmt: skip
+# Table -> head of a column -> how a row is written there.
+COLUMNS = json.loads(Path(__file__).with_name("columns.json").read_text("utf-8"))
 
 
 def run(models: Models, *, rounds: int, quick: bool = False, **settings: int) -> dict:
@@ -61,7 +54,9 @@ def run(models: Models, *, rounds: int, quick: bool = False, **settings: int) ->
     report["growth"] = {name: [] for name in SWEEPS}
     for name, point in progress(points, desc="growth"):
         if point.prompt_length + point.tokens <= limit:
-            report["growth"][name].append({name: vars(point)[name]} | _grown(models, point, rounds))
+            seconds = ways.seconds_per_token(models, point, tuple(GROWN), range(rounds))
+            milliseconds = {way: 1e3 * median(times) for way, times in seconds.items()}
+            report["growth"][name].append({name: vars(point)[name]} | milliseconds)
     lengths = [length for length in RESPONSES if setting.prompt_length + length <= limit]
     report["training"] = [
         _training(models, setting.prompt_length, length, rounds) for length in progress(lengths, desc="training")
@@ -85,12 +80,6 @@ def _side_by_side(models: Models, setting: Setting, rounds: int) -> list[dict]:
     ]
 
 
-def _grown(models: Models, setting: Setting, rounds: int) -> dict[str, float]:
-    """Milliseconds per token of the ways that are fit to be used."""
-    seconds = ways.seconds_per_token(models, setting, tuple(GROWN), range(rounds))
-    return {name: 1e3 * median(seconds[name]) for name in GROWN}
-
-
 def _training(models: Models, prompt: int, response: int, rounds: int) -> dict[str, float]:
     seconds = interleaved(ways.training_ways(models.scalar, prompt, response), range(rounds), models.lm.device)
     one_row, one_pass = "a row per prefix", "one pass"
@@ -105,17 +94,17 @@ def _training(models: Models, prompt: int, response: int, rounds: int) -> dict[s
 
 def markdown(report: dict) -> str:
     """The tables of a report."""
-    parts = [_table(WAYS, report["ways"])]
+    parts = [_table(COLUMNS["ways"], report["ways"])]
     parts[0] += f"\npeak: besides {report['weights_mb']:.0f} MB of weights, after the prompt was read"
     for name, points in report.get("growth", {}).items():
-        parts.append(_table({name: (name, ""), **{f"{way}, ms": (way, ".2f") for way in GROWN}}, points))
+        parts.append(_table({name: f"{{{name}}}"} | {f"{way}, ms": f"{{{way}:.2f}}" for way in GROWN}, points))
     if "training" in report:
-        parts.append(_table(TRAINING, report["training"]))
+        parts.append(_table(COLUMNS["training"], report["training"]))
     return "\n\n".join(parts)
 
 
-def _table(columns: Mapping[str, tuple[str, str]], rows: Sequence[dict]) -> str:
-    return markdown_table(list(columns), [[format(row[field], how) for field, how in columns.values()] for row in rows])
+def _table(columns: Mapping[str, str], rows: Sequence[dict]) -> str:
+    return markdown_table(list(columns), [[cell.format_map(row) for cell in columns.values()] for row in rows])
 
 
 def draw(report: dict) -> Figure:

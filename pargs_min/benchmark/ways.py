@@ -6,6 +6,7 @@ ratio is the median over the rounds. A machine that is busy with other work then
 """
 
 import copy
+import json
 import os
 import statistics
 import time
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
+from pathlib import Path
 from threading import Condition
 
 import torch
@@ -31,13 +33,10 @@ from pargs_min.losses import partial_bradley_terry_loss
 from pargs_min.reward_model import body_and_head, prefix_rewards, token_rewards
 from pargs_min.scoring import CachedText, SiblingScorer, VocabularyScorer
 from pargs_min.static import StaticPolicy, StaticScorer
+from pargs_min.texts import counted_passes
 
-SHAPES: dict[str, tuple[str, dict]] = {  # a family, and how its default configuration is changed
-    "tiny": ("gpt2", dict(vocab_size=8000, n_embd=256, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0)),
-    "gpt2": ("gpt2", {}),
-    "gpt2-large": ("gpt2", dict(n_embd=1280, n_layer=36, n_head=20)),
-    "llama-7b": ("llama", dict(max_position_embeddings=2048)),
-}
+# Name -> a family of models, and how its default configuration is changed.
+SHAPES: dict[str, tuple[str, dict]] = json.loads(Path(__file__).with_name("shapes.json").read_text("utf-8"))
 Tick = Callable[[], None]
 Way = Callable[[Tick], object]
 
@@ -296,21 +295,14 @@ def peak_bytes(way: Way, device: torch.device) -> int:
 
 def passes_per_token(way: Way, models: Models) -> dict[str, float]:
     """Forward passes of each model and the tokens they read, per token written; the reading of the prompt left out."""
-    counts: Counter[str] = Counter()
-    seen: list[Counter[str]] = []  # the counts at each tick
-
-    def counting(name: str) -> Callable[..., None]:
-        return lambda _, __, output: counts.update({f"{name} passes": 1, f"{name} tokens": output[0].shape[:2].numel()})
-
-    hooks = [
-        model.base_model.register_forward_hook(counting(name))
-        for name, model in (("lm", models.lm), ("reward", models.scalar))
-    ]
-    way(lambda: seen.append(counts.copy()))
-    for hook in hooks:
-        hook.remove()
-    names = "lm passes", "lm tokens", "reward passes", "reward tokens"
-    return {name: (seen[-1][name] - seen[0][name]) / (len(seen) - 1) for name in names}
+    seen: list[tuple[Counter, Counter]] = []  # the counts at each tick
+    with counted_passes(models.lm) as lm, counted_passes(models.scalar) as reward:
+        way(lambda: seen.append((lm.copy(), reward.copy())))
+    return {
+        f"{model} {what}": (last[what] - first[what]) / (len(seen) - 1)
+        for model, first, last in zip(("lm", "reward"), seen[0], seen[-1], strict=True)
+        for what in ("passes", "tokens")
+    }
 
 
 def weight_bytes(*models: PreTrainedModel) -> int:

@@ -64,10 +64,6 @@ def _models(options: BenchmarkOptions) -> Models:
     if options.model is None:
         return models_of_shape(options.config, dtype, device)
     lm = load_language_model(options.model, dtype=dtype, device=device)
-    scalar = load_reward_model(
-        options.reward_model or options.model,
-        head=None if options.reward_model else "scalar",
-        dtype=dtype,
-        device=device,
-    )
+    name, head = options.reward_model or options.model, None if options.reward_model else "scalar"
+    scalar = load_reward_model(name, head=head, dtype=dtype, device=device)
     return Models(lm, scalar, with_vocabulary_head(scalar))

@@ -3,6 +3,7 @@
 read_files -> compare -> write_comparison, markdown, panels
 """
 
+import json
 import math
 import os
 from collections import Counter
@@ -17,6 +18,7 @@ from pargs_min.evaluation.statistics import distinct_n, estimate, outcome, win_r
 from pargs_min.methods import BOUNDED, METHODS
 from pargs_min.records import read_texts
 
+NOTES = json.loads(Path(__file__).with_name("notes.json").read_text("utf-8"))  # templates of what a reader must know
 Files = Mapping[str, list[dict]]  # label -> records of `pargs generate`
 # What a judge says of each text of a file: its answers, and 1 (won), 0.5 or 0 (lost) against the text's partner.
 Verdicts = tuple[list, list]
@@ -194,22 +196,16 @@ def rouge_l(texts: list[dict]) -> float:
 def _notes(files: Files, judges: Sequence[Judge], reference: str, samples: set[int]) -> Iterator[str]:
     for judge in judges:
         if guided := [label for label, texts in files.items() if any(_guided_by(text, judge.name) for text in texts)]:
-            yield (
-                f"the judge {judge.name} guided {', '.join(guided)}: its reward says how well it was optimised, not "
-                "how good the texts are; add a judge that no method has seen"
-            )
+            yield NOTES["guided"].format(judge=judge.name, files=", ".join(guided))
+    ours = _model(files[reference])
     for label, texts in files.items():
-        if _model(texts) != _model(files[reference]):
-            yield (
-                f"{label} was written by {_model(texts)}, {reference} by {_model(files[reference])}: its KL, to its "
-                "own model, is left out (--reference MODEL takes all to one)"
-            )
-    fewest, most = min(samples), max(samples)
-    if fewest < most:
-        yield f"the prompts have {fewest} to {most} samples: distinct-n is over {fewest} of each"
+        if (theirs := _model(texts)) != ours:
+            yield NOTES["kl"].format(file=label, theirs=theirs, reference=reference, ours=ours)
+    if min(samples) < max(samples):
+        yield NOTES["samples"].format(fewest=min(samples), most=max(samples))
     methods = {text.get("method") for texts in files.values() for text in texts}
     for name in [name for name in BOUNDED if name in methods]:
-        yield f"the KL of {name} is an upper bound: {METHODS[name].bound}"
+        yield NOTES["bound"].format(method=name, bound=METHODS[name].bound)
 
 
 def _guided_by(text: dict, judge: str) -> bool:
