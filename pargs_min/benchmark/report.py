@@ -54,7 +54,7 @@ def run(models: Models, *, rounds: int, quick: bool = False, **settings: int) ->
     report["growth"] = {name: [] for name in SWEEPS}
     for name, point in progress(points, desc="growth"):
         if point.prompt_length + point.tokens <= limit:
-            seconds = ways.seconds_per_token(models, point, tuple(GROWN), range(rounds))
+            seconds = interleaved(ways.all_ways(models, point, *GROWN), range(rounds), models.lm.device)
             milliseconds = {way: 1e3 * median(times) for way, times in seconds.items()}
             report["growth"][name].append({name: vars(point)[name]} | milliseconds)
     lengths = [length for length in RESPONSES if setting.prompt_length + length <= limit]

@@ -87,7 +87,7 @@ def passes_and_memory(tiny: Models) -> Iterator[Target]:
 def against_the_floor(shape: str, models: Models, rounds: int, tokens: int) -> Iterator[Target]:
     """Nothing is left to gain but the arithmetic of the models themselves; transformers' `generate` adds its own."""
     names = "floor", "our loop", "RewardGuidance", "vocabulary floor", "vocabulary head"
-    seconds = ways.seconds_per_token(models, Setting(tokens=tokens), names, range(rounds))
+    seconds = ways.interleaved(ways.all_ways(models, Setting(tokens=tokens), *names), range(rounds), CPU)
     for name, over, bound in (
         ("our loop", "floor", 1.25),
         ("RewardGuidance", "floor", 1.5),
@@ -99,8 +99,8 @@ def against_the_floor(shape: str, models: Models, rounds: int, tokens: int) -> I
 def growth_with_length(tiny: Models, rounds: int) -> Target:
     """Over plain generation a guided token costs as much after 512 tokens as after 64; read anew, 8 times as much."""
     names = "our loop", "plain generation"
-    settings = Setting(prompt_length=64, tokens=12), Setting(prompt_length=512, tokens=12)
-    short, long = (ratios(ways.seconds_per_token(tiny, setting, names, range(rounds)), *names) for setting in settings)
+    both = (ways.all_ways(tiny, Setting(prompt_length=length, tokens=12), *names) for length in (64, 512))
+    short, long = (ratios(ways.interleaved(found, range(rounds), CPU), *names) for found in both)
     values = [b / a for a, b in zip(short, long, strict=True)]
     return Target("4 layers: (our loop / plain) at P=512 over that at P=64", values, at_most=2)
 
@@ -117,8 +117,8 @@ def training(tiny: Models, rounds: int) -> Iterator[Target]:
 def against_published(shape: str, models: Models, rounds: int, way: str, setting: Setting) -> Target:
     """How much slower a published loop is: a report, without a bound."""
     name = f"{shape}, B={setting.batch_size}, P={setting.prompt_length}: {way} / our loop"
-    names = way, "our loop"
-    return Target(name, ratios(ways.seconds_per_token(models, setting, names, range(rounds)), *names))
+    seconds = ways.interleaved(ways.all_ways(models, setting, way, "our loop"), range(rounds), CPU)
+    return Target(name, ratios(seconds, way, "our loop"))
 
 
 def check(rounds: int = 7) -> bool:

@@ -169,8 +169,8 @@ def uncached(models: Models, ids: Tensor, top_k: int, tick: Tick) -> None:
     tick()
 
 
-def all_ways(models: Models, setting: Setting) -> dict[str, Way]:
-    """Every way of writing in this setting, behind the same random prompts, by name.
+def all_ways(models: Models, setting: Setting, *names: str) -> dict[str, Way]:
+    """Every way of writing in this setting, or those of these names, behind the same random prompts.
 
     Raises:
         ValueError: if there are not as many candidates as `top_k`.
@@ -189,7 +189,7 @@ def all_ways(models: Models, setting: Setting) -> dict[str, Way]:
         static = StaticPolicy(lm, slots), StaticScorer(rm, slots + k)
         found["plain, compiled"] = lambda tick: plain(lm, ids, tokens, tick, cache_implementation="static")
         found["our loop, compiled"] = lambda tick: ours(*static, ids, k, tokens, tick)
-    return found | {
+    found |= {
         "floor": lambda tick: floor(lm, rm, ids, k + 1, tokens, tick),
         "our loop": lambda tick: ours(policy, siblings, ids, k, tokens, tick),
         "RewardGuidance": lambda tick: plain(
@@ -200,17 +200,10 @@ def all_ways(models: Models, setting: Setting) -> dict[str, Way]:
         "k copies of the cache": lambda tick: ours(policy, CopiedScorer(rm, k), ids, k, tokens, tick),
         "k passes, no cache": lambda tick: uncached(models, ids, k, tick),
     }
+    return {name: found[name] for name in names or found}
 
 
 # ---- the measures ----
-
-
-def seconds_per_token(
-    models: Models, setting: Setting, names: Sequence[str], rounds: Iterable[object]
-) -> dict[str, list[float]]:
-    """Of each of these ways in each round."""
-    found = all_ways(models, setting)
-    return interleaved({name: found[name] for name in names}, rounds, models.lm.device)
 
 
 def interleaved(ways: Mapping[str, Way], rounds: Iterable[object], device: torch.device) -> dict[str, list[float]]:

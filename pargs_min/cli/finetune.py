@@ -17,7 +17,7 @@ from pargs_min.progress import progress
 from pargs_min.records import read_jsonl, read_preferences, read_prompts
 from pargs_min.reward_model import context_length, recorded
 from pargs_min.scoring import model_rewards
-from pargs_min.store import appending, write_lines
+from pargs_min.store import write_lines
 
 
 @dataclass(kw_only=True)
@@ -101,7 +101,7 @@ def ppo(arguments: list[str]) -> None:
 
 
 def write_log(log: Path, updates: Iterable[dict], total: int) -> None:
-    """Append the numbers of every update, each when it is done.
+    """Log the numbers of every update, each when it is done.
 
     What an interrupted run logged after its last checkpoint is dropped: those updates are made again.
 
@@ -110,9 +110,7 @@ def write_log(log: Path, updates: Iterable[dict], total: int) -> None:
     """
     logged = [line for line, _ in read_jsonl(log, growing=True)] if log.exists() else []
     shown = progress(updates, desc="updates", total=total, unit="update")
-    for place, numbers in enumerate(shown):
-        if place == 0:
-            write_lines(log, (line for line in logged if line.get("update") in range(numbers["update"])))
-        with appending(log) as append:
-            append(numbers)
+    for numbers in shown:
+        logged = [line for line in logged if line.get("update") in range(numbers["update"])] + [numbers]
+        write_lines(log, logged)
         shown.set_postfix({name: f"{numbers[name]:.3g}" for name in ("reward", "kl", "length")}, refresh=False)
