@@ -4,24 +4,22 @@ The guarantee that guidance never loses (`theory/`, T7) needs one thing of a par
 the win rates of their completions do. Accuracy on unrelated pairs does not tell.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from pargs_min.codec import Codec, encode_prompt, left_pad
 from pargs_min.data import Text
 from pargs_min.decode import ModelPolicy
+from pargs_min.experiments.setup import Lab, generated, judged, material
 from pargs_min.scoring import model_rewards
-from pargs_min.texts import generate_texts
 from pargs_min.train import rate
 from pargs_min.world.automaton import Array, sample, win_rates
 from pargs_min.world.journey import Journey
-
-Judge = Callable[[list[dict]], list]  # records of `generate_texts` -> one reward each
 
 
 class Siblings(NamedTuple):
@@ -77,15 +75,19 @@ def score_siblings(model: PreTrainedModel, siblings: Sequence[Siblings], batch_s
     """(K,) rewards of the candidates of each prefix: of the texts that end in them."""
     texts = [Text(one.prefix_ids, [token]) for one in siblings for token in one.candidates]
     rated = rate(texts, model_rewards(model), batch_size=batch_size, device=str(model.device))
-    ends = np.cumsum([len(one.candidates) for one in siblings])
-    return np.split(np.array([text.reward for text in rated]), ends[:-1])
+    return np.split([text.reward for text in rated], np.cumsum([len(one.candidates) for one in siblings])[:-1])
 
 
-def reward_model_concordance(model: PreTrainedModel, siblings: Sequence[Siblings]) -> tuple[float, float]:
-    """`concordance` of a reward model's scores with the win rates of completions, for power 0 and for power 2."""
+def ranking(model: PreTrainedModel, siblings: Sequence[Siblings]) -> dict[str, float]:
+    """How well a reward model ranks candidates by the win rates of their completions (`concordance`).
+
+    Returns:
+        concordance, for power 0; gain, for power 2; and the `ceiling` of both.
+    """
     scores, values = score_siblings(model, siblings), [np.mean(one.win_rates, 0) for one in siblings]
     log_probs = [np.array(one.log_probs) for one in siblings]
-    return concordance(scores, values, log_probs), concordance(scores, values, log_probs, power=2)
+    all_pairs, by_gain = (concordance(scores, values, log_probs, power) for power in (0, 2))
+    return {"concordance": all_pairs, "gain": by_gain, "ceiling": ceiling(siblings)}
 
 
 def ceiling(siblings: Sequence[Siblings]) -> float:
@@ -98,14 +100,12 @@ def ceiling(siblings: Sequence[Siblings]) -> float:
     return concordance(first, second, [np.array(one.log_probs) for one in siblings])
 
 
-def exact_siblings(
-    world: Journey, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], texts: int
-) -> Iterator[Siblings]:
+def exact_siblings(lab: Lab, world: Journey) -> Iterator[Siblings]:
     """The next words wherever the grammar has a choice, along its own journeys, with the world's exact win rates."""
-    for number, prompt in enumerate(prompts):
-        automaton = world.automata[prompt]
-        rates, prompt_ids = win_rates(automaton), encode_prompt(tokenizer, prompt)
-        drawn, _ = sample(automaton, np.random.default_rng([0, number]).random((texts, automaton.horizon)))
+    for number, prompt in enumerate(prompt["prompt"] for prompt in material(lab).prompts):
+        automaton, prompt_ids = world.automata[prompt], encode_prompt(material(lab).tokenizer, prompt)
+        rates = win_rates(automaton)
+        drawn, _ = sample(automaton, np.random.default_rng([0, number]).random((lab.samples, automaton.horizon)))
         for row in drawn:
             state = automaton.start
             for step, token in enumerate(row):
@@ -118,37 +118,24 @@ def exact_siblings(
                 state = targets[candidates == token][0]
 
 
-def rollout_siblings(
-    lm: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[dict],
-    judge: Judge,
-    *,
-    max_new_tokens: int,
-    top_k: int = 5,
-    completions: int = 8,
-    opponents: int = 16,
-    batch_size: int = 64,
-) -> Iterator[Siblings]:
+def rollout_siblings(lab: Lab, top_k: int = 5, completions: int = 8, opponents: int = 16) -> Iterator[Siblings]:
     """The most likely tokens after a quarter, a half and three quarters of a text, each completed several times.
 
     A completion's win rate is the share of independent texts for the prompt that the judge puts below it, ties half.
+    Each of the lab's prompts gives one prefix per length, cut from its first text.
 
     Args:
-        prompts: records of `read_prompts`; each gives one prefix per length, cut from its first text.
         completions: of each candidate, an even number.
         opponents: texts per prompt.
     """
+    lm, tokenizer, prompts, *_ = material(lab)
     codec, policy = Codec.of(lm, tokenizer), ModelPolicy(lm, vocabulary=len(tokenizer))
 
-    def generated(asked: list[dict], **settings: Any) -> Iterator[dict]:
-        return generate_texts(lm, tokenizer, asked, method="plain", batch_size=batch_size, **settings)
-
     # What completions compete with.
-    texts = [*generated(prompts, num_samples=opponents, max_new_tokens=max_new_tokens, seed=0)]
-    rewards = np.array(judge(texts), dtype=float).reshape(len(prompts), opponents)
+    texts = generated(lab, prompts, opponents, seed=0)
+    rewards = np.reshape(judged(lab, texts), (len(prompts), opponents))
 
-    lengths = [max_new_tokens // 4, max_new_tokens // 2, 3 * max_new_tokens // 4]
+    lengths = [lab.max_new_tokens * quarters // 4 for quarters in (1, 2, 3)]
     for pair, (length, number) in enumerate(product(lengths, range(len(prompts))), 1):
         written = texts[number * opponents]["response_ids"][:length]
         if len(written) < length or codec.finished(written):
@@ -158,10 +145,10 @@ def rollout_siblings(
         log_probs, tokens = policy.log_probs()[0].topk(top_k)
 
         # Complete each candidate that does not end the text; every pair of length and prompt has its own seed.
-        candidates, limit = tokens.tolist(), max_new_tokens - length - 1
+        candidates, limit = tokens.tolist(), lab.max_new_tokens - length - 1
         open_ended = {token for token in candidates if limit and not codec.finished([token])}
         asked = [{"prompt_ids": [*prefix, token]} for token in candidates if token in open_ended]
-        rest = generated(asked, num_samples=completions, max_new_tokens=limit, seed=pair)
+        rest = iter(generated(lab, asked, completions, max_new_tokens=limit, seed=pair) if asked else [])
         whole = []
         for sample_number, token in enumerate(np.repeat(candidates, completions).tolist()):
             ids = [*written, token] + (next(rest)["response_ids"] if token in open_ended else [])
@@ -169,6 +156,6 @@ def rollout_siblings(
             whole.append({**prompts[number], "prompt_number": number, "sample": sample_number, **found})
 
         # The first text of the prompt has lent its beginning, so it does not compete.
-        ours = np.array(judge(whole), dtype=float).reshape(top_k, completions)
+        ours = np.reshape(judged(lab, whole), (top_k, completions))
         wins = (1 + np.sign(ours[..., None] - rewards[number, 1:])).mean(-1) / 2
         yield Siblings(prefix, candidates, log_probs.tolist(), wins.T.tolist())

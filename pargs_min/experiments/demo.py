@@ -16,7 +16,6 @@ import torch
 from pargs_min import plots
 from pargs_min.experiments import report
 from pargs_min.experiments.measure import FULL, PARTIAL, Cell, guided, write
-from pargs_min.experiments.report import BETA
 from pargs_min.experiments.setup import Lab, embedded, judged, material
 from pargs_min.experiments.sweep import Row, gather, sweep
 
@@ -39,12 +38,10 @@ def run(folder: Path, *, quick: bool = False, seed: int = 0) -> None:
     lab = small(folder, seed) if quick else replace(embedded(folder, seed=seed), plain_samples=2000)
     say(MODELS)
     rows = gather(sweep({"": lab}, cells(seed), folder / "demo.jsonl"))
-    say(f"{RESULTS}\n")
-    shown = [report.table(rows, COLUMNS), report.legend(rows, COLUMNS, seeds=1), side_by_side(lab, seed)]
-    text = "\n\n".join(shown)
+    text = "\n\n".join([report.table(rows, COLUMNS), report.legend(rows, COLUMNS, seeds=1), side_by_side(lab, seed)])
     report.write(folder / "demo", text, draw(rows, lab), dict(lab=lab, seed=seed, rows=[row.as_json() for row in rows]))
-    say(text)
-    say("\n" + NEXT.format(folder, PARTIAL.folder_name(seed), material(lab).prompts[0]["prompt"]))
+    saved = NEXT.format(folder, PARTIAL.folder_name(seed), material(lab).prompts[0]["prompt"])
+    say("\n\n".join([RESULTS, text, saved]))
 
 
 def small(folder: Path, seed: int) -> Lab:
@@ -54,7 +51,7 @@ def small(folder: Path, seed: int) -> Lab:
 
 
 def cells(seed: int) -> list[Cell]:
-    by_pairs, by_value = guided(seed, ("args", "pargs"), (1.0, BETA)), guided(seed, ["cd"], [BETA])
+    by_pairs, by_value = guided(seed, ("args", "pargs"), (1.0, report.BETA)), guided(seed, ["cd"], [report.BETA])
     return [Cell(seed, "plain"), *by_pairs, *by_value, Cell(seed, "best-of-n", n=16, recipe=FULL)]
 
 
@@ -72,8 +69,8 @@ def draw(rows: list[Row], lab: Lab) -> plots.Figure:
 def side_by_side(lab: Lab, seed: int) -> str:
     """One prompt under plain, ARGS and PARGS: of each method's texts for it, the one with the median gold reward."""
     prompt = material(lab).prompts[0]["prompt"]
-    lines = [f'"{prompt}" under three methods (beta {BETA:g}); of the texts of each, the one of median gold:']
-    for cell in (Cell(seed, "plain"), *guided(seed, ("args", "pargs"), [BETA])):
+    lines = [f'"{prompt}" under three methods (beta {report.BETA:g}); of the texts of each, the one of median gold:']
+    for cell in (Cell(seed, "plain"), *guided(seed, ("args", "pargs"), [report.BETA])):
         texts = [text for text in write(lab, cell) if text["prompt"] == prompt]
         ranked = sorted(zip(judged(lab, texts), (text["response"] for text in texts), strict=True))
         gold, response = ranked[len(ranked) // 2]

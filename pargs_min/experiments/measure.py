@@ -8,7 +8,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,14 @@ from pargs_min.codec import Codec, end_tokens
 from pargs_min.data import encode_texts
 from pargs_min.evaluation.statistics import FrontierPoint, distinct_n, mean_and_error, prompt_means, rlhf_frontier
 from pargs_min.experiments import concordance
-from pargs_min.experiments.setup import Lab, judge_of, judged, material
+from pargs_min.experiments.setup import Lab, generated, judge_of, judged, material
 from pargs_min.methods import FINE_TUNED, METHODS, Method
 from pargs_min.models import default_device, load_language_model, load_reward_model, load_tokenizer, save_reward_model
-from pargs_min.progress import progress
 from pargs_min.records import read_responses
 from pargs_min.reward_model import context_length, prefix_rewards
 from pargs_min.scoring import model_rewards
 from pargs_min.store import aside, write_json, write_lines
-from pargs_min.texts import generate_texts, text_log_probs
+from pargs_min.texts import text_log_probs
 from pargs_min.train import prefix_accuracy, rate, train_reward_model, train_value_model
 
 # Seeds of the reference's own texts, which no cell shares: to train value models on, to estimate the RLHF policy from,
@@ -134,7 +133,7 @@ class Cell:
 
 
 def guided(seed: int, methods: Sequence[str], betas: Sequence[float], **settings: Any) -> list[Cell]:
-    """Cells of guided methods, each with the reward model that it is made for, at each beta."""
+    """Cells of guided methods at each beta, with the reward models that the methods are for; settings are of `Cell`."""
     recipes = {method: Recipe(METHODS[method].objective or "partial") for method in methods}
     return [Cell(seed, method, beta=b, recipe=recipes[method], **settings) for method in methods for b in betas]
 
@@ -146,17 +145,10 @@ def make(lab: Lab, recipe: Recipe, seed: int) -> Path:
     """The folder of a model, trained now unless it is there."""
     folder = lab.file("models") / recipe.folder_name(seed)
     if not folder.exists():
+        train = {"dpo": _train_by_dpo, "ppo": _train_by_ppo}.get(recipe.objective, _train_reward_model)
         with aside(folder) as unfinished:
             set_seed(seed)
-            tokenizer = load_tokenizer(lab.model)
-            if recipe.objective in FINE_TUNED:
-                tune = _tuned_by_dpo if recipe.objective == "dpo" else _tuned_by_ppo
-                tune(lab, recipe, seed, tokenizer, unfinished).save_pretrained(unfinished)
-                tokenizer.save_pretrained(unfinished)
-            else:
-                model = _trained_reward_model(lab, recipe, seed, tokenizer, unfinished)
-                recorded = {"objective": recipe.objective, "append_eos": lab.append_eos, "prompt_format": "text"}
-                save_reward_model(model, tokenizer, unfinished, **recorded)
+            train(lab, recipe, seed, unfinished)
     return folder
 
 
@@ -165,12 +157,12 @@ def reward_model(lab: Lab, recipe: Recipe, seed: int) -> PreTrainedModel:
     return load_reward_model(make(lab, recipe, seed), device=default_device())
 
 
-def _trained_reward_model(lab: Lab, recipe: Recipe, seed: int, tokenizer: Tokenizer, folder: Path) -> PreTrainedModel:
+def _train_reward_model(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> None:
+    tokenizer, pairs = load_tokenizer(lab.model), material(lab).pairs[: recipe.pairs]
     if recipe.start:
         model = _new_model(*recipe.start, tokenizer)
     else:
         model = load_reward_model(lab.model, tokenizer, head=recipe.head or "scalar")
-    pairs = material(lab).pairs[: recipe.pairs]
     args = _arguments(lab, folder, len(pairs), lab.learning_rate, seed)
     if recipe == VALUE:
         texts, _ = encode_texts(read_responses(samples(lab)), tokenizer, context_length(model))
@@ -180,7 +172,8 @@ def _trained_reward_model(lab: Lab, recipe: Recipe, seed: int, tokenizer: Tokeni
     else:
         tail, lengths = "extend" if lab.append_eos else "min", recipe.lengths or (1, None)
         train_reward_model(model, tokenizer, pairs, args=args, objective=recipe.objective, tail=tail, lengths=lengths)
-    return model
+    recorded = {"objective": recipe.objective, "append_eos": lab.append_eos, "prompt_format": "text"}
+    save_reward_model(model, tokenizer, folder, **recorded)
 
 
 def _new_model(family: str, layers: int, width: int, tokenizer: Tokenizer) -> PreTrainedModel:
@@ -192,18 +185,18 @@ def _new_model(family: str, layers: int, width: int, tokenizer: Tokenizer) -> Pr
     return AutoModelForSequenceClassification.from_config(config)
 
 
-def _tuned_by_dpo(lab: Lab, recipe: Recipe, seed: int, tokenizer: Tokenizer, folder: Path) -> PreTrainedModel:
+def _train_by_dpo(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> None:
     from pargs_min.baselines.dpo import train_dpo  # TRL is an extra
 
-    model, pairs = load_language_model(lab.model), material(lab).pairs
-    settings: dict[str, Any] = dict(beta=recipe.beta)
-    settings |= dict(args=_arguments(lab, folder, len(pairs), lab.dpo_learning_rate, seed))
+    tokenizer, model, pairs = load_tokenizer(lab.model), load_language_model(lab.model), material(lab).pairs
+    args = _arguments(lab, folder, len(pairs), lab.dpo_learning_rate, seed)
+    settings: dict[str, Any] = dict(beta=recipe.beta, args=args)
     train_dpo(model, tokenizer, pairs, **settings)
-    return model
+    _save(model, tokenizer, folder)
 
 
-def _tuned_by_ppo(lab: Lab, recipe: Recipe, seed: int, tokenizer: Tokenizer, folder: Path) -> PreTrainedModel:
-    model = load_language_model(lab.model, device=default_device())
+def _train_by_ppo(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> None:
+    tokenizer, model = load_tokenizer(lab.model), load_language_model(lab.model, device=default_device())
     rater, critic = (reward_model(lab, FULL, seed) for _ in range(2))
     settings: dict[str, Any] = dict(beta=recipe.beta, max_new_tokens=lab.max_new_tokens, seed=seed)
     settings |= dict(updates=lab.ppo_updates, learning_rate=lab.ppo_learning_rate)
@@ -211,7 +204,12 @@ def _tuned_by_ppo(lab: Lab, recipe: Recipe, seed: int, tokenizer: Tokenizer, fol
     prompts, ends = _training_prompts(lab), end_tokens(model, tokenizer)
     for _ in train_ppo(model, critic, model_rewards(rater), prompts, ends, PPOSettings(**settings)):
         pass
-    return model
+    _save(model, tokenizer, folder)
+
+
+def _save(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _arguments(lab: Lab, folder: Path, pairs: int, learning_rate: float, seed: int) -> TrainingArguments:
@@ -228,22 +226,13 @@ def _training_prompts(lab: Lab) -> list[list[int]]:
     return [list(ids) for ids in dict.fromkeys(tuple(pair.prompt_ids) for pair in material(lab).pairs)]
 
 
-def _generate(lab: Lab, prompts: list[dict], num_samples: int, **settings) -> list[dict]:
-    """Texts of the lab's length; those of the reference, unless settings name another model or method."""
-    made = material(lab)
-    limits = dict(num_samples=num_samples, max_new_tokens=lab.max_new_tokens, batch_size=lab.batch_size)
-    settings = {"lm": made.lm, "tokenizer": made.tokenizer, "method": "plain"} | limits | settings
-    total = len(prompts) * num_samples
-    return [*progress(generate_texts(prompts=prompts, **settings), desc=f"{settings['method']} texts", total=total)]
-
-
 def samples(lab: Lab) -> Path:
     """Texts of the reference that value models learn from: two for each training pair, for the same prompts."""
     file = lab.file("samples.jsonl")
     if not file.exists():
         prompts = [{"prompt_ids": ids} for ids in _training_prompts(lab)]
         per_prompt = math.ceil(2 * len(material(lab).pairs) / len(prompts))
-        write_lines(file, _generate(lab, prompts, per_prompt, seed=SAMPLES))
+        write_lines(file, generated(lab, prompts, per_prompt, seed=SAMPLES))
     return file
 
 
@@ -252,7 +241,7 @@ def plain_rewards(lab: Lab) -> np.ndarray:
     file = lab.file("plain_rewards.npy")
     if not file.exists():
         prompts = material(lab).prompts
-        rewards = judged(lab, _generate(lab, prompts, lab.plain_samples, seed=PLAIN))
+        rewards = judged(lab, generated(lab, prompts, lab.plain_samples, seed=PLAIN))
         with aside(file) as unfinished, unfinished.open("wb") as out:
             np.save(out, np.reshape(rewards, (len(prompts), -1)))
     return np.load(file)
@@ -269,13 +258,8 @@ def siblings(lab: Lab) -> list[concordance.Siblings]:
     """Candidates after prefixes of the reference, and how often their completions win; exact in the embedded world."""
     file = lab.file("siblings.json")
     if not file.exists():
-        made, rewards = material(lab), partial(judged, lab)
-        limits = dict(max_new_tokens=lab.max_new_tokens, batch_size=lab.batch_size)
-        found = concordance.rollout_siblings(made.lm, made.tokenizer, made.prompts, rewards, **limits)
-        if lab.world:
-            prompts = [prompt["prompt"] for prompt in made.prompts]
-            found = concordance.exact_siblings(replace(lab.world), made.tokenizer, prompts, texts=lab.samples)
-        write_json(file, [*found])
+        exact, rollouts = concordance.exact_siblings, concordance.rollout_siblings
+        write_json(file, [*(exact(lab, replace(lab.world)) if lab.world else rollouts(lab))])
     return [concordance.Siblings(*one) for one in json.loads(file.read_text("utf-8"))]
 
 
@@ -305,7 +289,7 @@ def write(lab: Lab, cell: Cell) -> list[dict]:
     settings |= {role: reward_model(lab, recipe, cell.seed) for role, recipe in roles.items() if recipe}
     if cell.tuned:
         settings["lm"] = load_language_model(make(lab, cell.tuned, cell.seed), device=default_device())
-    texts = _generate(lab, made.prompts, lab.samples, method=cell.writes.name, seed=cell.seed, **settings)
+    texts = generated(lab, made.prompts, lab.samples, method=cell.writes.name, seed=cell.seed, **settings)
     if cell.tuned:
         by_reference = text_log_probs(made.lm, Codec.of(made.lm, made.tokenizer), texts, lab.batch_size)
         texts = [text | {"kl": text["ref_log_prob"] - other} for text, other in zip(texts, by_reference, strict=True)]
@@ -361,16 +345,12 @@ def quality(lab: Lab, model: PreTrainedModel) -> dict:
     gold            the same with the judge's reward; both within each prompt, on texts of the reference
     """
     accuracy = prefix_accuracy(model, material(lab).held_out, batch_size=lab.batch_size).accuracy
-    known = siblings(lab)
-    every_pair, by_gain = concordance.reward_model_concordance(model, known)
     texts, gold = _plain_texts(lab)
     scores = _prefix_scores(lab, model, texts)
     return {
         "accuracy": accuracy[: lab.max_new_tokens].tolist(),
         "whole": accuracy[-1].item(),
-        "concordance": every_pair,
-        "gain": by_gain,
-        "ceiling": concordance.ceiling(known),
+        **concordance.ranking(model, siblings(lab)),
         "final": _correlations(scores, scores[:, -1], lab.samples),
         "gold": _correlations(scores, np.array(gold), lab.samples),
     }
@@ -379,7 +359,7 @@ def quality(lab: Lab, model: PreTrainedModel) -> dict:
 @cache
 def _plain_texts(lab: Lab) -> tuple[list[dict], list[float]]:
     """Texts of the reference, and their rewards."""
-    texts = _generate(lab, material(lab).prompts, lab.samples, seed=CORRELATED)
+    texts = generated(lab, material(lab).prompts, lab.samples, seed=CORRELATED)
     return texts, judged(lab, texts)
 
 

@@ -17,14 +17,13 @@ from pargs_min.data import Pair, encode_preferences, split_by_prompt
 from pargs_min.evaluation.judges import Judge, is_number
 from pargs_min.experiments.judging import named_judge
 from pargs_min.models import default_device, load_language_model, load_tokenizer
+from pargs_min.progress import progress
 from pargs_min.records import read_preferences, read_prompts
 from pargs_min.reward_model import context_length
 from pargs_min.store import aside, write_lines
+from pargs_min.texts import generate_texts
 from pargs_min.world.journey import HELD_OUT_PROMPTS, HORIZON, TRAIN_PROMPTS, Journey
-from pargs_min.world.reference import STEPS, reference, write_pairs
-
-# The reference of the embedded world at its defaults, as `pargs_min.world.reference.reference(folder)` trains it.
-SHIPPED = Path(__file__).parents[1] / "world" / "reference_model"
+from pargs_min.world.reference import SHIPPED, STEPS, reference, write_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +153,15 @@ def material(lab: Lab) -> Material:
     pairs = encoded(lab.pairs)
     pairs, held_out = split_by_prompt(pairs, 0.1) if lab.held_out is None else (pairs, encoded(lab.held_out))
     return Material(lm, tokenizer, read_prompts(lab.prompts), pairs, held_out)
+
+
+def generated(lab: Lab, prompts: list[dict], num_samples: int, **settings) -> list[dict]:
+    """Texts of the lab's length; those of the reference, unless settings name another model or method."""
+    made = material(lab)
+    limits = dict(num_samples=num_samples, max_new_tokens=lab.max_new_tokens, batch_size=lab.batch_size)
+    settings = {"lm": made.lm, "tokenizer": made.tokenizer, "method": "plain"} | limits | settings
+    total = len(prompts) * num_samples
+    return [*progress(generate_texts(prompts=prompts, **settings), desc=f"{settings['method']} texts", total=total)]
 
 
 @cache

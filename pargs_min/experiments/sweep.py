@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,21 +18,19 @@ from scipy import stats
 from tqdm import tqdm
 from transformers.utils import logging
 
-from pargs_min.evaluation.statistics import mean_and_error
 from pargs_min.experiments import measure
 from pargs_min.experiments.measure import Cell
 from pargs_min.experiments.setup import Lab, as_json
 from pargs_min.progress import progress
 from pargs_min.records import read_jsonl
-from pargs_min.store import appending
-
-Labs = Mapping[str, Lab]  # by the name that cells give; "" where there is one
+from pargs_min.store import appending, write_lines
 
 
-def sweep(labs: Labs, cells: Sequence[Cell], file: Path, processes: int = 2) -> dict[Cell, dict]:
+def sweep(labs: Mapping[str, Lab], cells: Sequence[Cell], file: Path, processes: int = 2) -> dict[Cell, dict]:
     """Measure every cell that the file does not hold yet, appending each as it comes; what all cells found, in order.
 
-    The first line of the file is {"labs": ...}, every other one {"cell": ..., "found": ...}.
+    Cells name their lab; the name is "" where there is one. The first line of the file is {"labs": ...}, every other
+    one {"cell": ..., "found": ...}.
 
     Raises:
         ValueError: if the file was made with other labs, or a cell needs what is not installed.
@@ -58,19 +56,18 @@ def _run(pool: Executor, jobs: list[tuple], desc: str) -> Iterator[tuple[tuple, 
         yield futures[future], future.result()
 
 
-def _read(file: Path, labs: Labs, cells: Sequence[Cell]) -> dict[Cell, dict]:
+def _read(file: Path, labs: Mapping[str, Lab], cells: Sequence[Cell]) -> dict[Cell, dict]:
     """What the file holds of these cells; a new file gets its first line."""
     head, known = {"labs": as_json(labs)}, [(cell, as_json(cell)) for cell in cells]
     lines = [line for line, _ in read_jsonl(file, growing=True)] if file.exists() else []
     if not lines:
-        with appending(file) as append:
-            append(head)
+        write_lines(file, [head])
     elif lines[0] != head:
         raise ValueError(f"{file} was made with other settings: choose another --output-dir, or delete it")
     return {cell: line["found"] for line in lines[1:] for cell, written in known if written == line["cell"]}
 
 
-def _shared(labs: Labs, cells: Sequence[Cell]) -> list[list[tuple]]:
+def _shared(labs: Mapping[str, Lab], cells: Sequence[Cell]) -> list[list[tuple]]:
     """Jobs that make what cells share: those that need nothing else, then the models that need what the first made."""
     jobs: dict[tuple, bool] = {}  # whether each is for later
     for cell in cells:
@@ -118,8 +115,7 @@ class Estimate:
     seeds: Sequence = ()
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A cell of any seed, and what its seeds found."""
 
     cell: Cell
@@ -144,8 +140,7 @@ def gather(measured: Mapping[Cell, dict]) -> list[Row]:
 def _summary(seeds: list[dict]) -> dict[str, Estimate]:
     summary = {name: interval([found[name] for found in seeds if name in found]) for name in seeds[0]}
     if "by_prompt" in summary:
-        means = summary.pop("by_prompt").mean
-        summary["prompt_error"] = Estimate(mean_and_error(means, range(len(means)))[1])
+        summary["prompt_error"] = Estimate(interval(summary.pop("by_prompt").mean).error)
     return summary
 
 

@@ -12,7 +12,7 @@ is a finite automaton over words, so values are known exactly (`automaton.py`).
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache, cached_property
@@ -35,6 +35,7 @@ OPENINGS, ADJECTIVES, HELP, HABIT, ROADS, MOODS, SIGHTS, HOME, AWAY, GIFTS = jso
     Path(__file__).with_suffix(".json").read_text("utf-8")
 ).values()
 TROUBLES = tuple(HELP)
+CLOSINGS = (3, END, 0.0), *((1, f"with {gift}", value) for gift, value in GIFTS.items())  # weight, words, gold
 USE = {item: trouble for trouble, items in HELP.items() for item in items}
 
 DEPARTURE = "the {} leaves for the {} :"
@@ -66,45 +67,36 @@ class Journey:
     stay_home_reward: float = -2.0
     luck: Fraction = Fraction(1, 200)
 
-    def ways(self, place: Place) -> list[Way]:
+    def ways(self, place: Place) -> Iterator[Way]:
         """The grammar: the ways on from a place in the story. Their weights are proportional to probabilities."""
         match place:
             case "start", role, land:
-                return [(n, f"{opening} packs a", ("packing", role, land)) for n, opening in OPENINGS]
+                yield from ((n, f"{opening} packs a", ("packing", role, land)) for n, opening in OPENINGS)
             case "packing", role, land:
-                return [
-                    (n * (3 if item == HABIT[role] else 1), f"{adjective} {item}".lstrip(), ("packed", use, land))
-                    for (n, adjective), (item, use) in product(ADJECTIVES, USE.items())
-                ]
+                for (n, adjective), (item, use) in product(ADJECTIVES, USE.items()):
+                    yield n * (3 if item == HABIT[role] else 1), f"{adjective} {item}".lstrip(), ("packed", use, land)
             case "packed", use, land:
-                walks: list[Way] = [
-                    (23, f"and walks the {road}", ("road", use, trouble, "plain", 2))
-                    for road, trouble in ROADS[land].items()
-                ]
-                return [*walks, (8, "and then stays home", ("end", self.stay_home_reward))]
+                for road, trouble in ROADS[land].items():
+                    yield 23, f"and walks the {road}", ("road", use, trouble, "plain", 2)
+                yield 8, "and then stays home", ("end", self.stay_home_reward)
             case "road", use, own, mood, sights_left:
-                troubles = trouble_ahead(use, own, mood).items()
-                onward: list[Way] = [(p, f"into {trouble}", ("trouble", trouble == use)) for trouble, p in troubles]
-                each, sights = Fraction(1, len(SIGHTS)), SIGHTS if sights_left else ()
-                return onward + [(each, word, ("sight", word, use, own, sights_left - 1)) for word in sights]
+                for trouble, p in trouble_ahead(use, own, mood).items():
+                    yield p, f"into {trouble}", ("trouble", trouble == use)
+                for preposition in SIGHTS if sights_left else ():
+                    yield Fraction(1, len(SIGHTS)), preposition, ("sight", preposition, use, own, sights_left - 1)
             case "sight", preposition, use, own, sights_left:
-                return [
-                    (1, f"{word} {noun}", ("road", use, own, mood, sights_left))
-                    for (word, mood), noun in product(MOODS.items(), SIGHTS[preposition])
-                ]
+                for (word, mood), noun in product(MOODS.items(), SIGHTS[preposition]):
+                    yield 1, f"{word} {noun}", ("road", use, own, mood, sights_left)
             case "trouble", prepared:
                 home = Fraction(17, 20) if prepared else self.luck
-                return [(home, "but comes home", ("ending", True)), (1 - home, "and ends up", ("ending", False))]
+                yield home, "but comes home", ("ending", True)
+                yield 1 - home, "and ends up", ("ending", False)
             case "ending", at_home:
                 reward, feelings = (2.0, HOME) if at_home else (-2.0, AWAY)
-                last = [(3, END, 0.0), *((1, f"with {gift}", value) for gift, value in GIFTS.items())]
-                return [
-                    (n, f"{word} {phrase}", ("end", reward + value + more))
-                    for (word, value), (n, phrase, more) in product(feelings.items(), last)
-                ]
+                for (word, value), (n, phrase, more) in product(feelings.items(), CLOSINGS):
+                    yield n, f"{word} {phrase}", ("end", reward + value + more)
             case "end", _:
-                return [(1, END, place)]
-        raise ValueError(f"place {place!r} is not in the story")
+                yield 1, END, place
 
     @cached_property
     def _stories(self) -> dict[str, tuple[list[State], Moves]]:
@@ -136,7 +128,7 @@ class Journey:
         """
         future: dict[tuple[str, Place], Fraction] = defaultdict(Fraction)
         for left, place, p in options:
-            ways = [(1, left, place)] if left else self.ways(place)
+            ways = [(1, left, place)] if left else [*self.ways(place)]
             weights = sum(weight for weight, *_ in ways)
             for weight, words, then in ways:
                 future[words, then] += p * Fraction(weight) / weights

@@ -11,19 +11,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.special import expit
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pargs_min.codec import encode_prompt
 from pargs_min.decode import ModelPolicy, generate, row_uniforms
-from pargs_min.models import load_language_model, load_tokenizer
+from pargs_min.models import load_config, load_language_model, load_tokenizer
 from pargs_min.progress import progress
 from pargs_min.store import appending, aside
 from pargs_min.world.journey import END, HORIZON, PAD, PROMPTS, TRAIN_PROMPTS, UNKNOWN, Journey
 
+SHIPPED = Path(__file__).with_name("reference_model")  # what `reference` trains at its defaults
 STEPS, BATCH_SIZE, LEARNING_RATE = 1500, 64, 3e-3  # of the reference; its learning rate at the highest
 
 
@@ -39,8 +38,8 @@ def reference(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Train the reference on journeys for all prompts, each seen once; load it if the folder holds it already.
 
-    A GPT-2 of 2 layers, width 64 and 4 heads (about 110,000 parameters), saved with its tokenizer as an ordinary hub
-    folder. About 40 seconds on one core.
+    A GPT-2 of 2 layers, width 64 and 4 heads (about 110,000 parameters), of the configuration of the SHIPPED one, saved
+    with its tokenizer as an ordinary hub folder. About 40 seconds on one core.
 
     Raises:
         ValueError: if the folder holds a model made with other arguments. What staying home is worth does not count: it
@@ -49,7 +48,9 @@ def reference(
     folder, world = Path(folder), world or Journey()
     made_with = dict(luck=str(world.luck), seed=seed, steps=steps, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE)
     if not folder.exists():
-        model = _new_model(world, seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(load_config(SHIPPED))
         _train(model, world, seed, steps)
         model.config.journey = made_with
         with aside(folder) as unfinished:
@@ -63,20 +64,14 @@ def reference(
     return model, load_tokenizer(folder)
 
 
-def _new_model(world: Journey, seed: int) -> GPT2LMHeadModel:
-    end, pad = world.vocabulary[END], world.vocabulary[PAD]
-    sizes = dict(vocab_size=len(world.vocabulary), n_positions=64, n_embd=64, n_layer=2, n_head=4)
-    special = dict(bos_token_id=end, eos_token_id=end, pad_token_id=pad)
-    gelu = "gelu_pytorch_tanh"  # the same function as GPT-2's gelu_new, in one kernel
-    config = GPT2Config(**sizes, **special, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function=gelu)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return GPT2LMHeadModel(config)
-
-
 def _train(model: PreTrainedModel, world: Journey, seed: int, steps: int) -> None:
-    uniforms = np.random.default_rng(seed).random((steps * BATCH_SIZE, HORIZON))
-    ids, labels = _with_prompts(world, world.write(uniforms)[0])
+    tokens, _ = world.write(np.random.default_rng(seed).random((steps * BATCH_SIZE, HORIZON)))
+    prompt_ids = [[world.vocabulary[word] for word in prompt.split()] for prompt in PROMPTS]
+    prompts = np.resize(prompt_ids, (len(tokens), len(prompt_ids[0])))
+    # The loss ignores the prompt, and end tokens after the first (label -100).
+    ends = tokens == world.vocabulary[END]
+    labels = torch.from_numpy(np.hstack([np.full_like(prompts, -100), np.where(ends.cumsum(1) > ends, -100, tokens)]))
+    ids = torch.from_numpy(np.hstack([prompts, tokens]))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
     batches = zip(ids.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
@@ -88,20 +83,6 @@ def _train(model: PreTrainedModel, world: Journey, seed: int, steps: int) -> Non
         optimizer.step()
         schedule.step()
         reported.set_postfix_str(f"{loss.item():.3f} nats per token", refresh=False)
-
-
-def _with_prompts(world: Journey, tokens: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    """(ids, labels), both (N, P + T), of journeys (N, T) from `Journey.write` behind their prompts.
-
-    Labels are -100, which the loss ignores, for the prompt and for end tokens after the first.
-    """
-    prompt_ids = np.array([[world.vocabulary[word] for word in prompt.split()] for prompt in PROMPTS])
-    start = prompt_ids.shape[1]
-    ids = np.hstack([np.resize(prompt_ids, (len(tokens), start)), tokens])
-    ends = ids == world.vocabulary[END]
-    labels = np.where(ends.cumsum(1) > ends, -100, ids)
-    labels[:, :start] = -100
-    return torch.from_numpy(ids), torch.from_numpy(labels)
 
 
 def write_pairs(
@@ -135,10 +116,9 @@ def write_pairs(
             # The number that follows those of a pair's first response draws its label.
             both = zip(asked[::2], responses[::2], responses[1::2], uniforms[::2, -1].tolist(), strict=True)
             for prompt, one, other, uniform in both:
-                if one is None or other is None:
-                    continue
-                gold, other_gold = world.gold([prompt] * 2, [one, other])
-                chosen, rejected = (one, other) if uniform < expit(gold - other_gold) else (other, one)
-                ids = {"prompt": encode_prompt(tokenizer, prompt), "chosen": chosen, "rejected": rejected}
-                record = {name: tokenizer.decode(row) for name, row in ids.items()}
-                append(record | {f"{name}_ids": row for name, row in ids.items()})
+                if one is not None and other is not None:
+                    gold, other_gold = world.gold([prompt] * 2, [one, other])
+                    chosen, rejected = (one, other) if uniform < expit(gold - other_gold) else (other, one)
+                    ids = {"prompt": encode_prompt(tokenizer, prompt), "chosen": chosen, "rejected": rejected}
+                    record = {name: tokenizer.decode(row) for name, row in ids.items()}
+                    append(record | {f"{name}_ids": row for name, row in ids.items()})

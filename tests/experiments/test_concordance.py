@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -15,10 +18,12 @@ from pargs_min.experiments.concordance import (
     rollout_siblings,
     score_siblings,
 )
+from pargs_min.experiments.setup import Lab, material
 from pargs_min.reward_model import final_rewards
+from pargs_min.store import write_lines
 from pargs_min.world.journey import END, HELD_OUT_PROMPTS, Journey
 from pargs_min.world.reference import word_tokenizer
-from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
+from tests.strategies import tiny_reward_model
 
 
 def some_prefixes(seed: int, count: int = 5):
@@ -63,12 +68,14 @@ def test_candidates_are_scored_as_texts_that_end_in_them():
             assert found == pytest.approx(final_rewards(model, text, torch.ones_like(text)).item(), abs=1e-12)
 
 
-def test_the_exact_win_rate_of_a_prefix_is_the_mean_of_its_siblings():
+def test_the_exact_win_rate_of_a_prefix_is_the_mean_of_its_siblings(lab, monkeypatch):
     """From one choice of a journey to the next: W(a) = sum_t ref(t | a) W(at), and 1/2 at its beginning."""
     world = Journey()
     tokenizer, prompt = word_tokenizer(world), HELD_OUT_PROMPTS[0]
     start, value, before, choices = len(tokenizer(prompt).input_ids), 0.5, None, 0
-    for one in exact_siblings(world, tokenizer, [prompt], texts=3):
+    made = SimpleNamespace(tokenizer=tokenizer, prompts=[{"prompt": prompt}])
+    monkeypatch.setattr(module, "material", lambda lab: made)
+    for one in exact_siblings(replace(lab, samples=3), world):
         probabilities, rates = np.exp(one.log_probs), np.array(one.win_rates[0])
         assert probabilities.sum() == pytest.approx(1)
         first = len(one.prefix_ids) == start
@@ -83,15 +90,29 @@ def test_the_exact_win_rate_of_a_prefix_is_the_mean_of_its_siblings():
     assert ceiling([before]) == 1
 
 
-def test_rollouts_complete_each_candidate_and_count_its_wins():
-    lm, tokenizer, seen = tiny_lm(vocabulary=14), tiny_tokenizer(), []
+@pytest.fixture
+def unjudged(lab, monkeypatch) -> Lab:
+    """A lab whose judge finds all texts alike."""
+    monkeypatch.setattr(module, "judged", lambda lab, texts: [0.0] * len(texts))
+    return lab
 
-    def judge(texts):
+
+def prompted(lab: Lab, *prompts: str, **settings) -> Lab:
+    write_lines(lab.prompts, [{"prompt": prompt} for prompt in prompts])
+    return replace(lab, **settings)
+
+
+def test_rollouts_complete_each_candidate_and_count_its_wins(lab, monkeypatch):
+    seen = []
+
+    def judged(lab, texts):
         seen.extend(texts)
         return [sum(text["response_ids"]) % 5 for text in texts]
 
-    prompts = [{"prompt": "a b"}, {"prompt": "c"}]
-    found = [*rollout_siblings(lm, tokenizer, prompts, judge, max_new_tokens=12, top_k=3, completions=4, opponents=6)]
+    monkeypatch.setattr(module, "judged", judged)
+    lab = prompted(lab, "a b", "c", max_new_tokens=12)
+    tokenizer = material(lab).tokenizer
+    found = [*rollout_siblings(lab, top_k=3, completions=4, opponents=6)]
     assert found
     opponents, wholes = [seen[:6], seen[6:12]], seen[12:]
     assert len(wholes) == len(found) * 3 * 4
@@ -99,7 +120,7 @@ def test_rollouts_complete_each_candidate_and_count_its_wins():
         mine = wholes[12 * i : 12 * (i + 1)]
         number = mine[0]["prompt_number"]
         others = [sum(text["response_ids"]) % 5 for text in opponents[number][1:]]
-        prompt = tokenizer(prompts[number]["prompt"]).input_ids
+        prompt = tokenizer(mine[0]["prompt"]).input_ids
         for j, text in enumerate(mine):
             k, m = divmod(j, 4)
             written = prompt + text["response_ids"]
@@ -110,24 +131,22 @@ def test_rollouts_complete_each_candidate_and_count_its_wins():
             assert one.win_rates[m][k] == pytest.approx(wins)
 
 
-def test_every_prefix_has_completions_of_its_own_seed(monkeypatch):
+def test_every_prefix_has_completions_of_its_own_seed(unjudged, monkeypatch):
     """Also where one prompt's number makes up for another's length."""
-    seeds, generate = [], module.generate_texts
+    seeds, generated = [], module.generated
 
     def recorded(*arguments, seed, **settings):
         seeds.append(seed)
-        return generate(*arguments, seed=seed, **settings)
+        return generated(*arguments, seed=seed, **settings)
 
-    monkeypatch.setattr(module, "generate_texts", recorded)
-    lm, tokenizer, prompts = tiny_lm(vocabulary=14), tiny_tokenizer(), [{"prompt": word} for word in "abcdefg"]
-    settings = dict(max_new_tokens=8, top_k=2, completions=2, opponents=2)
-    found = [*rollout_siblings(lm, tokenizer, prompts, lambda texts: [0] * len(texts), **settings)]
+    monkeypatch.setattr(module, "generated", recorded)
+    found = [*rollout_siblings(prompted(unjudged, *"abcdefg"), top_k=2, completions=2, opponents=2)]
     assert len(seeds) == 1 + len(found) > 10
     assert len(set(seeds)) == len(seeds)
 
 
-def test_the_shortest_texts_have_siblings_at_their_first_token():
+def test_the_shortest_texts_have_siblings_at_their_first_token(unjudged):
     """A quarter of three tokens is none: the prefix is the prompt."""
-    lm, tokenizer = tiny_lm(vocabulary=14), tiny_tokenizer()
-    first, *_ = rollout_siblings(lm, tokenizer, [{"prompt": "a b"}], lambda texts: [0] * len(texts), max_new_tokens=3)
-    assert first.prefix_ids == tokenizer("a b").input_ids
+    lab = prompted(unjudged, "a b", max_new_tokens=3)
+    first, *_ = rollout_siblings(lab)
+    assert first.prefix_ids == material(lab).tokenizer("a b").input_ids

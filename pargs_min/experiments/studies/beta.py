@@ -18,12 +18,9 @@ OTHERS: dict[str, dict] = {
 
 def labs(lab: Lab, quick: bool) -> dict[str, Lab]:
     """The lab itself and, if it is the embedded world, others like it."""
-    found = {"": lab}
-    for name, settings in OTHERS.items() if lab.world else ():
-        folder = lab.file(name.replace(" ", "-"))
-        folder.mkdir(exist_ok=True)
-        found[name] = embedded(folder, quick=quick, **settings)
-    return found
+    others = OTHERS if lab.world else {}
+    folders = {name: lab.file(name.replace(" ", "-")) for name in others}
+    return {"": lab} | {name: embedded(folders[name], quick=quick, **others[name]) for name in others}
 
 
 def cells(lab: Lab, seed: int) -> list[Cell]:

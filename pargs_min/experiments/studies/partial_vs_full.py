@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from pargs_min import plots
-from pargs_min.experiments import report
 from pargs_min.experiments.measure import FULL, Cell, Lab, guided
-from pargs_min.experiments.report import BETAS, PARTICLES, Row, kl
+from pargs_min.experiments.report import BETAS, INTERVALS, KL_LABEL, PARTICLES, Row, grouped, kl, reward_against_kl
 from pargs_min.experiments.sweep import interval
 
 COLUMNS = ("reward", "prompt_error", "rlhf", "kl", "calls", "distinct2", "off_grammar")
@@ -21,8 +20,8 @@ def cells(lab: Lab, seed: int) -> list[Cell]:
 
 def draw(rows: list[Row], lab: Lab) -> plots.Figure:
     drawing, (axes,) = plots.panels(1, (8.6, 5.0))
-    report.reward_against_kl(axes, rows, lab)
-    axes.set_xlabel(f"{report.KL_LABEL}; small marks: single seeds; {report.INTERVALS}")
+    reward_against_kl(axes, rows, lab)
+    axes.set_xlabel(f"{KL_LABEL}; small marks: single seeds; {INTERVALS}")
     return drawing
 
 
@@ -31,7 +30,7 @@ def conclude(rows: list[Row]) -> str:
 
     Where the other's KL is a bound, this is one, too: PARGS would have less at the KL itself.
     """
-    groups = report.grouped(rows, "method")
+    groups = grouped(rows, "method")
     (plain,), ours = groups.pop("plain"), groups.pop("pargs")
     others = [row for group in groups.values() for row in group if not row.cell.writes.greedy]
     lines = ["PARGS minus others at equal KL (on the line through plain and PARGS's betas), and minus plain:"]

@@ -6,7 +6,7 @@ import numpy as np
 
 from pargs_min import plots
 from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell, Lab
-from pargs_min.experiments.report import Row
+from pargs_min.experiments.report import MEASURES, Row
 
 COLUMNS = ("whole", "concordance", "gain", "ceiling")
 
@@ -19,19 +19,14 @@ def cells(lab: Lab, seed: int) -> list[Cell]:
 
 def draw(rows: list[Row], lab: Lab) -> plots.Figure:
     drawing, axes = plots.panels(3, (12.6, 4.2))
-    measures = {
-        "accuracy": "held-out pairs ordered as labelled",
-        "final": "rank correlation with its own final reward",
-        "gold": "rank correlation with the judge's reward",
-    }
     inks = (plots.RED, plots.GREEN, plots.BLUE, plots.SKY, plots.ORANGE)
-    for panel, (measure, label) in zip(axes, measures.items(), strict=True):
+    for panel, measure in zip(axes, ("accuracy", "final", "gold"), strict=True):
         for row, ink in zip(rows, inks, strict=True):
             values = np.array(row.found[measure].seeds, dtype=float)
             lengths = range(1, values.shape[1] + 1)
             panel.plot(lengths, values.mean(0), color=ink, linewidth=2, label=str(row.cell.recipe))
             panel.fill_between(lengths, values.min(0), values.max(0), color=ink, alpha=0.15, linewidth=0)
         panel.axhline(0.5 if measure == "accuracy" else 0, color=plots.BLACK, linewidth=0.8, linestyle=":")
-        panel.set(xlabel="prefix length (tokens; band: all seeds)", ylabel=label)
+        panel.set(xlabel="prefix length (tokens; band: all seeds)", ylabel=MEASURES[measure]["says"])
     axes[0].legend(frameon=False, fontsize=8)
     return drawing
