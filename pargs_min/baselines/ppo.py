@@ -17,8 +17,6 @@ The optimum is the RLHF policy, pi_ref(y) exp(beta r(y)) / Z. The details are th
 """
 
 import copy
-import hashlib
-import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -180,8 +178,7 @@ def train_ppo(
     trained = torch.nn.ModuleList([models.policy, models.value])
     optimizer = torch.optim.Adam(trained.parameters(), lr=settings.learning_rate, eps=1e-5)
     parts = {"models": trained, "optimizer": optimizer, "ref": models.ref}
-    asked = hashlib.sha256(json.dumps([prompts, ends]).encode()).hexdigest()
-    task = {"settings": vars(settings), "asked": asked}
+    task = {"settings": vars(settings), "asked": [[*prompts], [*ends]]}
     first = 0 if checkpoint is None or not Path(checkpoint).exists() else _load(checkpoint, parts, task, reward_fn)
 
     for update in range(first, settings.updates):

@@ -13,8 +13,8 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from pargs_min.evaluation.reading import Texts, prompt_text
 from pargs_min.progress import progress
+from pargs_min.reading import Texts, prompt_text
 from pargs_min.records import read_jsonl
 from pargs_min.store import appending
 
@@ -51,7 +51,7 @@ class ChatJudge:
         kept = read_jsonl(self.verdicts, growing=True) if os.path.exists(self.verdicts) else ()
         for verdict, source in kept:
             try:
-                self.replies[json.dumps([verdict["address"], verdict["request"]])] = verdict["reply"]
+                self.replies[json.dumps([verdict["address"], verdict["request"]], sort_keys=True)] = verdict["reply"]
             except KeyError as error:
                 raise ValueError(f"{source}: not a verdict (it has no {error}); remove the line") from None
 
@@ -68,7 +68,7 @@ class ChatJudge:
         """The reply; what the model said is kept, other answers (an error, say) may be better another time."""
         messages = [{"role": "user", "content": question}]
         request = {"model": self.model, "temperature": 0, "messages": messages}
-        if (key := json.dumps([self.address, request])) in self.replies:
+        if (key := json.dumps([self.address, request], sort_keys=True)) in self.replies:
             return self.replies[key]
         if (reply := _message(answer := self._post(request))) is None:
             return answer

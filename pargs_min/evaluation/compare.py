@@ -50,10 +50,8 @@ def read_files(labels: Mapping[Path, str]) -> dict[str, list[dict]]:
         ValueError: as `read_texts`; if a file's prompts are not those of the first, naming the prompts that differ.
     """
     files = {label: read_texts(path) for path, label in labels.items()}
-    first, *others = files
-    there = _prompts(files[first])
-    for label in others:
-        here = _prompts(files[label])
+    (first, there), *others = ((label, _prompts(texts)) for label, texts in files.items())
+    for label, here in others:
         if differ := sorted({number for number, _ in here.items() ^ there.items()}):
             pairs = [(n, here.get(n, "missing"), there.get(n, "missing")) for n in differ[:3]]
             shown = "; ".join(f"number {n} ({mine:.60}, not {other:.60})" for n, mine, other in pairs)

@@ -30,13 +30,12 @@ def panels(comparison: Comparison) -> dict[str, dict[str, tuple[float, float, fl
         estimates: dict[str, Any] = {}
         for name, judged in _by_short_name(row["judges"]).items():
             estimates |= {f"reward ({name})": judged["reward"], f"share won ({name})": judged["win_rate"]}
-        estimates[KL] = row["kl"]
+        kl = row["kl"]
+        estimates[KL] = kl | {"low": 0.0, "high": kl["mean"]} if kl and row["kl_is_bound"] else kl  # up to there
         for name, estimate in estimates.items():
             if estimate:
                 value = estimate.get("mean", estimate.get("rate"))
                 low, high = (value if estimate[end] is None else estimate[end] for end in ("low", "high"))
-                if name == KL and row["kl_is_bound"]:
-                    low, high = 0.0, value  # it is somewhere up to there
                 found.setdefault(name, {})[row["file"]] = value, low, high
     return found
 
