@@ -11,15 +11,20 @@ One line of JSON per record, in any of these forms:
 
 import gzip
 import json
-import math
 import os
-from collections.abc import Iterator
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 Messages = list[dict[str, str]]
 Prompt = str | Messages | list[int]
 ASSISTANT = "\n\nAssistant:"  # how HH-RLHF begins an answer
+ASSISTANTS = ("assistant", "model")  # roles whose messages are responses
+BESIDE = ("system", "system_prompt", "input")  # columns of other data that belong to the prompt
+JSON_NAMES = {".json", ".jsonl", ".jsonlines", ".ndjson"}
 TRAIN_SPLITS = {"HuggingFaceH4/ultrafeedback_binarized": "train_prefs"}  # hub data sets whose is not "train"
 
 
@@ -33,14 +38,14 @@ class Preference(NamedTuple):
 
 
 def read_preferences(name: str | os.PathLike) -> list[Preference]:
-    """Read a .jsonl or .jsonl.gz file, or a data set of the model hub given as `owner/name` or `owner/name:split`.
+    """Read a file (`read_jsonl`), or a data set of the model hub given as `owner/name` or `owner/name:split`.
 
     Raises:
         ValueError: naming file and line, at the first line that has none of the forms above.
         OSError: if there is no such file.
     """
     name = str(name)
-    is_file = os.path.exists(name) or name.count("/") != 1 or name.endswith((".json", ".jsonl", ".gz"))
+    is_file = os.path.exists(name) or name.count("/") != 1 or _is_named_json(name)
     preferences = [check_preference(*row) for row in (read_jsonl(name) if is_file else _read_hub(name))]
     if not preferences:
         raise ValueError(f"{name} holds no records; expected one preference per line")
@@ -54,6 +59,7 @@ class Response(NamedTuple):
     response: Prompt  # never messages
     finished: bool  # whether it ended by itself
     source: str  # file:line, for errors
+    form: str | None = None  # of the prompt (`codec.prompt_format`), where the record says so
 
 
 def read_responses(path: str | os.PathLike) -> list[Response]:
@@ -65,46 +71,70 @@ def read_responses(path: str | os.PathLike) -> list[Response]:
     """
     responses = []
     for record, source in read_jsonl(path):
-        finished = record.get("finished", True)
+        finished, form = record.get("finished", True), record.get("prompt_format")
         if not isinstance(finished, bool):
-            raise ValueError(f"{source}: `finished` must be true or false, got {json.dumps(finished)[:60]}")
-        prompt, response = _field(record, "prompt", source), _field(record, "response", source)
+            raise ValueError(f"{source}: `finished` must be true or false, got {_shown(finished)}")
+        if not isinstance(form, str | None):
+            raise ValueError(f"{source}: `prompt_format` must be text, got {_shown(form)}")
+        prompt, response = _prompt(record, source), _field(record, "response", source)
         if is_messages(response):
             raise ValueError(f"{source}: `response` must be text or token ids, got messages; give the text of the last")
-        responses.append(Response(prompt, response, finished, source))
+        responses.append(Response(prompt, response, finished, source, form))
     if not responses:
         raise ValueError(f"{path} holds no records; expected one text per line")
     return responses
 
 
-# The fields of a record of `pargs generate`, with their types: those that must be there, and others.
-REQUIRED: dict[str, Any] = {
-    "prompt_number": int,
-    "sample": int,
-    "prompt": (str, list, type(None)),
-    "response": str,
-    "response_ids": list,
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def _is_number(value: object) -> bool:
+    """Whether sums and squares can be taken of it."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_time(value: object) -> bool:
+    try:
+        return bool(isinstance(value, str) and datetime.fromisoformat(value))
+    except ValueError:
+        return False
+
+
+# The fields of a record of `pargs generate` beside its prompt: those that must be there, and others.
+REQUIRED: dict[str, Callable[[Any], bool]] = {"prompt_number": _is_count, "sample": _is_count, "response": _is_text}
+OPTIONAL: dict[str, Callable[[Any], bool]] = {
+    "response_ids": _is_ids,
+    **dict.fromkeys(("kl", "ref_log_prob", "reward"), _is_number),
+    "finished": lambda value: isinstance(value, bool),
+    **dict.fromkeys(("method", "prompt_format"), _is_text),
+    "now": _is_time,
+    "cost": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "settings": lambda value: isinstance(value, dict),
 }
-OPTIONAL: dict[str, Any] = {"kl": (int, float), "finished": bool, "method": str, "cost": dict, "settings": dict}
+MODELS = ("model", "reward_model", "final_reward_model")  # settings that name one, or none
 
 
 def read_texts(path: str | os.PathLike) -> list[dict]:
-    """Records of `pargs generate`, sorted by prompt and sample.
+    """Records of `pargs generate`, or {instruction, output} as AlpacaEval has them, sorted by prompt and sample.
 
     Raises:
         ValueError: naming file and line, at the first that is no such record or repeats one; if there are none.
         OSError: if there is no such file.
     """
     texts: dict[tuple[int, int], dict] = {}
+    asked: dict[str, tuple[int, int]] = {}
     for record, source in read_jsonl(path):
-        text = {"prompt": None} | record if "prompt_ids" in record else record
-        if missing := REQUIRED.keys() - text.keys():
-            raise ValueError(f"{source}: not a record of `pargs generate`: no field `{min(missing)}`")
-        kinds = {name: kind for name, kind in (REQUIRED | OPTIONAL).items() if name in text}
-        wrong = [name for name, kind in kinds.items() if not isinstance(text[name], kind)]
-        wrong += ["kl"] if not wrong and not math.isfinite(text.get("kl", 0)) else []
-        if wrong:
-            raise ValueError(f"{source}: `{wrong[0]}` must not be {json.dumps(text[wrong[0]])[:60]}")
+        is_foreign = "instruction" in record and "prompt_number" not in record
+        text = check_text(_numbered(record, source, asked) if is_foreign else record, source)
         if texts.setdefault((text["prompt_number"], text["sample"]), text) is not text:
             raise ValueError(f"{source}: prompt {text['prompt_number']} has sample {text['sample']} already")
     if not texts:
@@ -112,59 +142,155 @@ def read_texts(path: str | os.PathLike) -> list[dict]:
     return [texts[key] for key in sorted(texts)]
 
 
-def read_prompts(path: str | os.PathLike) -> list[dict]:
-    """Read prompts: JSONL records with a `prompt` (text or messages), or plain text, one prompt per line.
+def check_text(record: dict, source: str) -> dict:
+    """A record of `pargs generate`, with `prompt` None and `response_ids` [] where it lacks them.
 
-    Files that end in .jsonl or .jsonl.gz are JSONL, and their records keep all other fields (`prompt_ids` among
-    them); in any other file each line that is not empty becomes `{"prompt": line}`.
+    Raises:
+        ValueError: naming `source`, if a field is missing or of the wrong type.
+    """
+    text = {"prompt": None, "response_ids": []} | record
+    if missing := REQUIRED.keys() - text.keys():
+        raise ValueError(f"{source}: not a record of `pargs generate`: no field `{min(missing)}`")
+    for name, is_right in (REQUIRED | OPTIONAL).items():
+        if name in text and not is_right(text[name]):
+            raise ValueError(f"{source}: `{name}` must not be {_shown(text[name])}")
+    for name in MODELS:
+        if not isinstance(text.get("settings", {}).get(name), str | None):
+            raise ValueError(f"{source}: `settings` must name `{name}`, not hold {_shown(text['settings'][name])}")
+    _prompt(text, source)
+    return text
+
+
+def has_ids(text: dict) -> bool:
+    """Whether a record of `read_texts` holds the token ids of its response, not its text alone."""
+    return bool(text["response_ids"]) or not text["response"]
+
+
+def _numbered(record: dict, source: str, asked: dict[str, tuple[int, int]]) -> dict:
+    """A record of AlpacaEval as one of ours: prompts are numbered as they first appear, and so are samples of each."""
+    prompt, response = record["instruction"], record.get("output")
+    if not (isinstance(prompt, str) and isinstance(response, str)):
+        raise ValueError(f"{source}: `instruction` and `output` must be text, got {_shown([prompt, response])}")
+    number, sample = asked.get(prompt, (len(asked), 0))
+    asked[prompt] = number, sample + 1
+    return record | {"prompt": prompt, "response": response, "prompt_number": number, "sample": sample}
+
+
+def read_prompts(path: str | os.PathLike) -> list[dict]:
+    """Read prompts: records with a `prompt` (text or messages), or plain text, one prompt per line.
+
+    A file whose name or beginning is that of JSON is read as `read_jsonl` does, and its records keep all other fields
+    (`prompt_ids` among them); in any other file each line that is not empty becomes `{"prompt": line}`.
 
     Raises:
         ValueError: naming file and line, if a record has no usable prompt, or if there are none at all.
         OSError: if there is no such file.
     """
-    if str(path).endswith((".json", ".jsonl", ".gz")):
+    if Path(path).suffix.lower() in (".csv", ".tsv"):
+        raise ValueError(f"{path}: tables are not read; give JSON records with a `prompt`, or one prompt per line")
+    text = _text(path)
+    if _is_named_json(path) or re.match(r'\s*(\{|\[\s*([{"]|\]\s*\Z))', text):
         prompts = []
-        for record, source in read_jsonl(path):
-            _field(record, "prompt", source)
-            prompts.append(record)
+        for record, source in _objects(text, path):
+            _prompt(record, source)
+            prompts.append({name: value for name, value in record.items() if value is not None})
+    elif "\0" in text:
+        raise ValueError(f"{path}:{text[: text.index(chr(0))].count(chr(10)) + 1}: not text in UTF-8 (a zero byte)")
     else:
-        try:
-            text = Path(path).read_text("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not text in UTF-8 ({error}); save it as such") from None
-        prompts = [{"prompt": line} for line in text.split("\n") if line.strip()]
+        prompts = [{"prompt": line} for line in re.split(r"\r\n?|\n", text) if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompts; expected one per line")
     return prompts
 
 
 def read_jsonl(path: str | os.PathLike, *, growing: bool = False) -> Iterator[tuple[dict, str]]:
-    """The objects of a JSONL file, gzipped if its name ends in .gz, each with its `file:line`; blank lines are skipped.
+    """The objects of a JSONL file, or of a JSON array, each with its source: `file:line`, or `file: record n`.
+
+    Gzipped files are known by their first bytes. Blank lines are skipped.
 
     Args:
-        growing: the file may end in half a line, which an interrupted run left (`store.appending`): it is skipped.
+        growing: the file is to be continued by `store.appending`: neither an array nor gzipped. Half a line at its end,
+            which an interrupted run left, is skipped.
 
     Raises:
-        ValueError: naming file and line, where a line is no JSON object; if the gzip stream is cut.
+        ValueError: naming file and line, where a line is no JSON object, or holds what no text or number is (half a
+            surrogate pair, NaN); if the gzip stream is damaged, or the file is growing and nothing that we wrote.
         OSError: if there is no such file.
     """
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip() and not (growing and not line.endswith(b"\n")):
-                    yield _json_object(line, f"{path}:{number}"), f"{path}:{number}"
-        except EOFError:
-            raise ValueError(f"{path} ends in the middle of its gzip stream; copy or download it again") from None
+    return _objects(_text(path, growing), path, growing)
 
 
-def _json_object(line: bytes, source: str) -> dict:
+def whole_lines(data: bytes, path: str | os.PathLike) -> bytes:
+    """The lines of a JSONL file, without half a line at its end that an interrupted run left.
+
+    Raises:
+        ValueError: if what it ends in is no such half: nobody shall lose a file of their own.
+    """
+    end = data.rfind(b"\n") + 1
+    if data[end:] and not (end and data[end:].startswith(b"{")):
+        raise ValueError(
+            f"{path} ends in {data[end:][:30]!r}, which no interrupted run left; end it with a line break, or "
+            "write to another file"
+        )
+    return data[:end]
+
+
+def _text(path: str | os.PathLike, growing: bool = False) -> str:
+    data = Path(path).read_bytes()
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        if growing:
+            data = whole_lines(data, path)
+        elif data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+        return data.decode("utf-8-sig")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is a damaged gzip stream ({error}); copy or download it again") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{line}: not text in UTF-8 ({error}); save it as such") from None
+
+
+def _is_named_json(path: str | os.PathLike) -> bool:
+    return not JSON_NAMES.isdisjoint(suffix.lower() for suffix in Path(path).suffixes)
+
+
+def _objects(text: str, path: str | os.PathLike, growing: bool = False) -> Iterator[tuple[dict, str]]:
+    values: Iterator[tuple[Any, str]]
+    if text.lstrip().startswith("[") and not growing:
+        values = ((value, f"{path}: record {number}") for number, value in enumerate(_json(text, str(path)), 1))
+    else:
+        lines = ((line, f"{path}:{number}") for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        values = ((_json(line, source), source) for line, source in lines)
+    for value, source in values:
+        if not isinstance(value, dict):
+            raise ValueError(f"{source}: expected a JSON object, got {type(value).__name__}")
+        yield value, source
+
+
+def _json(text: str, source: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: not JSON ({error}); expected one object per line") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{source}: expected a JSON object, got {json.dumps(record)[:60]}")
-    return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    """A JSON object of unique names, and values that can be written again."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"field {max(names, key=names.count)!r} is there twice")
+    for name, value in pairs:
+        try:
+            json.dumps([name, value], ensure_ascii=False, allow_nan=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"field {name!r} holds half a character (a lone surrogate)") from None
+        except ValueError:
+            raise ValueError(f"field {name!r} holds NaN, Infinity or a number beyond all bounds") from None
+    return dict(pairs)
+
+
+def _shown(value: object) -> str:
+    return json.dumps(value, default=repr)[:60]
 
 
 def _read_hub(name: str) -> Iterator[tuple[dict, str]]:
@@ -188,13 +314,22 @@ def check_preference(record: dict, source: str) -> Preference:
     >>> check_preference({"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}, "sums.jsonl:1")
     Preference(prompt='1 + 1 =', chosen=' 2', rejected=' 3', source='sums.jsonl:1')
     """
+    beside = {name: record.get(name) for name in BESIDE}
+    record = {name: value for name, value in record.items() if value is not None}
     chosen, rejected = _field(record, "chosen", source), _field(record, "rejected", source)
     if is_messages(chosen) or is_messages(rejected):
         record = split_chats(record, source)
     elif not record.keys() & {"prompt", "prompt_ids"}:
         record = split_dialogues(record, source)
-    prompt, chosen, rejected = (_field(record, name, source) for name in ("prompt", "chosen", "rejected"))
+    prompt = _prompt(beside | record, source)
+    chosen, rejected = _field(record, "chosen", source), _field(record, "rejected", source)
+    if _repeats(prompt, chosen) and _repeats(prompt, rejected):
+        raise ValueError(f"{source}: chosen and rejected both repeat the prompt; give what follows it alone")
     return Preference(prompt, chosen, rejected, source)
+
+
+def _repeats(prompt: Prompt, response: Prompt) -> bool:
+    return isinstance(prompt, str) and isinstance(response, str) and len(prompt) > 1 and response.startswith(prompt)
 
 
 def split_dialogues(record: dict, source: str = "record") -> dict:
@@ -221,15 +356,18 @@ def split_dialogues(record: dict, source: str = "record") -> dict:
 def split_chats(record: dict, source: str = "record") -> dict:
     """Responses given as messages: the last message is the response, those before it are the prompt.
 
-    >>> user, good, bad = ({"role": "-", "content": text} for text in ("Hi", "Hello", "No"))
+    >>> user, good, bad = ({"role": role, "content": role} for role in ("user", "assistant", "model"))
     >>> split_chats({"chosen": [user, good], "rejected": [user, bad]})
-    {'chosen': 'Hello', 'rejected': 'No', 'prompt': [{'role': '-', 'content': 'Hi'}]}
+    {'chosen': 'assistant', 'rejected': 'model', 'prompt': [{'role': 'user', 'content': 'user'}]}
     """
     chosen, rejected = record.get("chosen"), record.get("rejected")
     if not (is_messages(chosen) and is_messages(rejected)):
         raise ValueError(f"{source}: chosen and rejected must both be lists of messages, or both text")
     if chosen[:-1] != rejected[:-1]:
         raise ValueError(f"{source}: chosen and rejected must share all messages but the last")
+    for role in (chosen[-1]["role"], rejected[-1]["role"]):
+        if role not in ASSISTANTS:
+            raise ValueError(f"{source}: the last message, which is the response, must be an assistant's, not {role}'s")
     prompt = chosen[:-1] or _field(record, "prompt", source)
     if is_messages(record.get("prompt")) and prompt != record["prompt"]:
         raise ValueError(
@@ -240,21 +378,31 @@ def split_chats(record: dict, source: str = "record") -> dict:
     return record | {"prompt": prompt, "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
 
 
+def _prompt(record: dict, source: str) -> Prompt:
+    """The prompt; refused where it lacks what another column says that belongs to it."""
+    prompt = _field(record, "prompt", source)
+    if isinstance(prompt, str) or is_messages(prompt):
+        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        for name in BESIDE:
+            if record.get(name) and not any(str(record[name]) in text for text in texts):
+                raise ValueError(f"{source}: `{name}` would be left out; put it into `prompt` as a message")
+    return prompt
+
+
 def _field(record: dict, name: str, source: str) -> Prompt:
-    """A field's token ids where it has some, else its text or messages."""
-    if f"{name}_ids" in record:
-        ids = record[f"{name}_ids"]
-        if not (isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)):
-            raise ValueError(f"{source}: `{name}_ids` must be a list of token ids, got {json.dumps(ids)[:60]}")
-        return ids
-    if name not in record:
-        raise ValueError(f"{source}: no field `{name}`; found {', '.join(record) or 'none'}")
-    if not (isinstance(record[name], str) or is_messages(record[name])):
+    """A field's token ids where it has some, else its text or messages; null stands for nothing."""
+    ids, text = record.get(f"{name}_ids"), record.get(name)
+    if not (ids is None or _is_ids(ids)):
+        raise ValueError(f"{source}: `{name}_ids` must be a list of token ids, got {_shown(ids)}")
+    if not (text is None or isinstance(text, str) or is_messages(text)):
         raise ValueError(
-            f"{source}: `{name}` must be a string, or a list of messages {{role, content}}, "
-            f"got {json.dumps(record[name])[:60]}"
+            f"{source}: `{name}` must be a string, or a list of messages {{role, content}} of two strings each, "
+            f"got {_shown(text)}"
         )
-    return record[name]
+    found = text if ids is None else ids
+    if found is None:
+        raise ValueError(f"{source}: no field `{name}`; found {', '.join(record) or 'none'}")
+    return found
 
 
 def is_messages(value: object) -> TypeGuard[Messages]:

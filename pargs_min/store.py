@@ -1,11 +1,13 @@
 """Files out: those that grow line by line and outlive an interruption, and those that appear whole or not at all.
 
-    appending      add JSON records to a file, one per line; half a line that an interrupted run left is cut off first
+    appending      add JSON records to a file, one per line, as its only writer; half a line that an interrupted run
+                   left is cut off first
     aside          write next to a file or folder, and take its place when all is written
 
 What such files hold is read back by `records.read_jsonl`.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -13,22 +15,29 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from pargs_min.records import whole_lines
+
 
 @contextmanager
 def appending(path: str | os.PathLike) -> Iterator[Callable[[Mapping], None]]:
-    """Context manager: a function that appends one record as a whole line of JSON, at once.
+    """Context manager: a function that appends one record as a whole line of JSON, at once; nan is written as null.
 
     Raises:
+        ValueError: if another run is writing the file, or it ends in what no interrupted run left.
         OSError: if the file cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
-        whole = path.read_bytes().rfind(b"\n") + 1
-        file.truncate(whole)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed, also by kill -9
+        except BlockingIOError:
+            raise ValueError(f"another run is writing {path}; wait for it, or write to another file") from None
+        file.truncate(len(whole_lines(path.read_bytes(), path)))
 
         def append(record: Mapping) -> None:
-            file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            known = json.loads(json.dumps(record), parse_constant=lambda name: None)
+            file.write(json.dumps(known, ensure_ascii=False).encode() + b"\n")
             file.flush()
 
         yield append

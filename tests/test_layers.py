@@ -28,7 +28,7 @@ METHOD = {  # what a reader of the method meets, and all that it may import of t
     "models": {"memory"},
     "records": set(),
     "codec": {"records"},
-    "store": set(),
+    "store": {"records"},
     "data": {"codec", "records"},
 }
 each_file = pytest.mark.parametrize("name", FILES)

@@ -1,6 +1,11 @@
 """Files out: whole lines, and whole files or none."""
 
+import gzip
 import json
+import math
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -33,13 +38,72 @@ def test_every_record_is_on_disk_at_once(tmp_path):
         assert (tmp_path / "log.jsonl").read_text() == '{"a": 1}\n'
 
 
-def test_a_file_of_half_a_line_is_written_from_its_start(tmp_path):
+FOREIGN = {
+    "one line without its end": b"my only notes",
+    "one object without its end": b'{"a": 1}',
+    "half a line alone": b'{"a"',
+    "notes behind records": b'{"a": 1}\nmy notes',
+    "an array": b'{"a": 1}\n[1, 2',
+    "an archive": gzip.compress(b'{"a": 1}\n'),
+}
+
+
+@pytest.mark.parametrize("data", FOREIGN.values(), ids=FOREIGN)
+def test_a_file_that_ends_in_what_no_run_left_is_refused_and_kept(tmp_path, data):
     file = tmp_path / "log.jsonl"
-    file.write_text('{"a"')
-    assert not [*read_jsonl(file, growing=True)]
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=r"log\.jsonl ends in b.*, which no interrupted run left"):
+        [*read_jsonl(file, growing=True)]
+    with pytest.raises(ValueError, match="which no interrupted run left"), appending(file):
+        pass
+    assert file.read_bytes() == data
+
+
+def test_an_array_is_not_continued(tmp_path):
+    (tmp_path / "a.json").write_text('[{"a": 1}]\n')
+    assert [*read_jsonl(tmp_path / "a.json")] == [({"a": 1}, f"{tmp_path / 'a.json'}: record 1")]
+    with pytest.raises(ValueError, match=r"a\.json:1: expected a JSON object, got list"):
+        [*read_jsonl(tmp_path / "a.json", growing=True)]
+
+
+def test_a_file_has_one_writer(tmp_path):
+    file = tmp_path / "log.jsonl"
     with appending(file) as append:
         append({"a": 1})
-    assert file.read_text() == '{"a": 1}\n'
+        with pytest.raises(ValueError, match=r"another run is writing .*log\.jsonl"), appending(file):
+            pass
+        append({"a": 2})
+    with appending(file) as append:
+        append({"a": 3})
+    assert [record["a"] for record, _ in read_jsonl(file)] == [1, 2, 3]
+
+
+WRITER = """
+import sys, time
+from pargs_min.store import appending
+with appending(sys.argv[1]) as append:
+    append({"a": 1})
+    print("open", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_writer_that_is_killed_leaves_the_file_to_others(tmp_path):
+    file = tmp_path / "log.jsonl"
+    with subprocess.Popen([sys.executable, "-c", WRITER, file], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout.readline() == b"open\n"
+        with pytest.raises(ValueError, match="another run is writing"), appending(file):
+            pass
+        writer.send_signal(signal.SIGKILL)
+    with appending(file) as append:
+        append({"a": 2})
+    assert [record["a"] for record, _ in read_jsonl(file)] == [1, 2]
+
+
+def test_what_is_written_can_be_read(tmp_path):
+    with appending(tmp_path / "log.jsonl") as append:
+        append({"a": [math.nan, math.inf, 1.5], "b": "é"})
+    assert [record for record, _ in read_jsonl(tmp_path / "log.jsonl")] == [{"a": [None, None, 1.5], "b": "é"}]
 
 
 @pytest.mark.parametrize("folder", [False, True])

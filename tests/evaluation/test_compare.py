@@ -288,8 +288,8 @@ def test_texts_whose_prompts_are_ids_alone_are_read_and_told_apart(tmp_path):
         ('{"prompt": "a", "chosen": "b"}\n', "x.jsonl:1: not a record of `pargs generate`: no field `prompt_number`"),
         (json.dumps(text(0, 1, "a") | {"response": None}), "x.jsonl:1: `response` must not be null"),
         (json.dumps(text(0, 1, "a") | {"kl": "0.1"}), 'x.jsonl:1: `kl` must not be "0.1"'),
-        (json.dumps(text(0, 1, "a", kl=math.nan)), "x.jsonl:1: `kl` must not be NaN"),
-        (json.dumps(text(0, 1, "a", kl=math.inf)), "x.jsonl:1: `kl` must not be Infinity"),
+        (json.dumps(text(0, 1, "a", kl=math.nan)), "x.jsonl:1: not JSON .field .kl. holds NaN, Infinity"),
+        (json.dumps(text(0, 1, "a", kl=math.inf)), "x.jsonl:1: not JSON .field .kl. holds NaN, Infinity"),
         ("GOOD\n\nGOOD\n", "x.jsonl:3: prompt 0 has sample 0 already"),
     ],
 )
