@@ -12,7 +12,8 @@ import importlib
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -75,17 +76,19 @@ def is_number(value: object) -> bool:
 def function_judge(name: str) -> Callable[[Texts], list]:
     """`module:function` of (prompts, responses), two lists of strings; the working directory is searched first."""
     module, _, function = name.partition(":")
-    sys.path.insert(0, os.getcwd())
+    here = os.getcwd()
+    sys.path.insert(0, here)
     try:
-        judge = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"judge {name!r} cannot be loaded: {error}; expected MODULE:FUNCTION") from error
+        with _code_of_others(f"judge {name!r} cannot be loaded; expected MODULE:FUNCTION"):
+            judge = getattr(importlib.import_module(module), function)
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path.remove(here)
 
     def score(texts: Texts) -> list:
-        answer = judge([prompt_text(text) for text in texts], [text["response"] for text in texts])
-        answer = answer.tolist() if hasattr(answer, "tolist") else answer
+        prompts, responses = [prompt_text(text) for text in texts], [text["response"] for text in texts]
+        with _code_of_others(f"judge {name!r} fails"):
+            answer = judge(prompts, responses)
+            answer = answer.tolist() if hasattr(answer, "tolist") else answer
         if not isinstance(answer, Sequence) or isinstance(answer, str) or len(answer) != len(texts):
             raise ValueError(
                 f"judge {name!r} must return one number for each of {len(texts)} texts, got {answer!r:.60}"
@@ -93,6 +96,20 @@ def function_judge(name: str) -> Callable[[Texts], list]:
         return list(answer)
 
     return score
+
+
+@contextmanager
+def _code_of_others(what: str) -> Iterator[None]:
+    """Whatever it raises, a ValueError says what; it must leave the working directory alone."""
+    here = os.getcwd()
+    try:
+        yield
+        if os.getcwd() != here:
+            raise RuntimeError("it changes the working directory")
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{what}: {error!r}") from error
+    finally:
+        os.chdir(here)
 
 
 def model_judge(name: str) -> Callable[[Texts], list[float]]:

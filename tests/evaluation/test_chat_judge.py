@@ -1,18 +1,27 @@
 """A language model as a judge: asked in both orders, never twice, and nothing that it says is guessed."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from pargs_min.evaluation import chat_judge
 from pargs_min.evaluation.chat_judge import ChatJudge, both_orders
 from pargs_min.evaluation.judges import load_judge
 
 
 class Server:
-    """A local server that replies with `reply(content of the request)`; it counts what it is asked."""
+    """A local server that replies with `reply(content of the request)`; it counts what it is asked.
+
+    A reply of bytes is a whole body, and one that can be called answers itself, on the handler.
+    """
 
     def __init__(self, reply):
         self.asked, self.keys, self.failures, lock = [], [], [], threading.Lock()
@@ -26,6 +35,8 @@ class Server:
                     server.keys.append(self.headers["Authorization"])
                     status = server.failures.pop() if server.failures else 200
                 content = reply(request["messages"][0]["content"])
+                if callable(content):
+                    return content(self)
                 body = (
                     content
                     if isinstance(content, bytes)
@@ -173,13 +184,146 @@ def test_the_key_comes_from_the_environment_and_is_not_written(serve, tmp_path, 
     assert server.keys[2:] == [None, None]
 
 
-def test_a_broken_cache_is_named_by_line(tmp_path):
+def redirect(to):
+    def answer(handler):
+        handler.send_response(302)
+        handler.send_header("Location", to)
+        handler.end_headers()
+
+    return answer
+
+
+def drip(handler):
+    """The head of an answer whose body never ends, a byte at a time."""
+    handler.send_response(200)
+    handler.end_headers()
+    while True:
+        handler.wfile.write(b" ")
+        time.sleep(0.02)
+
+
+def failing(judge):
+    with pytest.raises(ValueError, match="does not answer") as error:
+        judge.compare(texts("aa"), texts("b"))
+    return str(error.value)
+
+
+def test_the_key_does_not_follow_a_redirect(serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a-secret")
+    other = serve(longer)
+    judge = ChatJudge(serve(lambda content: redirect(other.address)).address, "m", tmp_path / "v.jsonl")
+    assert f"HTTP Error 302: Found {other.address}" in failing(judge)
+    assert not other.asked
+
+
+def test_a_key_that_the_server_quotes_is_not_shown(serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "a-secret\n")  # as `export OPENAI_API_KEY=$'...'` may leave it
+    server = serve(lambda content: b"no such key: a-secret")
+    server.failures = [401] * 2
+    judge = ChatJudge(server.address, "m", tmp_path / "v.jsonl", workers=2)
+    assert "401: Unauthorized  no such key: OPENAI_API_KEY" in failing(judge)
+    assert judge.compare(texts("a"), texts("b")) == [["no such key: OPENAI_API_KEY"] * 2]
+    assert set(server.keys) == {"Bearer a-secret"}
+
+
+@pytest.mark.parametrize("key", ["a-sec\nret", "a-sécret"])
+def test_what_is_no_key_is_refused_and_not_shown(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ValueError, match="OPENAI_API_KEY is no key") as error:
+        ChatJudge("http://127.0.0.1:9/v1", "m", tmp_path / "v.jsonl")
+    assert "ret" not in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["https://me:a-secret@host/v1", "https://host/v1?key=a-secret"])
+def test_an_address_with_a_key_is_refused_and_not_shown(tmp_path, address):
+    with pytest.raises(ValueError, match="holds no user, password or query") as error:
+        ChatJudge(address, "m", tmp_path / "v.jsonl")
+    assert "a-secret" not in str(error.value)
+
+
+def test_an_answer_has_an_end(serve, tmp_path, monkeypatch):
+    """In bytes, and in time: a server that sends a byte now and then outlives every timeout of its socket."""
+    monkeypatch.setattr(chat_judge, "SECONDS", 0.5)
+    began = time.monotonic()
+    judge = ChatJudge(serve(lambda content: drip).address, "m", tmp_path / "v.jsonl", pauses=())
+    assert "no whole answer within 0.5 seconds" in failing(judge)
+    assert time.monotonic() - began < 5
+    monkeypatch.setattr(chat_judge, "SECONDS", 60)
+    monkeypatch.setattr(chat_judge, "BYTES", 1000)
+    judge = ChatJudge(serve(lambda content: "x" * 1000).address, "m", tmp_path / "v.jsonl", pauses=())
+    assert "its answer has more than 1000 bytes" in failing(judge)
+
+
+@pytest.mark.parametrize(("status", "tries"), [(400, 1), (404, 1), (409, 3), (422, 1), (500, 3)])
+def test_every_status_is_named(serve, tmp_path, status, tries):
+    server = serve(lambda content: b"because")
+    server.failures = [status] * 9
+    judge = ChatJudge(server.address, "m", tmp_path / "v.jsonl", pauses=(0, 0), workers=1)
+    message = failing(judge)
+    assert f"HTTP Error {status}: " in message
+    assert "because" in message
+    assert len(server.asked) == tries
+
+
+INTERRUPTED = """
+import sys
+from pargs_min.evaluation.chat_judge import ChatJudge
+text = {"prompt": "a", "response": "b"}
+ChatJudge(sys.argv[1], "m", sys.argv[2]).compare([text] * 30, [text | {"response": str(i)} for i in range(30)])
+"""
+
+
+def test_an_interrupt_is_heard_while_a_judge_does_not_answer(serve, tmp_path):
+    asked, released = threading.Event(), threading.Event()
+    server = serve(lambda content: asked.set() or (released.wait(60) and "[[A]]"))
+    command = [sys.executable, "-c", INTERRUPTED, server.address, tmp_path / "v.jsonl"]
+    with subprocess.Popen(command, env=os.environ | {"no_proxy": "127.0.0.1"}, stderr=subprocess.DEVNULL) as run:
+        assert asked.wait(60)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(20) == -signal.SIGINT
+    released.set()
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        ("<think>[[B]]? No.</think>\n[[A]]", 1.0),
+        ("[[B]] at first </think> [[A]]", 1.0),  # the chat template opened it
+        ("<think>x</think><think>[[B]]</think>[[A]]", 1.0),
+        ("<think>[[A]], surely", None),
+        ("<think>a</think> <think>[[A]]", None),
+        ("<think>[[A]]</think>", None),
+        ("[[A]] <think> or [[B]]", None),
+    ],
+)
+def test_a_verdict_is_read_from_the_answer_and_not_from_the_reasoning(reply, verdict):
+    assert both_orders(reply, "[[B]]") == (verdict or [reply, "[[B]]"])
+
+
+def test_half_a_character_in_a_reply_is_kept_as_a_question_mark(serve, tmp_path):
+    judge = ChatJudge(serve(lambda content: "[[TIE]] \ud83d").address, "m", tmp_path / "v.jsonl")
+    assert judge.compare(texts("aa"), texts("b")) == [0.5]
+    assert {json.loads(line)["reply"] for line in (tmp_path / "v.jsonl").open()} == {"[[TIE]] ?"}
+    ChatJudge("http://127.0.0.1:9/v1", "m", tmp_path / "v.jsonl")
+
+
+BROKEN = {
+    "no": "not JSON",
+    '{"address": "x", "request": {}}': "not a verdict",
+    '{"address": "x", "request": [], "reply": ""}': "not a verdict",
+    '{"address": "x", "request": {}, "reply": null}': "not a verdict",
+    '{"address": 1, "request": {}, "reply": ""}': "not a verdict",
+    "[]": "object",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BROKEN.items(), ids=BROKEN)
+def test_a_broken_cache_is_named_by_line(tmp_path, line, message):
     request = {"messages": [{"role": "user", "content": "Which?"}]}
     good = json.dumps({"address": "x", "request": request, "reply": "[[A]]"})
-    for line, message in (("no", "not JSON"), ('{"address": "x", "request": {}}', "not a verdict"), ("[]", "object")):
-        (tmp_path / "v.jsonl").write_text(f"{good}\n{line}\n")
-        with pytest.raises(ValueError, match=rf"v.jsonl:2: .*{message}"):
-            ChatJudge("x", "m", tmp_path / "v.jsonl")
+    (tmp_path / "v.jsonl").write_text(f"{good}\n{line}\n")
+    with pytest.raises(ValueError, match=rf"v.jsonl:2: .*{message}"):
+        ChatJudge("x", "m", tmp_path / "v.jsonl")
 
 
 def test_an_address_where_nobody_listens_is_named(tmp_path):

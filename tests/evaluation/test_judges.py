@@ -1,5 +1,8 @@
 """Judges: each reads what it should, and nothing that it says is guessed."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
@@ -152,10 +155,39 @@ def test_what_a_function_says_is_handed_on_as_it_came(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("f = [", "cannot be loaded; .*SyntaxError"),
+        ("raise RuntimeError('no key')", "cannot be loaded; .*no key"),
+        ("import sys; sys.exit(3)", r"cannot be loaded; .*SystemExit\(3\)"),
+        ("import os; os.chdir('/'); f = len", "cannot be loaded; .*it changes the working directory"),
+        ("def f(prompts, responses): return prompts['a']", "fails: TypeError"),
+        ("def f(prompts): return prompts", "fails: TypeError"),
+        ("import sys\ndef f(prompts, responses): sys.exit()", "fails: SystemExit"),
+        ("import os\ndef f(prompts, responses): os.chdir('/'); return [1.0]", "fails: .*changes the working directory"),
+    ],
+)
+def test_whatever_a_function_does_it_is_named_and_the_working_directory_stays(tmp_path, monkeypatch, code, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "wild_judges", raising=False)
+    (tmp_path / "wild_judges.py").write_text(code)
+    with pytest.raises(ValueError, match=f"judge 'wild_judges:f' {message}"):
+        load_judge("wild_judges:f").score([text()])
+    assert Path.cwd() == tmp_path
+
+
+def test_an_interrupt_is_no_fault_of_the_function(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slow_judges.py").write_text("def f(prompts, responses): raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        load_judge("slow_judges:f").score([text()])
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_such_module:f", "cannot be loaded: No module named 'no_such_module'"),
-        ("json:no_such_function", "cannot be loaded: module 'json' has no attribute"),
+        ("no_such_module:f", "cannot be loaded; .*No module named 'no_such_module'"),
+        ("json:no_such_function", "cannot be loaded; .*module 'json' has no attribute"),
         ("json:", "expected MODULE:FUNCTION"),
         ("/no/such/folder", "judge '/no/such/folder' cannot be loaded"),
         ("http://127.0.0.1:1/v1", "names no model; write it behind the address"),
