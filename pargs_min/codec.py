@@ -5,52 +5,168 @@ Prompt and response are tokenised apart and joined as ids. A model that decodes 
 text can merge tokens across the boundary, into ids that decoding never meets.
 """
 
+import json
+import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
 from typing import Self, cast
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pargs_min.records import ASSISTANT, Messages, Prompt, is_messages
 
+FORMS = ("text", "dialogue", "chat", "ids")  # of prompts
+HUMAN, ASKED = re.compile(r"\s*Human:"), re.compile(r"\n\s*Assistant:\s*$")  # how a dialogue begins and ends
+TURN = re.compile(r"(?:^|\n)\s*(Human|Assistant):")
+STRFTIME_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")  # how chat templates ask for the date
+
 
 @dataclass(frozen=True)
 class Codec:
-    """A tokenizer together with the form of the prompts that it is used on.
+    """A tokenizer together with the form of the prompts that it is used on: one for a whole run.
 
     Args:
-        form: what the reward model was trained on (`prompt_format`); None takes every prompt as it is.
-        ends: ids that end a response, the tokenizer's own end token first. None means that token alone.
+        form: of the prompts (`prompt_format`). None stands for "chat" where the tokenizer has a chat template, and for
+            "text" elsewhere.
+        ends: ids that end a response; None means those that tokenizer and template name.
+        now: the time that a chat template is told which writes the date; None means the present.
     """
 
     tokenizer: PreTrainedTokenizerBase
     form: str | None = None
     ends: tuple[int, ...] | None = None
+    now: datetime | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in (None, *FORMS):
+            raise ValueError(f"prompt_format must be one of {', '.join(FORMS)}, got {self.form!r}")
+        object.__setattr__(self, "form", self.form or ("chat" if self.tokenizer.chat_template else "text"))
 
     @classmethod
-    def of(cls, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, form: str | None = None) -> Self:
-        """The codec of a language model, whose generation configuration may name further end tokens."""
-        return cls(tokenizer, form, tuple(end_tokens(lm, tokenizer)))
+    def of(cls, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, form: str | None = None, **settings) -> Self:
+        """The codec of a language model, whose generation configuration may name further end tokens.
+
+        Raises:
+            ValueError: if the tokenizer has more ids than the model.
+        """
+        codec = cls(tokenizer, form, tuple(end_tokens(lm, tokenizer)), **settings)
+        if codec.vocabulary > (rows := lm.get_input_embeddings().num_embeddings):
+            raise ValueError(
+                f"the tokenizer has ids up to {codec.vocabulary - 1}, and {type(lm).__name__} has {rows} rows: they do "
+                "not belong together"
+            )
+        return codec
 
     @property
+    def dated(self) -> bool:
+        """Whether the chat template writes the time (`now`)."""
+        return bool(STRFTIME_NOW.search(str(self.tokenizer.chat_template)))
+
+    @cached_property
     def vocabulary(self) -> int:
-        """Number of token ids."""
-        return len(self.tokenizer)
+        """The largest token id + 1, which is more than the number of tokens where ids are left out."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+    @cached_property
+    def end(self) -> int | None:
+        """The id that a finished response ends in: of a chat what its template writes there, else the end token."""
+        written = turn_end(self.tokenizer) if self.form == "chat" else None
+        return self.tokenizer.eos_token_id if written is None else written
 
     def prompt(self, record: dict) -> list[int]:
         """Token ids of a record's prompt (`encode_prompt`): its `prompt_ids` where it has some, else its `prompt`."""
-        return encode_prompt(self.tokenizer, record.get("prompt_ids", record.get("prompt")), self.form)
+        return encode_prompt(self.tokenizer, record.get("prompt_ids", record.get("prompt")), self.form, now=self.now)
+
+    def encode(
+        self, prompt: Prompt, responses: Sequence[Prompt], finished: bool = False
+    ) -> tuple[list[int], list[list[int]]]:
+        """Token ids of a prompt and of responses to it; blank text has none, and ids stay as they are.
+
+        Together they are the ids of the whole text, as the tokenizer, or the chat template, would write it.
+
+        Args:
+            finished: whether the responses end in `end`.
+
+        Raises:
+            ValueError: as `encode_prompt`; for ids that the tokenizer does not know; if the chat template leaves out
+                part of a response.
+        """
+        prompt_ids = self.prompt({"prompt": prompt})
+        messages = _as_messages(prompt) if self.form == "chat" and not _is_ids(prompt) else None
+        encoded = [
+            cast("list[int]", response) if _is_ids(response) else self._response(str(response), prompt_ids, messages)
+            for response in responses
+        ]
+        for ids in encoded:
+            check_ids(self.tokenizer, ids)
+        if finished and self.end is not None:
+            encoded = [ids if ids[-1:] == [self.end] else [*ids, self.end] for ids in encoded]
+        return prompt_ids, encoded
+
+    def _response(self, text: str, prompt_ids: list[int], messages: Messages | None) -> list[int]:
+        if not text.strip():
+            return []
+        if messages is not None:
+            whole = self._closed(messages, text)
+            if whole[: len(prompt_ids)] == prompt_ids and self.end in whole[len(prompt_ids) :]:
+                return whole[len(prompt_ids) : len(whole) - 1 - whole[::-1].index(cast("int", self.end))]
+        return encode_within(self.tokenizer, text)
+
+    def _closed(self, messages: Messages, response: str) -> list[int]:
+        """Token ids of a chat whose last message is this response."""
+        chat = render_chat(self.tokenizer, [*messages, {"role": "assistant", "content": response}], self.now)
+        if response not in chat:
+            warnings.warn("the chat template strips responses of the whitespace around them", stacklevel=2)
+        return self.tokenizer(chat, add_special_tokens=False)["input_ids"]
+
+    def whole(self, record: dict, append_eos: bool = True) -> list[int]:
+        """Token ids of a record's prompt and response, with the end token where the response ended by itself.
+
+        Ids that the codec decodes to the response are its own, and read as they were drawn, behind the `prompt_ids` if
+        these have the codec's form; all others are encoded anew.
+
+        Args:
+            append_eos: whether a response that is encoded anew gets an end token.
+        """
+        if not self.wrote(record):
+            finished = append_eos and record.get("finished", True)
+            prompt_ids, (ids,) = self.encode(record["prompt"], [record["response"]], finished)
+        elif record.get("prompt_format") == self.form:
+            prompt_ids, ids = record["prompt_ids"], record["response_ids"]
+        else:
+            prompt_ids, (ids,) = self.encode(record["prompt"], [record["response_ids"]])
+        return prompt_ids + ids
+
+    def wrote(self, record: dict) -> bool:
+        """Whether the record's ids are of this tokenizer. An empty response tells less: the special tokens of every
+        tokenizer decode to it, and so do ids that it lacks."""
+        ids, response = record.get("response_ids"), record["response"]
+        if ids is None or (not response and record.get("finished") and not self.finished(ids)):
+            return False
+        return max(ids, default=0) < self.vocabulary and self.text(ids) == response
+
+    def conversation(self, record: dict) -> list[int]:
+        """Token ids of a record as a chat, which its template closes unless the response was cut."""
+        if not record.get("finished", True):
+            prompt_ids, (ids,) = self.encode(record["prompt"], [record["response"]])
+            return prompt_ids + ids
+        return self._closed(_as_messages(record["prompt"]), record["response"])
 
     def text(self, response_ids: list[int]) -> str:
         """The text of a response, without its end token or any other special one."""
-        return self.tokenizer.decode(response_ids, skip_special_tokens=True)
+        ids = response_ids[:-1] if self.finished(response_ids) else response_ids
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def finished(self, response_ids: list[int]) -> bool:
         """Whether a response ended by itself."""
-        ends = (self.tokenizer.eos_token_id,) if self.ends is None else self.ends
+        ends = (self.end, self.tokenizer.eos_token_id) if self.ends is None else self.ends
         return bool(response_ids) and response_ids[-1] in ends
 
 
@@ -76,8 +192,12 @@ def prompt_format(prompts: Iterable[Prompt]) -> str:
 
 def _form(prompt: Prompt) -> str:
     if isinstance(prompt, str):
-        return "dialogue" if prompt.endswith(ASSISTANT) else "text"
+        return "dialogue" if ASKED.search(prompt) else "text"
     return "chat" if is_messages(prompt) else "ids"
+
+
+def _is_ids(value: Prompt | None) -> bool:
+    return isinstance(value, list) and not is_messages(value)
 
 
 def encode_prompt(
@@ -85,49 +205,132 @@ def encode_prompt(
     prompt: Prompt | None,
     prompt_format: str | None = None,
     max_length: int | None = None,
+    now: datetime | None = None,
 ) -> list[int]:
     """Token ids of a prompt: the one function that training and decoding share.
 
-    Text gets the tokenizer's own start token, if it has one; messages go through its chat template, which writes its
-    own; token ids stay as they are.
+    Text gets the tokenizer's own start token, if it has one and the text does not begin with it; messages go through
+    its chat template, which writes its own; token ids stay as they are.
 
     Args:
         prompt: text, messages {role, content}, or token ids.
-        prompt_format: what the reward model was trained on. "chat" makes text the message of a user, "dialogue" makes
-            it the turn of a human; with any other the prompt is taken as it is.
+        prompt_format: what the reward model was trained on. "chat" makes text the message of a user, or of a dialogue
+            its messages; "dialogue" makes it the turn of a human; with any other the prompt is taken as it is.
         max_length: keep only the last tokens, this many; a start token counts, and stays in front.
+        now: as for `Codec`.
 
     Raises:
         ValueError: if messages are given but the tokenizer has no chat template, or the reward model was trained on
-            text; if the prompt has no token at all, or one that the tokenizer does not know.
+            text; if the template fails, or leaves a message out; if the last message is the assistant's; if the prompt
+            has no token at all, or one that the tokenizer does not know.
     """
     if isinstance(prompt, str) and prompt_format == "chat":
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(prompt, str) and prompt_format == "dialogue" and not prompt.endswith(ASSISTANT):
-        prompt = f"\n\nHuman: {prompt}{ASSISTANT}"
+        prompt = _as_messages(prompt)
     if isinstance(prompt, str):
-        ids = _encode_text(tokenizer, prompt)
+        ids = _encode_text(tokenizer, _as_dialogue(prompt) if prompt_format == "dialogue" else prompt)
+    elif is_messages(prompt):
+        ids = _encode_messages(tokenizer, prompt, prompt_format, now)
     else:
-        ids = _encode_messages(tokenizer, prompt, prompt_format) if is_messages(prompt) else cast("list[int]", prompt)
+        ids = cast("list[int]", prompt)
     if not ids:
         raise ValueError(f"prompt {prompt!r} has no token, and the tokenizer adds no start token; give some text")
     check_ids(tokenizer, ids)
     return ids if max_length is None else cut_left(ids, max_length, tokenizer.bos_token_id)
 
 
-def _encode_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt_format: str | None) -> list[int]:
+def _as_messages(prompt: Prompt) -> Messages:
+    """Text as the message of a user, or the turns of a dialogue as messages.
+
+    >>> dialogue = "\\n\\nHuman: Hi\\n\\nAssistant: Hello\\n\\nHuman: Why?\\n\\nAssistant:"
+    >>> [(message["role"], message["content"]) for message in _as_messages(dialogue)]
+    [('user', 'Hi'), ('assistant', 'Hello'), ('user', 'Why?')]
+    """
+    if not isinstance(prompt, str):
+        return cast("Messages", prompt)
+    if not (ASKED.search(prompt) and HUMAN.match(prompt)):
+        return [{"role": "user", "content": prompt}]
+    turns = TURN.split(ASKED.sub("", prompt))[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)]
+
+
+def _as_dialogue(prompt: str) -> str:
+    """The turn of a human, closed by "Assistant:"; what is such a dialogue already, or all but, is not wrapped again.
+
+    >>> {_as_dialogue(text) for text in ("Hi", "\\n\\nHuman: Hi", "Human: Hi\\n\\nAssistant: ")}
+    {'\\n\\nHuman: Hi\\n\\nAssistant:'}
+    """
+    if not (HUMAN.match(prompt) or ASKED.search(prompt)):
+        prompt = f"Human: {prompt}"
+    body = ASKED.sub("", prompt)
+    return ("\n\n" + body.lstrip() if HUMAN.match(body) else body) + ASSISTANT
+
+
+def _encode_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, prompt_format: str | None, now: datetime | None
+) -> list[int]:
     if prompt_format in ("text", "dialogue"):
         raise ValueError(f"prompt is a list of messages, but the reward model was trained on {prompt_format} prompts")
-    if not tokenizer.chat_template:
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("prompt ends with a message of the assistant, which a response would follow; leave it out")
+    return tokenizer(render_chat(tokenizer, messages, now, add_generation_prompt=True), add_special_tokens=False)[
+        "input_ids"
+    ]
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, now: datetime | None = None, **settings) -> str:
+    """The text of a chat by the tokenizer's template, in which every message is to be found.
+
+    Raises:
+        ValueError: if there is no template, if it fails, or if it leaves out (part of) a message.
+    """
+    if not (template := tokenizer.chat_template):
         raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; give it as text")
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    if now is not None and isinstance(template, str):
+        template = STRFTIME_NOW.sub(lambda call: json.dumps(now.strftime(call[2])), template)
+    try:
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **settings)
+    except (TemplateError, ValueError, TypeError) as error:
+        raise ValueError(f"the chat template fails: {error}") from error
+    place = 0
+    for role, content in ((message["role"], message["content"].strip()) for message in messages):
+        if (place := text.find(content, place)) < 0:
+            raise ValueError(
+                f"the chat template leaves out what {role!r} says, or part of it ({content!r:.60}): use the roles that "
+                "it knows (system, user, assistant), and text that it keeps"
+            )
+        place += len(content)
+    return text
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template writes behind a message of the assistant; None where it writes none."""
+    if not tokenizer.chat_template:
+        return None
+    said = "pargs"
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
+    closing = render_chat(tokenizer, chat).rpartition(said)[2]
+    ids = tokenizer(closing.strip(), add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    return ids[0] if ids and ids[0] in special else None
 
 
 def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """With the tokenizer's start tokens, but without the end token that some tokenizers add: the text goes on."""
     ids, bare = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    if bare and bare[0] == tokenizer.bos_token_id:
+        return bare
     end = next(end for end in range(len(bare), len(ids) + 1) if ids[end - len(bare) : end] == bare)
     return ids[:end] if bare else [i for i in ids if i == tokenizer.bos_token_id]
+
+
+def encode_within(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of text that others precede: without start or end token, and without the space that tokenizers of the
+    SentencePiece kind begin every text with."""
+    if not any(token.startswith("▁") for token in tokenizer.tokenize("a")):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    before, both = (tokenizer(some, add_special_tokens=False)["input_ids"] for some in ("\n", "\n" + text))
+    return both[len(before) :]
 
 
 def cut_left(ids: list[int], length: int, start_token: int | None) -> list[int]:
@@ -140,25 +343,14 @@ def cut_left(ids: list[int], length: int, start_token: int | None) -> list[int]:
     return ids if len(ids) <= length else ids[:kept] + ids[len(ids) - length + kept :]
 
 
-def encode_responses(tokenizer: PreTrainedTokenizerBase, responses: Sequence[Prompt]) -> list[list[int]]:
-    """Token ids of responses, without start or end token. Blank text has none; token ids stay as they are.
-
-    Tokenizers of the SentencePiece kind begin every text with a space of their own. With those, the space that a
-    response begins with (after "Assistant:", say) is dropped, or there would be two.
-    """
-    own_space = any(token.startswith("▁") for token in tokenizer.tokenize("a"))
-    texts = [text if text.strip() else "" for text in responses if isinstance(text, str)]
-    texts = [text.removeprefix(" ") if own_space else text for text in texts]
-    encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else ())
-    return [next(encoded) if isinstance(response, str) else cast("list[int]", response) for response in responses]
-
-
 def check_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
     """Check that the tokenizer knows all token ids. Raises ValueError naming the largest, if it does not."""
-    if max(ids, default=0) >= len(tokenizer):
+    if (largest := max(ids, default=0)) < len(tokenizer):
+        return
+    if largest > (last := max(tokenizer.get_vocab().values())):
         raise ValueError(
-            f"token id {max(ids)} is outside the tokenizer's vocabulary of {len(tokenizer)}; "
-            "the ids were made with another tokenizer"
+            f"token id {largest} is outside the tokenizer's vocabulary of {last + 1}; the ids were made with another "
+            "tokenizer"
         )
 
 
@@ -179,9 +371,11 @@ def check_vocabularies(lm_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrai
 
 
 def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end a response: the tokenizer's end token first, then those of the generation configuration."""
+    """The ids that end a response: the tokenizer's end token first, then that of its chat template (`turn_end`), then
+    those of the generation configuration."""
     configured = lm.generation_config.eos_token_id if lm.generation_config else None
-    ends = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    configured = configured if isinstance(configured, list) else [configured]
+    ends = [tokenizer.eos_token_id, turn_end(tokenizer), *configured]
     return list(dict.fromkeys(end for end in ends if end is not None))
 
 

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from pargs_min.codec import check_ids, cut_left, encode_prompt, encode_responses
+from pargs_min.codec import Codec, cut_left, prompt_format
 from pargs_min.records import Preference, Response
 
 Record = Preference | Response
@@ -43,8 +43,9 @@ def encode_preferences(
     Args:
         max_length: tokens of prompt and response together, at most. Longer prompts are cut from the left; a pair whose
             longer response leaves no room for one token of its prompt is dropped.
-        append_eos: end each response with the tokenizer's end token, unless its ids end so already. Turn it off for
-            responses that were cut at a length limit; empty responses then cannot be scored and are dropped.
+        append_eos: end each response with the end token of the prompts' form (`Codec.end`), unless its ids end so
+            already. Turn it off for responses that were cut at a length limit; empty responses then cannot be scored
+            and are dropped.
 
     Returns:
         The pairs, and counts: "read", "kept", "too_long", "empty", "identical" (chosen equals rejected: nothing to
@@ -53,16 +54,22 @@ def encode_preferences(
     Raises:
         ValueError: naming the record, if it cannot be encoded; if no pair is left, or the tokenizer has no end token.
     """
-    if append_eos and tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end token; set its eos_token, or train with append_eos=False")
+    if append_eos:
+        _check_end(tokenizer)
     rows, counts = _encode(preferences, ("chosen", "rejected"), tokenizer, max_length, lambda _: append_eos)
     return [Pair(*row) for row in rows], counts
 
 
 def encode_texts(
-    responses: Sequence[Response], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    responses: Sequence[Response],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    form: str | None = None,
 ) -> tuple[list[Text], dict[str, int]]:
     """Tokenise texts as `encode_preferences` does; a finished response ends with the end token, a cut one does not.
+
+    Args:
+        form: that the prompts are brought to; None means their own.
 
     Returns:
         The texts, and counts: "read", "kept", "too_long", "empty", "prompts_cut".
@@ -70,10 +77,25 @@ def encode_texts(
     Raises:
         ValueError: naming the record, if it cannot be encoded; if none is left, or the tokenizer has no end token.
     """
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end token; set its eos_token")
-    rows, counts = _encode(responses, ("response",), tokenizer, max_length, lambda text: text.finished)
+    _check_end(tokenizer)
+    rows, counts = _encode(responses, ("response",), tokenizer, max_length, lambda text: text.finished, form)
     return [Text(prompt_ids, response_ids) for prompt_ids, response_ids in rows], counts
+
+
+def _check_end(tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token; set its eos_token, or train with append_eos=False")
+
+
+def records_form(records: Iterable[Record]) -> str:
+    """The form of the records' prompts (`prompt_format`); of texts that say so, what they were written for.
+
+    Raises:
+        ValueError: if there are several.
+    """
+    said = {record.form if isinstance(record, Response) else None for record in records}
+    form = said.pop() if len(said) == 1 else None
+    return form or prompt_format(record.prompt for record in records)
 
 
 def _encode(
@@ -82,16 +104,19 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     ends: Callable[[Any], bool],
+    form: str | None = None,
 ) -> tuple[list[list[list[int]]], dict[str, int]]:
     """[prompt_ids, response_ids of each side] of every record that can be trained on, and counts of all."""
     two = ("identical",) if len(sides) == 2 else ()
     counts = dict.fromkeys(("read", "kept", "too_long", "empty", *two, "prompts_cut"), 0)
-    rows, end = [], [tokenizer.eos_token_id]
-    encoded = [encode_responses(tokenizer, [getattr(record, side) for record in records]) for side in sides]
-    for record, *responses in zip(records, *encoded, strict=True):
-        prompt_ids = _encode_prompt(record, responses, tokenizer)
-        if ends(record):
-            responses = [ids if ids[-1:] == end else ids + end for ids in responses]
+    if not records:
+        raise ValueError(_nothing_left(records, counts, max_length))
+    rows, codec = [], Codec(tokenizer, form or records_form(records))
+    for record in records:
+        try:
+            prompt_ids, responses = codec.encode(record.prompt, [getattr(record, side) for side in sides], ends(record))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{record.source}: {error}") from error
         room = len(prompt_ids) if max_length is None else max_length - max(map(len, responses))
         counts["read"] += 1
         if two and responses[0] == responses[1]:
@@ -107,15 +132,6 @@ def _encode(
     if not rows:
         raise ValueError(_nothing_left(records, counts, max_length))
     return rows, counts
-
-
-def _encode_prompt(record: Record, responses: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    try:
-        for ids in responses:
-            check_ids(tokenizer, ids)
-        return encode_prompt(tokenizer, record.prompt)
-    except ValueError as error:
-        raise ValueError(f"{record.source}: {error}") from None
 
 
 def _nothing_left(records: Sequence[Record], counts: dict[str, int], max_length: int | None) -> str:

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from pargs_min.codec import FORMS
 from pargs_min.memory import is_out_of_memory
 
 Name = str | os.PathLike
@@ -36,7 +37,7 @@ WHOLE = dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_
 # What training records with a reward model, and which values it knows.
 RECORD: dict[str, Any] = {
     "objective": ("partial", "full", "value"),
-    "prompt_format": ("text", "dialogue", "chat", "ids"),
+    "prompt_format": FORMS,
     "append_eos": (True, False),
 }
 HEADS = ("score", "classifier")  # what the families of transformers call theirs
@@ -154,10 +155,15 @@ def save_reward_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         settings: how it was trained (objective, tail, append_eos, prompt format): kept as `config.pargs`, where
             decoding finds them.
     """
-    model.config.problem_type = "regression"  # or the pipeline would squash the reward through a sigmoid
-    model.config.pargs = settings
+    record(model, **settings)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def record(model: PreTrainedModel, **settings) -> None:
+    """Note in a reward model's configuration how it is trained, so that each of its checkpoints says it, too."""
+    model.config.problem_type = "regression"  # or the pipeline would squash the reward through a sigmoid
+    model.config.pargs = settings
 
 
 def separate_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,9 +1,19 @@
-"""What a judge reads of a record of `pargs generate`: text, a chat, or token ids."""
+"""What a reward model reads of a text: its own tokens, in the form that it was trained on.
 
-from collections.abc import Iterator, Sequence
+Judges read records of `pargs generate` in this way, and so do guides whose tokenizer is not the language model's.
+"""
 
-from pargs_min.codec import Codec, encode_responses
-from pargs_min.records import Messages, is_messages
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pargs_min.codec import Codec, left_pad
+from pargs_min.records import is_messages
+from pargs_min.reward_model import check_evaluating, context_length, final_rewards, is_causal, recorded
+from pargs_min.scoring import RewardFn
 
 Texts = Sequence[dict]  # records of `pargs generate`
 
@@ -25,34 +35,75 @@ def prompt_text(record: dict) -> str:
     return prompt
 
 
-def as_chats(codec: Codec, texts: Texts) -> Iterator[list[int]]:
-    """Token ids of each text as a chat; a prompt that is text becomes the message of a user."""
-    for text in texts:
-        prompt = text["prompt"] if is_messages(text["prompt"]) else [{"role": "user", "content": prompt_text(text)}]
-        chat: Messages = [*prompt, {"role": "assistant", "content": text["response"]}]
-        yield codec.tokenizer.apply_chat_template(chat, return_dict=False)
+def record_rewards(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Texts], list[float]]:
+    """The rewards of records by any one-label classifier, which are read together.
+
+    A model that `pargs train` wrote reads ids, in its recorded prompt format, end token included. Of the others, those
+    with a chat template read a chat, bidirectional ones (BERT's kind) a pair of texts, causal ones text and end token.
+
+    Raises:
+        ValueError: for a text that is longer than the model's context, counted in its own tokens, or that it cannot
+            read; if the model is in training mode.
+    """
+    settings, limit = recorded(model), context_length(model) or math.inf
+    codec = Codec(tokenizer, settings.get("prompt_format"))
+    pairs = not (settings or tokenizer.chat_template or is_causal(model))
+
+    def row(record: dict) -> Mapping:
+        if pairs:
+            return tokenizer(prompt_text(record), record["response"])
+        record = record | {"prompt": record["prompt"] or prompt_text(record)}
+        if tokenizer.chat_template and not settings:
+            return {"input_ids": codec.conversation(record)}
+        return {"input_ids": codec.whole(record, settings.get("append_eos", True))}
+
+    @torch.no_grad()
+    def rewards(records: Texts) -> list[float]:
+        check_evaluating(model)
+        rows = [row(record) for record in records]
+        for record, length in ((record, len(some["input_ids"])) for record, some in zip(records, rows, strict=True)):
+            if length > limit:
+                raise ValueError(
+                    f"prompt number {record['prompt_number']}, sample {record['sample']}: {length} tokens, and "
+                    f"{type(model).__name__} reads at most {limit}; generate shorter texts (--max-new-tokens)"
+                )
+        if pairs:
+            return model(**tokenizer.pad(rows, return_tensors="pt").to(model.device)).logits[:, 0].tolist()
+        ids, mask = left_pad([some["input_ids"] for some in rows])
+        return final_rewards(model, ids.to(model.device), mask.to(model.device)).tolist()
+
+    return rewards
 
 
-def as_ids(codec: Codec, texts: Texts, append_eos: bool) -> Iterator[list[int]]:
-    """Token ids of each text's prompt and response, with the end token where the response ended by itself.
+def text_rewards(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: Codec, prompts: Sequence[dict]
+) -> RewardFn:
+    """The reward function of a model with another tokenizer: it reads each text as `record_rewards` does.
 
-    Ids that the codec decodes to the response are its own, and read as they were drawn; others are encoded anew.
+    The special tokens of the language model's text are dropped, but for the one that ends it, which becomes the reward
+    model's own; a candidate that is half a character reaches the reward model as the replacement character.
 
     Args:
-        append_eos: whether a response that is encoded anew gets an end token.
+        codec: the language model's.
+        prompts: records of the prompts that the texts continue. A text belongs to the longest that it begins with.
     """
-    end = codec.tokenizer.eos_token_id
-    for text, ids in zip(texts, encode_responses(codec.tokenizer, [text["response"] for text in texts]), strict=True):
-        if _are_own(codec, text):
-            ids = text["response_ids"]
-        elif text.get("finished") and append_eos and end is not None:
-            ids = [*ids, end]
-        yield codec.prompt({"prompt": text["prompt"] or prompt_text(text)}) + ids
+    asked = {tuple(codec.prompt(prompt)): prompt for prompt in prompts}
+    lengths = sorted({len(ids) for ids in asked}, reverse=True)
+    rewards = record_rewards(model, tokenizer)
 
+    def record(row: list[int]) -> dict:
+        try:
+            start = next(length for length in lengths if tuple(row[:length]) in asked)
+        except StopIteration:
+            raise ValueError("a text begins with none of the prompts; give all prompts that are continued") from None
+        prompt, ids = asked[tuple(row[:start])], row[start:]
+        text = prompt.get("prompt") or codec.tokenizer.decode(row[:start], skip_special_tokens=True)
+        about = {"prompt_number": prompts.index(prompt), "sample": "of the run"}
+        return about | {"prompt": text, "response": codec.text(ids), "finished": codec.finished(ids)}
 
-def _are_own(codec: Codec, text: dict) -> bool:
-    """An empty response tells less: every tokenizer's special tokens decode to it, and so do ids that it lacks."""
-    ids = text["response_ids"]
-    if not text["response"] and text.get("finished") and not codec.finished(ids):
-        return False
-    return max(ids, default=0) < codec.vocabulary and codec.text(ids) == text["response"]
+    def reward_fn(ids: Tensor, mask: Tensor) -> Tensor:
+        rows = [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        return torch.tensor(rewards([record(row) for row in rows]), dtype=dtype, device=ids.device)
+
+    return reward_fn

@@ -8,13 +8,13 @@ A *reward scorer* is all that the decoding loop needs from a reward model: `star
     ReencodeScorer     any function of whole texts, at k passes over everything per token
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel
 
 from pargs_min.reward_model import (
     body_and_head,
@@ -237,7 +237,7 @@ class ReencodeScorer:
 
     Args:
         reward_fn: (N, T) ids and their mask, padded on the left -> (N,) rewards. See `model_rewards` and
-            `text_rewards` for hub models; any function of token ids will do. It is called on batches of rows.
+            `reading.text_rewards` for hub models; any function of token ids will do. It is called on batches of rows.
         max_tokens: per part, padding included; a longer text is a part by itself.
     """
 
@@ -289,34 +289,5 @@ def model_rewards(model: PreTrainedModel) -> RewardFn:
     def reward_fn(ids: Tensor, mask: Tensor) -> Tensor:
         check_evaluating(model)
         return final_rewards(model, ids, mask)
-
-    return reward_fn
-
-
-def text_rewards(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    lm_tokenizer: PreTrainedTokenizerBase,
-    ends: Collection[int] | None = None,
-) -> RewardFn:
-    """The reward function of a model with another tokenizer: texts are decoded by one and encoded by the other.
-
-    A token that ends the language model's text becomes the reward model's own end token. Its other special tokens are
-    dropped, and a candidate that is half a character reaches the reward model as the replacement character.
-
-    Args:
-        ends: ids that end a text (`pargs_min.codec.end_tokens`); None means the end token of `lm_tokenizer`.
-    """
-    ends = {lm_tokenizer.eos_token_id} if ends is None else set(ends)
-
-    def reward_fn(ids: Tensor, mask: Tensor) -> Tensor:
-        check_evaluating(model)
-        texts = []
-        for row, keep in zip(ids.tolist(), mask.tolist(), strict=True):
-            row = [token for token, kept in zip(row, keep, strict=True) if kept]
-            row, ended = (row[:-1], tokenizer.eos_token or "") if row[-1] in ends else (row, "")
-            texts.append(lm_tokenizer.decode(row, skip_special_tokens=True) + ended)
-        batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left").to(ids.device)
-        return final_rewards(model, batch.input_ids, batch.attention_mask)
 
     return reward_fn

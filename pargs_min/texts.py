@@ -1,17 +1,21 @@
 """Prompts in, texts out: the named methods over a file of prompts, in batches, one record per text.
 
-A text depends only on (seed, prompt number, sample number), so a run that is interrupted, resumed or sharded writes the
-same texts as one that is not.
+In float32 a text depends only on (seed, prompt number, sample number), so a run that is interrupted, resumed or sharded
+writes the same texts as one that is not. In bfloat16 and float16 it depends on its batch, too: a resumed run writes the
+same texts with the same batch size.
 """
 
 import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,9 +35,10 @@ from pargs_min.decode import (
 )
 from pargs_min.memory import enough_memory
 from pargs_min.methods import METHODS, OBJECTIVES, Batch, Method, Setup, guided_by, no_reward
-from pargs_min.records import read_jsonl
+from pargs_min.reading import text_rewards
+from pargs_min.records import check_text, read_jsonl
 from pargs_min.reward_model import context_length, has_vocabulary_head, pooled_padding, recorded
-from pargs_min.scoring import ReencodeScorer, RewardFn, SiblingScorer, VocabularyScorer, model_rewards, text_rewards
+from pargs_min.scoring import ReencodeScorer, RewardFn, SiblingScorer, VocabularyScorer, model_rewards
 from pargs_min.static import StaticPolicy, StaticScorer
 from pargs_min.store import appending
 
@@ -67,12 +72,14 @@ def generate_texts(
     reward_tokenizer: PreTrainedTokenizerBase | None = None,
     final_reward_model: PreTrainedModel | None = None,
     final_reward_tokenizer: PreTrainedTokenizerBase | None = None,
+    prompt_format: str | None = None,
+    now: datetime | None = None,
     num_samples: int = 1,
     batch_size: int = 8,
     seed: int = 0,
     compiled: bool = False,
     shard: tuple[int, int] = (0, 1),
-    done: Iterable[tuple[int, int]] = (),
+    done: Mapping[tuple[int, int], list[int] | None] | None = None,
     on_step: Callable[[Step], None] | None = None,
     **settings,
 ) -> Iterator[dict]:
@@ -83,37 +90,49 @@ def generate_texts(
         method: a name of `METHODS`; all but "plain" need a reward model.
         reward_tokenizer: the reward model's; None means that it is the language model's.
         final_reward_model: what smc weighs whole texts by, and `reward` then reports; None means `reward_model`.
+        prompt_format: the form of the prompts, see `encode_prompt`. None means what the reward model, or else the
+            language model, was trained on; of models from elsewhere, "chat" where there is a chat template.
+        now: the time that a chat template is told which writes the date.
         num_samples: texts per prompt.
         batch_size: rows decoded together.
         compiled: decode with the steppers of `pargs_min.static`, where there is one for the reward model's scorer.
         shard: (i, n) writes the texts of part i of n alone (`shard_range`), the same as all parts together would.
-        done: (prompt number, sample number) of records that need not be made again.
+        done: (prompt number, sample number) of records that need not be made again, each with the prompt's ids (None:
+            not known) for comparison.
         on_step: as in `generate`.
         settings: the fields of `Decoding`.
 
     Yields:
-        prompt and prompt_ids as given, prompt_number, sample, response (text), response_ids, finished (whether it
-        ended by itself), method, ref_log_prob (nats), kl (nats, `path_kl` or `smc`), cost (this text's share of its
-        batch: seconds, and model_calls, forward passes of one row by any model), and with a reward model `reward` of
-        the whole response.
+        prompt as given, prompt_ids (what the models read) and prompt_format, prompt_number, sample, response (text),
+        response_ids, finished (whether it ended by itself), method, ref_log_prob (nats), kl (nats, `path_kl` or `smc`),
+        cost (this text's share of its batch: seconds, and model_calls, forward passes of one row by any model), and
+        with a reward model `reward` of the whole response.
 
     Raises:
-        ValueError: for an argument out of range, no prompt, or a prompt that leaves no room in a model's context:
-            before any text is generated.
+        ValueError: for an argument out of range, no prompt, a prompt that leaves no room in a model's context, or
+            models that were trained on prompts of different forms: before any text is generated.
         MemoryError: where a batch is too large, saying what to lower; the records before it have been yielded.
     """
     how = Decoding(**settings)
     counts = dict(num_samples=num_samples, n=how.n, particles=how.particles, batch_size=batch_size)
     _check(method, prompts, reward_model, final_reward_model, **counts)
-    codec = Codec.of(lm, tokenizer, None if reward_model is None else recorded(reward_model).get("prompt_format"))
+    form = common_form(prompt_format, reward_model, final_reward_model) or recorded(lm).get("prompt_format")
+    codec = Codec.of(lm, tokenizer, form, now=now)
+    if form is None and codec.form == "chat" and any(isinstance(prompt.get("prompt"), str) for prompt in prompts):
+        warnings.warn("prompts of text become messages of a user, for the tokenizer has a chat template", stacklevel=2)
     reward, final = (reward_model, reward_tokenizer), (final_reward_model, final_reward_tokenizer)
     writer = _Writer(METHODS[method], how, codec, lm, prompts, reward, final, compiled, on_step)
 
-    skip, numbers = set(done), shard_range(len(prompts), shard)
-    left = [(p, s) for p in numbers for s in range(num_samples) if (p, s) not in skip]
-    size = max(1, batch_size // writer.setup.rows)
-    for start in range(0, len(left), size):
-        yield from writer.write(left[start : start + size], seed)
+    # The batches are those of a run from the beginning, since in half precision the rows of a batch change each other.
+    skip, size = dict(done or {}), max(1, batch_size // writer.setup.rows)
+    for (number, _), ids in skip.items():
+        if ids is not None and ids != writer.encoded[number]:
+            raise ValueError(f"prompt number {number} has other token ids now than in the texts that are done")
+    numbers = [(p, s) for p in shard_range(len(prompts), shard) for s in range(num_samples)]
+    for batch in (numbers[start : start + size] for start in range(0, len(numbers), size)):
+        if any(number not in skip for number in batch):
+            records = writer.write(batch, seed)
+            yield from (record for number, record in zip(batch, records, strict=True) if number not in skip)
 
 
 class _Writer:
@@ -136,10 +155,12 @@ class _Writer:
         top_k = (min(10, codec.vocabulary) if method.guided else 0) if how.top_k is None else how.top_k
 
         # Whom to ask, and how.
-        longest = _longest(self.encoded, how.max_new_tokens, lm, reward[0], final[0])
+        longest = _longest(self.encoded, how.max_new_tokens, lm)
         policy: PolicyStepper = ModelPolicy(lm, vocabulary=codec.vocabulary)
-        reward_fn, scorer = _reward(*reward, codec, longest, method.guided)
-        weigh, _ = _reward(*final, codec, longest, guided=False)
+        asking: dict[str, Any] = dict(codec=codec, prompts=prompts, encoded=self.encoded)
+        asking |= dict(max_new_tokens=how.max_new_tokens)
+        reward_fn, scorer = _reward(*reward, guided=method.guided, **asking)
+        weigh, _ = _reward(*final, guided=False, **asking)
         if compiled:
             policy = StaticPolicy(lm, longest, vocabulary=codec.vocabulary)
             if isinstance(scorer, SiblingScorer):
@@ -189,7 +210,7 @@ class _Writer:
         doing += f", {flag} {rows} rows per text" if flag else ""
         if texts > 1:
             lower = f"lower --batch-size (here to {texts * rows // 2} or less) and go on with --resume"
-            return doing, f"{lower}; the texts so far are kept, and the others stay what they would be"
+            return doing, f"{lower}; the texts so far are kept, and in float32 the others stay what they would be"
         lower = (f"{flag}, " if flag else "") + "--max-new-tokens or the prompts' length"
         less = f"it is one text, so --batch-size cannot help; write another file with less {lower}"
         return doing, f"{less}, or --dtype bfloat16"
@@ -200,12 +221,12 @@ class _Writer:
         ref_log_probs = generation.ref_log_probs.sum(-1).tolist()
         for i, (number, sample) in enumerate(numbers):
             ids = generation.tokens[i, : generation.lengths[i]].tolist()
-            record = {
-                name: self.prompts[number][name] for name in ("prompt", "prompt_ids") if name in self.prompts[number]
-            }
-            record |= {"prompt_number": number, "sample": sample, "response": self.codec.text(ids), "response_ids": ids}
+            record = {"prompt": self.prompts[number].get("prompt"), "prompt_ids": self.encoded[number]}
+            record |= {"prompt_format": self.codec.form, "prompt_number": number, "sample": sample}
+            record |= {"response": self.codec.text(ids), "response_ids": ids}
             record |= {"finished": self.codec.finished(ids), "method": self.method.name}
             record |= {"ref_log_prob": ref_log_probs[i], "kl": kl[i].item(), "cost": cost}
+            record |= {"now": self.codec.now.isoformat()} if self.codec.now and self.codec.dated else {}
             yield record if rewards is None else record | {"reward": rewards[i].item()}
 
 
@@ -284,8 +305,31 @@ def _longest(encoded: list[list[int]], max_new_tokens: int, *models: PreTrainedM
     return longest
 
 
+def common_form(asked: str | None, *reward_models: PreTrainedModel | None) -> str | None:
+    """The form of prompts that these models were trained on; None where none says.
+
+    Raises:
+        ValueError: if they differ, or another was asked for.
+    """
+    forms = [asked, *(recorded(model).get("prompt_format") for model in reward_models if model is not None)]
+    known = sorted({form for form in forms if form not in (None, "ids")})
+    if len(known) > 1:
+        raise ValueError(
+            f"the prompts cannot be {' and '.join(known)} at once: the reward models of a run, and prompt_format "
+            "(--prompt-format), must be for one form"
+        )
+    return known[0] if known else None
+
+
 def _reward(
-    model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, codec: Codec, longest: int, guided: bool
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    guided: bool,
+    codec: Codec,
+    prompts: list[dict],
+    encoded: list[list[int]],
+    max_new_tokens: int,
 ) -> tuple[RewardFn | None, RewardScorer | None]:
     """The fastest right way to ask this reward model: of whole texts, and of the candidates of a step."""
     if model is None:
@@ -294,9 +338,11 @@ def _reward(
         try:
             check_vocabularies(codec.tokenizer, tokenizer)
         except ValueError as error:
+            longest = _longest(encoded, max_new_tokens)
             warnings.warn(f"{error}. Falling back to the latter: {_reencoding(longest)}", stacklevel=3)
-            reward_fn = text_rewards(model, tokenizer, codec.tokenizer, codec.ends)
+            reward_fn = text_rewards(model, tokenizer, codec, prompts)
             return reward_fn, ReencodeScorer(reward_fn)
+    longest = _longest(encoded, max_new_tokens, model)
     return model_rewards(model), choose_scorer(model, longest, codec.ends or ()) if guided else None
 
 
@@ -353,7 +399,17 @@ def counted_passes(*models: PreTrainedModel | None) -> Iterator[Counter]:
 
 @torch.no_grad()
 def text_log_probs(lm: PreTrainedModel, codec: Codec, texts: Sequence[dict], batch_size: int = 32) -> list[float]:
-    """log pi(response | prompt) in nats of records of `generate_texts`, by a model that need not have written them."""
+    """log pi(response | prompt) in nats of records of `generate_texts`, by a model that need not have written them.
+
+    Raises:
+        ValueError: for a record without ids, or with those of another tokenizer.
+    """
+    for text in texts:
+        if not codec.wrote(text) or "response_ids" not in text:
+            raise ValueError(
+                f"prompt number {text['prompt_number']}, sample {text['sample']}: its response_ids are not of this "
+                "model's tokenizer; take the model that wrote it, or one with the same tokenizer"
+            )
     totals = []
     for some in (texts[i : i + batch_size] for i in range(0, len(texts), batch_size)):
         prompt_ids, mask = left_pad([codec.prompt(text) for text in some])
@@ -366,37 +422,45 @@ def text_log_probs(lm: PreTrainedModel, codec: Codec, texts: Sequence[dict], bat
 
 def write_records(path: str | os.PathLike, records: Iterable[dict], settings: dict) -> Iterator[dict]:
     """Append each record, with the run's settings, to a JSONL file as it comes, and pass it on."""
+    records = iter(records)
+    first = [*islice(records, 1)]  # what is refused leaves no file
     with appending(path) as append:
-        for record in records:
+        for record in chain(first, records):
             append(record | {"settings": settings})
             yield record
 
 
-def read_done(path: str | os.PathLike, settings: dict, prompts: list[dict]) -> set[tuple[int, int]]:
-    """(prompt number, sample number) of the records that an interrupted run left.
+def read_done(path: str | os.PathLike, settings: dict, prompts: list[dict]) -> dict[tuple[int, int], list[int] | None]:
+    """(prompt number, sample number) of the records that an interrupted run left, and the prompt's ids of each.
 
     Raises:
-        ValueError: naming file and line, if they were made with other settings or for other prompts than these.
+        ValueError: naming file and line, if they were made with other settings or for other prompts than these, or are
+            no records of such a run.
     """
     if not Path(path).exists():
-        return set()
-    done = set()
+        return {}
+    done: dict[tuple[int, int], list[int] | None] = {}
     for record, source in read_jsonl(path, growing=True):
-        try:
-            number, sample, theirs = record["prompt_number"], record["sample"], record["settings"]
-            differ = differences(theirs, settings)
-            done.add((number, sample))
-            asked = prompts[number] if number < len(prompts) else {}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{source}: not a record of `pargs generate` ({error!r}); write to another file") from None
-        if differ:
+        check_text(record, source)
+        number, sample = record["prompt_number"], record["sample"]
+        asked = {"prompt": None} | prompts[number] if number < len(prompts) else {"prompt_number": None}
+        if (number, sample) in done:
+            raise ValueError(f"{source}: prompt {number} has sample {sample} already; write to another file")
+        done[number, sample] = record.get("prompt_ids")
+        if differ := differences(record.get("settings", {}), settings):
             raise ValueError(f"{source} was made with other settings ({differ}); write to another file")
-        if any(record.get(name) != asked.get(name) for name in ("prompt", "prompt_ids")):
+        if any(name in asked and record.get(name) != asked[name] for name in ("prompt", "prompt_ids", "prompt_number")):
             raise ValueError(
                 f"{source} was written for another prompt number {number}: the prompts have changed since; write to "
                 "another file"
             )
     return done
+
+
+def time_of(path: str | os.PathLike) -> datetime | None:
+    """The time that the chat template was told in an interrupted run, for the rest of it to read the same prompts."""
+    records = read_jsonl(path, growing=True) if Path(path).exists() else iter(())
+    return next((datetime.fromisoformat(record["now"]) for record, _ in records if "now" in record), None)
 
 
 def differences(theirs: dict, ours: dict) -> str:

@@ -48,6 +48,7 @@ def train_reward_model(
     tail: str = "extend",
     reduction: str = "prefix",
     lengths: tuple[int, int | None] = (1, None),
+    end: int | None = None,
     lora_rank: int | None = None,
     resume: bool = False,
 ) -> dict[str, float]:
@@ -55,12 +56,13 @@ def train_reward_model(
 
     Args:
         model: from `load_reward_model`.
-        tokenizer: names the end token that continues the shorter response of a pair, and the padding.
+        tokenizer: names the padding, and is saved with checkpoints.
         pairs, eval_pairs: from `encode_preferences`; the second are evaluated when training has ended, and whenever
             `args` says so.
         args: of transformers; batch sizes count pairs.
         objective: "partial" (PARGS) compares every prefix, "full" (ARGS) whole responses only.
         tail, reduction, lengths: of the partial objective, see `partial_bradley_terry_loss`.
+        end: what continues the shorter response of a pair (`Codec.end`); None means the tokenizer's end token.
         lora_rank: R >= 1 trains adapters of rank R and the head (`low_rank`) instead of all weights.
         resume: go on from the last whole checkpoint in `args.output_dir`, if there is one: same data, seed and
             arguments give the weights of a run that was never interrupted.
@@ -75,7 +77,8 @@ def train_reward_model(
         MemoryError: where a batch is too large, saying what to lower; checkpoints stay.
     """
     loss, items = objective_functions(objective, tail, reduction, lengths)
-    extend_with = tokenizer.eos_token_id if (objective, tail) == ("partial", "extend") else None
+    end = tokenizer.eos_token_id if end is None else end
+    extend_with = end if (objective, tail) == ("partial", "extend") else None
     pad_id = tokenizer.pad_token_id or 0
 
     def collate_with_items(batch: Sequence[Pair]) -> dict[str, Tensor]:
@@ -83,7 +86,7 @@ def train_reward_model(
         return tensors | {"labels": items(tensors)}
 
     parts = dict(data_collator=collate_with_items, compute_metrics=prefix_metrics, loss=loss)
-    return _fit(PairTrainer, model, pairs, eval_pairs, args, lora_rank, resume, **parts)
+    return _fit(PairTrainer, model, tokenizer, pairs, eval_pairs, args, lora_rank, resume, **parts)
 
 
 def train_value_model(
@@ -120,7 +123,7 @@ def train_value_model(
         return tensors | {"labels": torch.where(torch.arange(int(lengths.max())) < lengths[:, None], 0, -100)}
 
     parts = dict(data_collator=collate_with_items, compute_metrics=value_metrics, loss=prefix_value_loss)
-    return _fit(ValueTrainer, model, texts, eval_texts, args, lora_rank, resume, **parts)
+    return _fit(ValueTrainer, model, tokenizer, texts, eval_texts, args, lora_rank, resume, **parts)
 
 
 @torch.no_grad()
@@ -136,7 +139,15 @@ def rate(texts: Sequence[Text], reward_fn: RewardFn, *, batch_size: int = 32, de
 
 
 def _fit(
-    trainer_class, model: PreTrainedModel, data, eval_data, args, lora_rank: int | None, resume: bool, **parts
+    trainer_class,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data,
+    eval_data,
+    args,
+    lora_rank: int | None,
+    resume: bool,
+    **parts,
 ) -> dict[str, float]:
     if not is_causal(model):
         raise ValueError(f"{type(model).__name__} has no reward at every token; train a causal model")
@@ -148,7 +159,8 @@ def _fit(
     checkpoint = last_checkpoint(args.output_dir) if resume else None
     check_rank(checkpoint, lora_rank)
     with enough_memory(*_asked(args)), low_rank(model, lora_rank), _forward_is_prefix_rewards(model):
-        trainer = trainer_class(model, args, train_dataset=data, eval_dataset=eval_data or None, **parts)
+        parts |= dict(train_dataset=data, eval_dataset=eval_data or None, processing_class=tokenizer)
+        trainer = trainer_class(model, args, **parts)
         if trainer.is_fsdp_enabled:
             raise ValueError(
                 "args.fsdp shards the model, and shards cannot be saved as one yet; use DDP (plain torchrun)"

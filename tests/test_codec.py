@@ -11,15 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from pargs_min.codec import (
-    Codec,
-    check_vocabularies,
-    encode_prompt,
-    encode_responses,
-    end_tokens,
-    left_pad,
-    prompt_format,
-)
+from pargs_min.codec import Codec, check_vocabularies, encode_prompt, end_tokens, left_pad, prompt_format
 from tests.strategies import tiny_lm, tiny_tokenizer
 from tests.test_reward_model import word_tokenizer
 
@@ -95,7 +87,9 @@ def test_the_format_of_a_data_set_is_one():
 
 
 def test_responses_have_neither_start_nor_end_token_and_keep_their_order():
-    assert encode_responses(tiny_tokenizer(), ["a b", [5, 6], " ", "c"]) == [[A, B], [5, 6], [], [C]]
+    codec = Codec(tiny_tokenizer(), "text")
+    assert codec.encode("a", ["a b", [5, 6], " ", "c"]) == ([START, A], [[A, B], [5, 6], [], [C]])
+    assert codec.encode("a", ["b", [5, END], ""], finished=True)[1] == [[B, END], [5, END], [END]]
 
 
 def test_a_tokenizer_that_writes_its_own_space_is_not_given_two():
@@ -105,7 +99,7 @@ def test_a_tokenizer_that_writes_its_own_space_is_not_given_two():
     backend.pre_tokenizer = Split("▁", "merged_with_next")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     assert tokenizer(" a")["input_ids"] == [1, 2]
-    assert encode_responses(tokenizer, [" a b", "b", "  "]) == [[2, 3], [3], []]
+    assert Codec(tokenizer).encode("a", [" a b", " b", "  "])[1] == [[2, 3], [3], []]
 
 
 def test_end_tokens_come_from_tokenizer_and_generation_configuration():

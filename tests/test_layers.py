@@ -21,15 +21,16 @@ METHOD = {  # what a reader of the method meets, and all that it may import of t
     "policy": set(),
     "losses": set(),
     "reward_model": set(),
-    "scoring": {"codec", "reward_model"},
+    "scoring": {"reward_model"},
     "decode": {"policy", "reward_model", "scoring"},
     "smc": {"decode", "scoring"},
     "methods": {"decode", "scoring", "smc"},
-    "models": {"memory"},
+    "models": {"codec", "memory"},
     "records": set(),
     "codec": {"records"},
     "store": {"records"},
     "data": {"codec", "records"},
+    "reading": {"codec", "records", "reward_model", "scoring"},
 }
 each_file = pytest.mark.parametrize("name", FILES)
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from pargs_min.codec import left_pad
+from pargs_min.codec import Codec, left_pad
 from pargs_min.decode import ModelPolicy, generate
 from pargs_min.methods import OBJECTIVES
 from pargs_min.models import (
@@ -30,8 +30,9 @@ from pargs_min.models import (
     load_tokenizer,
     save_reward_model,
 )
+from pargs_min.reading import text_rewards
 from pargs_min.reward_model import final_rewards, recorded
-from pargs_min.scoring import SiblingScorer, model_rewards, text_rewards
+from pargs_min.scoring import SiblingScorer, model_rewards
 from pargs_min.texts import choose_scorer
 from tests.strategies import tiny_lm, tiny_reward_model
 from tests.test_reward_model import word_tokenizer
@@ -289,7 +290,13 @@ def test_a_model_from_elsewhere_is_read_as_transformers_reads_it(tmp_path, paddi
         assert_close(scorer.score(torch.tensor([[end]]))[0], before)
 
 
-@pytest.mark.parametrize("ask", [model_rewards, lambda model: text_rewards(model, *[word_tokenizer()] * 2)])
+@pytest.mark.parametrize(
+    "ask",
+    [
+        model_rewards,
+        lambda model: text_rewards(model, word_tokenizer(), Codec(word_tokenizer()), [{"prompt_ids": [2]}]),
+    ],
+)
 def test_a_reward_model_in_training_mode_is_refused(ask):
     with pytest.raises(ValueError, match="training mode"):
         ask(tiny_reward_model().train())(torch.tensor([[2, 3]]), torch.tensor([[1, 1]]))

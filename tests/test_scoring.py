@@ -10,14 +10,9 @@ from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification
 
 from pargs_min import minimal
-from pargs_min.scoring import (
-    ReencodeScorer,
-    SiblingScorer,
-    attention_window,
-    length_buckets,
-    model_rewards,
-    text_rewards,
-)
+from pargs_min.codec import Codec
+from pargs_min.reading import text_rewards
+from pargs_min.scoring import ReencodeScorer, SiblingScorer, attention_window, length_buckets, model_rewards
 from tests.strategies import SHAPES, left_padded, tiny_config, tiny_reward_model
 from tests.test_reward_model import word_tokenizer
 
@@ -117,7 +112,9 @@ def test_reencoding_in_parts_of_like_length_equals_one_text_at_a_time(kind):
     reward_fn = {
         "causal": lambda: model_rewards(tiny_reward_model("llama")),
         "bidirectional": lambda: model_rewards(bert()),
-        "another tokenizer": lambda: text_rewards(tiny_reward_model("gpt2"), own, lm_tokenizer),
+        "another tokenizer": lambda: text_rewards(
+            tiny_reward_model("gpt2"), own, Codec(lm_tokenizer), [{"prompt_ids": [i]} for i in range(2, 11)]
+        ),
     }[kind]()
     shapes = []
 
@@ -225,8 +222,9 @@ def test_another_tokenizer_is_bridged_by_text():
     model = tiny_reward_model("llama")
     ids, mask = left_padded(7, 3, 1)
     ids, mask = torch.nn.functional.pad(ids, (0, 1)), torch.nn.functional.pad(mask, (0, 1), value=1)  # ends in <end>
-    rewards = text_rewards(model, rm_tokenizer, lm_tokenizer)(ids, mask)
+    prompts = [{"prompt_ids": row[keep].tolist()[:1]} for row, keep in zip(ids, mask.bool(), strict=True)]
+    rewards = text_rewards(model, rm_tokenizer, Codec(lm_tokenizer), prompts)(ids, mask)
     assert_close(rewards, model_rewards(model)(10 - ids, mask), rtol=0, atol=1e-12)
     ids[:, -1] = 10  # "i", where that ends a text, too
-    found = text_rewards(model, rm_tokenizer, lm_tokenizer, ends=[0, 10])(ids, mask)
+    found = text_rewards(model, rm_tokenizer, Codec(lm_tokenizer, ends=(0, 10)), prompts)(ids, mask)
     assert_close(found, rewards, rtol=0, atol=1e-12)

@@ -47,7 +47,7 @@ def test_a_text_depends_on_its_own_numbers_alone(method):
     assert [(r["prompt_number"], r["sample"]) for r in whole] == list(itertools.product(range(3), range(3)))
     assert len({tuple(r["response_ids"]) for r in whole}) > 3
     alone = list(texts(method, n=3, batch_size=1))
-    rest = list(texts(method, n=3, batch_size=2, done=[(0, 0), (1, 2), (2, 2)]))
+    rest = list(texts(method, n=3, batch_size=2, done=dict.fromkeys([(0, 0), (1, 2), (2, 2)])))
     ids = {(r["prompt_number"], r["sample"]): r["response_ids"] for r in whole}
     for record in alone + rest:
         assert record["response_ids"] == ids[record["prompt_number"], record["sample"]]
@@ -286,7 +286,7 @@ def test_out_of_memory_says_what_to_lower_and_loses_nothing(tmp_path, error):
 
 
 OUT_OF_MEMORY = (
-    "out of memory while decoding 6 texts at once, prompts of up to 2 tokens, --max-new-tokens 6: "
+    "out of memory while decoding 6 texts at once, prompts of up to 3 tokens, --max-new-tokens 6: "
     "lower --batch-size .here to 3 or less. and go on with --resume"
 )
 
@@ -309,7 +309,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
 def test_settings_are_never_mixed_in_one_file(tmp_path):
     path = tmp_path / "out.jsonl"
-    assert read_done(path, {}, PROMPTS) == set()
+    assert read_done(path, {}, PROMPTS) == {}
     list(write_records(path, itertools.islice(texts(), 2), {"seed": 5}))
     with pytest.raises(ValueError, match=r"out.jsonl:1 was made with other settings \(seed 5 there, 6 now\)"):
         read_done(path, {"seed": 6}, PROMPTS)
@@ -323,7 +323,6 @@ def test_settings_are_never_mixed_in_one_file(tmp_path):
     [
         ([{"prompt": "a b c"}, {"prompt": "e"}, PROMPTS[2]], 2),
         ([*PROMPTS[:2], {"prompt": "e f", "prompt_ids": [3, 5]}], 3),
-        ([*PROMPTS[:2], {"prompt": "e f"}], 3),
         (PROMPTS[:2], 3),
         (PROMPTS[::-1], 1),
     ],
@@ -333,7 +332,11 @@ def test_prompts_are_never_mixed_in_one_file(tmp_path, prompts, line):
     list(write_records(path, texts(num_samples=1), {}))
     with pytest.raises(ValueError, match=rf"out.jsonl:{line} was written for another prompt number {line - 1}"):
         read_done(path, {}, prompts)
-    assert read_done(path, {}, [*PROMPTS, {"prompt": "g"}]) == {(0, 0), (1, 0), (2, 0)}
+    done = read_done(path, {}, [*PROMPTS, {"prompt": "g"}])
+    assert set(done) == {(0, 0), (1, 0), (2, 0)}
+    assert done[2, 0] == PROMPTS[2]["prompt_ids"]
+    with pytest.raises(ValueError, match="prompt number 2 has other token ids now"):
+        list(texts(prompts=[*PROMPTS[:2], {"prompt": "a b"}], num_samples=1, done=done))
 
 
 def test_a_text_has_the_log_probability_with_which_it_was_drawn():

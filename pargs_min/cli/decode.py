@@ -1,17 +1,19 @@
 """`pargs generate` and `pargs trace`: texts of a language model, guided by a reward model or not."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from pargs_min.cli.options import choice, parse
+from pargs_min.codec import FORMS
 from pargs_min.decode import Step
 from pargs_min.memory import enough_memory
 from pargs_min.methods import METHODS
-from pargs_min.models import default_device, load_language_model, load_reward_model, load_tokenizer
+from pargs_min.models import DTYPES, default_device, load_language_model, load_reward_model, load_tokenizer
 from pargs_min.progress import progress
 from pargs_min.records import read_prompts
 from pargs_min.store import aside
-from pargs_min.texts import generate_texts, parse_shard, read_done, shard_range, write_records
+from pargs_min.texts import generate_texts, parse_shard, read_done, shard_range, time_of, write_records
 from pargs_min.trace import records, to_html, to_text, token_names
 
 
@@ -27,6 +29,8 @@ class DecodeOptions:
         max_new_tokens: Length limit of a response, in tokens.
         temperature: Divides log pi_ref + beta * r.
         seed: Determines each text, together with its prompt and sample number.
+        prompt_format: Read prompts of text as they stand (text), as the turn of a human (dialogue), or as a user's
+            message (chat). Default: as the reward model was trained; without one, chat where there is a chat template.
         device: Default: cuda if available, else cpu.
         dtype: float32, bfloat16, float16, or auto: that of each checkpoint.
     """
@@ -38,8 +42,9 @@ class DecodeOptions:
     max_new_tokens: int = 64
     temperature: float = 1.0
     seed: int = 0
+    prompt_format: str | None = choice(FORMS, None)
     device: str | None = None
-    dtype: str = "auto"
+    dtype: str = choice(DTYPES, "auto")
 
 
 @dataclass(kw_only=True)
@@ -55,7 +60,7 @@ class GenerateOptions(DecodeOptions):
         num_samples: Texts per prompt.
         n: Samples behind each text of best-of-n.
         particles: Particles behind each text of smc.
-        batch_size: Texts decoded together; they do not affect each other.
+        batch_size: Texts decoded together; in float32 they do not affect each other.
         compile: Compile both models, for a GPU: takes a minute per batch size.
         shard: Write part i of n only, as i/n, i from 0. Start n processes, on any machines, each with an --output of
             its own; concatenated, their files hold what one process would write.
@@ -96,7 +101,8 @@ class TraceOptions(DecodeOptions):
 
 # Options that `generate_texts` takes by the same name, and those that may change when a run is resumed: texts do not
 # depend on them.
-PASSED = ("method", "beta", "top_k", "max_new_tokens", "temperature", "seed", "num_samples", "n", "particles")
+PASSED = {"method", "beta", "top_k", "max_new_tokens", "temperature", "seed", "n", "particles", "num_samples"}
+PASSED |= {"prompt_format"}
 NOT_IN_THE_TEXT = ("prompts", "output", "batch_size", "device", "compile", "shard", "resume")
 
 
@@ -125,9 +131,9 @@ def generate(arguments: list[str]) -> None:
     if options.output.exists() and not options.resume:
         raise ValueError(f"output {options.output} exists: continue it with --resume, or name another file")
     settings = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_TEXT}
-    done = read_done(options.output, settings, prompts)
+    done, now = read_done(options.output, settings, prompts), time_of(options.output) or datetime.now()
 
-    more = dict(batch_size=options.batch_size, compiled=options.compile, shard=shard, done=done)
+    more = dict(batch_size=options.batch_size, compiled=options.compile, shard=shard, done=done, now=now)
     texts = write_records(options.output, generate_texts(prompts=prompts, **more, **load(options)), settings)
     part = shard_range(len(prompts), shard)
     total, earlier = len(part) * options.num_samples, sum(number in part for number, _ in done)
@@ -145,8 +151,8 @@ def trace(arguments: list[str]) -> None:
         raise ValueError(f"sample must be at least 0 and shown at least 1, got {options.sample} and {options.shown}")
     loaded = load(options)
     steps: list[Step] = []
-    earlier = [(0, sample) for sample in range(options.sample)]
-    one = dict(prompts=[{"prompt": options.prompt}], num_samples=options.sample + 1, done=earlier)
+    earlier = dict.fromkeys((0, sample) for sample in range(options.sample))
+    one = dict(prompts=[{"prompt": options.prompt}], num_samples=options.sample + 1, done=earlier, batch_size=1)
     list(generate_texts(**one, on_step=steps.append, **loaded))
 
     seen = records(steps, token_names(loaded["tokenizer"]), shown=options.shown)

@@ -20,7 +20,7 @@ class _Help(RawDescriptionHelpFormatter, ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
-def choice(names: Iterable[str], default: str) -> Any:
+def choice(names: Iterable[str], default: str | None) -> Any:
     """A field for one of these names: for names that a table holds, where `Literal` would be a second list of them."""
     return field(default=default, metadata={"choices": tuple(names)})
 

@@ -12,19 +12,20 @@ from torch import distributed
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from pargs_min.cli.options import choice, parse
-from pargs_min.codec import check_vocabularies, prompt_format
-from pargs_min.data import Text, encode_preferences, encode_texts, split_by_prompt
+from pargs_min.codec import Codec, check_vocabularies
+from pargs_min.data import Text, encode_preferences, encode_texts, records_form, split_by_prompt
 from pargs_min.lora import lora_config
 from pargs_min.methods import OBJECTIVES
-from pargs_min.models import load_reward_model, load_tokenizer, save_reward_model
+from pargs_min.models import load_reward_model, load_tokenizer, record, save_reward_model
 from pargs_min.records import Response, read_preferences, read_responses
-from pargs_min.reward_model import context_length
+from pargs_min.reward_model import context_length, recorded
 from pargs_min.scoring import model_rewards
 from pargs_min.store import write_json
 from pargs_min.texts import differences
 from pargs_min.train import last_checkpoint, rate, train_reward_model, train_value_model
 
 Records = tuple[list, list]  # to train on, and of --eval-dataset
+KEPT = "pargs.json"  # the options of a run, next to its checkpoints
 
 
 @dataclass(kw_only=True)
@@ -100,7 +101,7 @@ def train(arguments: list[str]) -> None:
     """Train a reward model on every prefix of the responses of preference pairs."""
     options, args = begin(train, arguments, TrainOptions, output_dir="runs/reward_model")
     records = read(options, read_responses if options.objective == "value" else read_preferences)
-    form = prompt_format(record.prompt for some in records for record in some)  # an error now, not after training
+    form = records_form([record for some in records for record in some])  # an error now, not after training
 
     set_seed(args.seed)  # draws the new head
     tokenizer = load_tokenizer(options.model)
@@ -109,27 +110,42 @@ def train(arguments: list[str]) -> None:
 
     made, limit = dict(objective=options.objective), options.max_length or context_length(model)
     if options.objective == "value":
-        encode, method = rated(options.reward_model, tokenizer, limit, str(args.device)), train_value_model
+        form, encode = rated(options.reward_model, tokenizer, limit, str(args.device), form)
+        method = train_value_model
     else:
         made |= dict(tail=options.tail, reduction=options.reduction)
         encode = partial(encode_preferences, tokenizer=tokenizer, max_length=limit, append_eos=options.append_eos)
-        method = partial(train_reward_model, **made)
+        method = partial(train_reward_model, **made, end=Codec(tokenizer, form).end)
     made |= dict(append_eos=options.append_eos, prompt_format=form)
     made |= {} if options.lora_rank is None else dict(lora_rank=options.lora_rank)
+    record(model, **made)
     fit = partial(method, model, tokenizer, lora_rank=options.lora_rank)
     fit_and_save(options, args, records, encode, fit, partial(save_reward_model, model, tokenizer, **made))
 
 
-def rated(reward_model: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, device: str) -> Callable:
-    """An encoder of texts that also rates them, by a reward model of the same vocabulary."""
-    check_vocabularies(tokenizer, load_tokenizer(reward_model))
-    reward_fn = model_rewards(load_reward_model(reward_model, device=device))
+def rated(
+    name: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, device: str, form: str
+) -> tuple[str, Callable]:
+    """The form of prompts that a reward model of the same vocabulary reads, and an encoder of texts that it also rates.
+
+    Raises:
+        ValueError: if the texts were written for prompts of another form.
+    """
+    check_vocabularies(tokenizer, load_tokenizer(name))
+    rater = load_reward_model(name, device=device)
+    theirs = recorded(rater).get("prompt_format", form)
+    if form not in ("text", "ids", theirs):
+        raise ValueError(
+            f"{name} was trained on {theirs} prompts, and these texts continue {form} prompts: write them with "
+            f"--prompt-format {theirs}"
+        )
+    reward_fn = model_rewards(rater)
 
     def encode(records: Sequence[Response]) -> tuple[list[Text], dict[str, int]]:
-        texts, counts = encode_texts(records, tokenizer, max_length)
+        texts, counts = encode_texts(records, tokenizer, max_length, theirs)
         return rate(texts, reward_fn, device=device), counts
 
-    return encode
+    return theirs, encode
 
 
 # What `pargs train` and `pargs dpo` share: begin, read, fit_and_save.
@@ -147,16 +163,12 @@ def begin(command: Callable, arguments: list[str], kind: type, **defaults: Any) 
         return options, args
     if not options.resume:
         raise ValueError(f"there are checkpoints ({found}): add --resume, or choose another --output-dir")
-    kept = _kept(args)
+    kept = Path(args.output_dir) / KEPT
     if kept.exists() and (differ := differences(json.loads(kept.read_text("utf-8")), _recipe(options, args))):
         raise ValueError(
             f"{found} was made with other options ({differ}): resume with the same, or choose another --output-dir"
         )
     return options, args
-
-
-def _kept(args: TrainingArguments) -> Path:
-    return Path(args.output_dir) / "pargs.json"
 
 
 def _recipe(options: DataOptions, args: TrainingArguments) -> dict:
@@ -192,7 +204,7 @@ def fit_and_save(
         items, held_out = split_by_prompt(items, options.eval_fraction, args.seed)
 
     if args.process_index == 0 and not last_checkpoint(args.output_dir):
-        write_json(_kept(args), _recipe(options, args))
+        write_json(Path(args.output_dir) / KEPT, _recipe(options, args))
     metrics = fit(items, held_out, args=args, resume=options.resume)
     if args.process_index == 0:
         save(args.output_dir)

@@ -47,7 +47,8 @@ def read_files(labels: Mapping[Path, str]) -> dict[str, list[dict]]:
     """The texts of each file, by its label.
 
     Raises:
-        ValueError: as `read_texts`; if a file's prompts are not those of the first, naming the prompts that differ.
+        ValueError: as `read_texts`; if a file's prompts are not those of the first, naming the prompts that differ, or
+            were read in another form.
     """
     files = {label: read_texts(path) for path, label in labels.items()}
     (first, there), *others = ((label, _prompts(texts)) for label, texts in files.items())
@@ -59,6 +60,10 @@ def read_files(labels: Mapping[Path, str]) -> dict[str, list[dict]]:
                 f"{label} and {first} differ in {len(differ)} prompts: {shown}; compare files that were generated, to "
                 "the end, from the same prompts"
             )
+    said = ((label, text.get("prompt_format")) for label, texts in files.items() for text in texts)
+    if len(forms := {form: label for label, form in said if form}) > 1:
+        shown = ", ".join(f"{form} in {label}" for form, label in forms.items())
+        raise ValueError(f"the prompts were read in different forms ({shown}): generate with one --prompt-format")
     return files
 
 

@@ -18,14 +18,10 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-import torch
-
-from pargs_min.codec import Codec, left_pad
 from pargs_min.evaluation.chat_judge import ChatJudge
-from pargs_min.evaluation.reading import Texts, as_chats, as_ids, prompt_text
-from pargs_min.models import default_device, is_classifier, load_config, load_reward_model, load_tokenizer
+from pargs_min.models import default_device, load_reward_model, load_tokenizer
 from pargs_min.progress import progress
-from pargs_min.reward_model import context_length, final_rewards, is_causal, recorded
+from pargs_min.reading import Texts, prompt_text, record_rewards
 
 BATCH = 32  # texts that a reward model reads together
 
@@ -113,49 +109,21 @@ def _code_of_others(what: str) -> Iterator[None]:
 
 
 def model_judge(name: str) -> Callable[[Texts], list[float]]:
-    """A classifier with one label; each kind reads a text in the form that it was trained on.
-
-    A model that `pargs train` wrote reads ids, in its recorded prompt format, end token included. Of the others, those
-    with a chat template read a chat, bidirectional ones (BERT's kind) a pair of texts, causal ones text and end token.
+    """A classifier with one label; each kind reads a text in the form that it was trained on (`record_rewards`).
 
     Raises:
         ValueError: if there is no such model, or it is not a reward model.
     """
     try:
-        config = load_config(name)
-        if not is_classifier(config):
-            kinds = config.architectures or ["no model"]
-            raise ValueError(f"it is {', '.join(kinds)}, not a sequence-classification model")
         model, tokenizer = load_reward_model(name, dtype="auto", device=default_device()), load_tokenizer(name)
     except ValueError as error:
         raise ValueError(
             f"judge {name!r} cannot be loaded: {error}; expected a reward model, MODULE:FUNCTION or URL#MODEL"
         ) from error
-    limit, settings = context_length(model) or math.inf, recorded(model)
-    codec = Codec(tokenizer, settings.get("prompt_format"))
-    chats = tokenizer.chat_template and not settings
-    pairs = not (settings or chats or is_causal(model))
+    rewards = record_rewards(model, tokenizer)
 
     def score(texts: Texts) -> list[float]:
-        if pairs:
-            rows = [tokenizer(prompt_text(text), text["response"]) for text in texts]
-        else:
-            ids = as_chats(codec, texts) if chats else as_ids(codec, texts, append_eos=settings.get("append_eos", True))
-            rows = [{"input_ids": row} for row in ids]
-        for row, text in zip(rows, texts, strict=True):
-            if len(row["input_ids"]) > limit:
-                raise ValueError(
-                    f"prompt number {text['prompt_number']}, sample {text['sample']}: {len(row['input_ids'])} tokens, "
-                    f"and judge {name!r} reads at most {limit}; generate shorter texts (--max-new-tokens)"
-                )
-        starts = progress(range(0, len(rows), BATCH), desc="judging")
-        return [reward for i in starts for reward in rewards(rows[i : i + BATCH])]
-
-    @torch.no_grad()
-    def rewards(rows: list) -> list[float]:
-        if pairs:
-            return model(**tokenizer.pad(rows, return_tensors="pt").to(model.device)).logits[:, 0].tolist()
-        ids, mask = left_pad([row["input_ids"] for row in rows])
-        return final_rewards(model, ids.to(model.device), mask.to(model.device)).tolist()
+        starts = progress(range(0, len(texts), BATCH), desc="judging")
+        return [reward for i in starts for reward in rewards(texts[i : i + BATCH])]
 
     return score

@@ -4,7 +4,7 @@ import os
 from functools import cache
 
 from pargs_min.evaluation.judges import Judge, load_judge
-from pargs_min.evaluation.reading import Texts, prompt_text
+from pargs_min.reading import Texts, prompt_text
 from pargs_min.world.journey import END, OFF_GRAMMAR, Journey
 
 _world = cache(Journey)  # its automata take a second

@@ -31,12 +31,14 @@ OPTIONS = {
         save-total-limit=1
     """,
     "generate": """
-        model! reward-model beta=1.0 top-k max-new-tokens=64 temperature=1.0 seed=0 device dtype=auto
+        model! reward-model beta=1.0 top-k max-new-tokens=64 temperature=1.0 seed=0 device
+        dtype=auto{float32,bfloat16,float16,auto} prompt-format{text,dialogue,chat,ids}
         prompts! output! method=pargs{plain,pargs,pargs-greedy,args,args-greedy,cd,best-of-n,smc} final-reward-model
         num-samples=1 n=10 particles=8 batch-size=8 compile=False shard=0/1 resume=False
     """,
     "trace": """
-        model! reward-model beta=1.0 top-k max-new-tokens=64 temperature=1.0 seed=0 device dtype=auto
+        model! reward-model beta=1.0 top-k max-new-tokens=64 temperature=1.0 seed=0 device
+        dtype=auto{float32,bfloat16,float16,auto} prompt-format{text,dialogue,chat,ids}
         prompt! method=pargs{plain,pargs,pargs-greedy,args,args-greedy,cd} output shown=10 sample=0
     """,
     "evaluate": "files! judge=[] against reference output-dir=runs/evaluation",

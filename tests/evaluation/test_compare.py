@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pargs_min.cli import main
+from pargs_min.codec import encode_prompt
 from pargs_min.evaluation.compare import compare, distinct, file_labels, read_files, rouge_l
 from pargs_min.evaluation.judges import Judge
 from pargs_min.evaluation.statistics import bootstrap_interval, mean_and_error, wilson, win_rate
@@ -366,6 +367,15 @@ def test_every_kl_can_be_taken_to_one_model(tmp_path):
 
 
 def by_hand(lm, tokenizer, text):
-    prompt, response = tokenizer(text["prompt"]).input_ids, text["response_ids"]
+    prompt, response = encode_prompt(tokenizer, text["prompt"], "chat"), text["response_ids"]
     log_probs = lm(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
     return sum(log_probs[len(prompt) - 1 + i, token].item() for i, token in enumerate(response))
+
+
+def test_texts_whose_prompts_were_read_in_different_forms_are_not_compared(tmp_path):
+    for name, form in (("plain", "chat"), ("pargs", "text")):
+        record = {"prompt": "a", "prompt_number": 0, "sample": 0, "response": "b", "response_ids": [3]}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(record | {"prompt_format": form}) + "\n")
+    files = file_labels([tmp_path / "plain.jsonl", tmp_path / "pargs.jsonl"])
+    with pytest.raises(ValueError, match=r"chat in plain, text in pargs.*one --prompt-format"):
+        read_files(files)

@@ -115,14 +115,14 @@ def test_a_language_model_is_no_judge(tmp_path):
     """It would load, with a head drawn at random."""
     tiny_lm("llama").save_pretrained(tmp_path)
     word_tokenizer(WORDS, pad_token="<pad>").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="cannot be loaded: it is LlamaForCausalLM, not a sequence-classification"):
+    with pytest.raises(ValueError, match=r"cannot be loaded: .* a language model \(LlamaForCausalLM\), which gives no"):
         load_judge(str(tmp_path))
 
 
 def test_a_text_longer_than_the_judge_reads_is_named(tmp_path):
     save_reward_model(tiny_reward_model("gpt2"), word_tokenizer(WORDS, pad_token="<pad>"), tmp_path)
     long = text(response=" ".join("c" * 63), ids=[4] * 63, prompt_number=7, sample=2)
-    with pytest.raises(ValueError, match=r"prompt number 7, sample 2: 65 tokens, and judge .* reads at most 64"):
+    with pytest.raises(ValueError, match=r"prompt number 7, sample 2: 65 tokens, and GPT2For.* reads at most 64"):
         load_judge(str(tmp_path)).score([text(), long])
 
 

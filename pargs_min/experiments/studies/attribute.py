@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from pargs_min import plots
-from pargs_min.codec import Codec, encode_responses
+from pargs_min.codec import Codec
+from pargs_min.data import records_form
 from pargs_min.experiments.measure import Cell, guided
 from pargs_min.experiments.report import BETAS, KL_LABEL, Row, curves, grouped, kl
 from pargs_min.experiments.setup import Lab, judged
@@ -27,7 +28,6 @@ def labs(lab: Lab, quick: bool) -> dict[str, Lab]:
 def relabelled(lab: Lab, name: str, judge: str) -> Lab:
     """A lab with the given one's pairs, labelled by this judge; half the epochs are enough without noisy labels."""
     folder = lab.file(name)
-    folder.mkdir(exist_ok=True)
     changed: dict[str, Any] = dict(folder=str(folder), judge=judge, world=None, epochs=lab.epochs / 2)
     other = replace(lab, plain_samples=min(lab.plain_samples, 400), **changed)
     for kind in ("pairs", "held_out"):
@@ -41,15 +41,13 @@ def relabelled(lab: Lab, name: str, judge: str) -> Lab:
 
 def by_reward(lab: Lab, source: str) -> Iterator[dict]:
     """The pairs of a file, the response with more of the judge's reward chosen; ties are left out."""
-    pairs, codec = read_preferences(source), Codec(load_tokenizer(lab.model))
-    responses = [response for pair in pairs for response in (pair.chosen, pair.rejected)]
-    encoded, end = encode_responses(codec.tokenizer, responses), [codec.tokenizer.eos_token_id] * lab.append_eos
-    texts = []
-    for number, (response, ids) in enumerate(zip(responses, encoded, strict=True)):
-        pair, whole = pairs[number // 2], ids if codec.finished(ids) else ids + end
-        text = dict(prompt=readable(codec, pair.prompt), prompt_number=number // 2, sample=number % 2)
-        text |= dict(response=readable(codec, response), response_ids=whole, finished=lab.append_eos)
-        texts.append(text)
+    pairs = read_preferences(source)
+    codec, texts = Codec(load_tokenizer(lab.model), records_form(pairs)), []
+    for number, pair in enumerate(pairs):
+        _, encoded = codec.encode(pair.prompt, pair[1:3], finished=lab.append_eos)
+        for sample, (response, ids) in enumerate(zip(pair[1:3], encoded, strict=True)):
+            text = dict(prompt=readable(codec, pair.prompt), prompt_number=number, sample=sample)
+            texts.append(text | dict(response=readable(codec, response), response_ids=ids, finished=lab.append_eos))
     rewards = judged(lab, texts)
     for pair, first, second in zip(pairs, rewards[::2], rewards[1::2], strict=True):
         if first != second:
