@@ -76,7 +76,7 @@ class Recipe:
     @property
     def ingredients(self) -> list["Recipe"]:
         """The models that this one is made from: value models and PPO learn from a full-sequence reward model."""
-        return [FULL] if self.objective in ("value", "ppo") else []
+        return MADE_FROM.get(self.objective, [])
 
 
 def _joined(value: object) -> str:
@@ -84,6 +84,8 @@ def _joined(value: object) -> str:
 
 
 PARTIAL, FULL, VALUE = Recipe("partial"), Recipe("full"), Recipe("value")
+MADE_FROM = {"value": [FULL], "ppo": [FULL]}
+NEED_TRL = {"dpo"}
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def sweep(labs: Mapping[str, Lab], cells: Sequence[Cell], file: Path, processes:
     Raises:
         ValueError: if the file was made with other labs, or a cell needs what is not installed.
     """
-    if any(recipe.objective == "dpo" for cell in cells for recipe in cell.recipes) and find_spec("trl") is None:
+    if find_spec("trl") is None and any(one.objective in measure.NEED_TRL for cell in cells for one in cell.recipes):
         raise ValueError("these cells train DPO, which is TRL's: pip install -e '.[baselines]' -c constraints.txt")
     done = _read(file, labs, cells)
     if left := [cell for cell in cells if cell not in done]:

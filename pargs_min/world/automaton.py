@@ -38,8 +38,7 @@ class Automaton:
     horizon: int
 
     def __post_init__(self) -> None:
-        named = np.array_equal(np.unique(self.sources), np.arange(len(self.rewards)))
-        if not named or np.any(np.diff(self.sources) < 0):
+        if np.any(np.diff(self.sources) < 0) or set(self.sources.tolist()) != set(range(len(self.rewards))):
             raise ValueError(
                 f"sources must be sorted, and name each of the {len(self.rewards)} states at least once: give a "
                 "finished state the end token, back to itself"
