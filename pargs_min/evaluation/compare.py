@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from pargs_min.evaluation.judges import Judge, is_number
 from pargs_min.evaluation.statistics import distinct_n, estimate, outcome, win_rate
 from pargs_min.methods import BOUNDED, METHODS
-from pargs_min.records import read_texts
+from pargs_min.records import has_ids, read_texts
 
 NOTES = json.loads(Path(__file__).with_name("notes.json").read_text("utf-8"))  # templates of what a reader must know
 Files = Mapping[str, list[dict]]  # label -> records of `pargs generate`
@@ -157,7 +157,7 @@ def _row(texts: list[dict], judged: Sequence[tuple[Judge, Verdicts]], samples: i
         "distinct_1": among_samples(lambda group: distinct(group[:samples], 1)),
         "distinct_2": among_samples(lambda group: distinct(group[:samples], 2)),
         "rouge_l": among_samples(rouge_l),
-        "length": mean(lambda text: len(text["response_ids"])),
+        "length": mean(lambda text: len(text["response_ids"]) if has_ids(text) else None),
         "finished": mean(lambda text: text.get("finished")),
         **{
             name: estimate([measure(answer) for answer in answers], prompts)
@@ -176,8 +176,8 @@ def _of_numbers(statistic: Callable[..., dict], values: Iterable, prompts: Itera
 
 
 def distinct(texts: list[dict], n: int) -> float:
-    """`distinct_n` of the token ids of some texts."""
-    return distinct_n([text["response_ids"] for text in texts], n)
+    """`distinct_n` of the token ids of some texts; nan where one has none."""
+    return distinct_n([text["response_ids"] for text in texts], n) if all(map(has_ids, texts)) else math.nan
 
 
 def rouge_l(texts: list[dict]) -> float:
@@ -229,10 +229,19 @@ def with_kl_to(reference: str, texts: list[dict], ref_log_probs: Sequence[float]
         reference: its name, for the table.
         ref_log_probs: log pi_ref of each response, in nats, see `texts.text_log_probs`.
 
+    Raises:
+        ValueError: for a text without `kl` or `ref_log_prob`.
+
     >>> text = {"kl": 0.5, "ref_log_prob": -3.0, "settings": {"model": "tuned"}}
     >>> with_kl_to("base", [text], [-4.0])[0]["kl"]
     1.5
     """
+    for text in texts:
+        if missing := {"kl", "ref_log_prob"} - text.keys():
+            raise ValueError(
+                f"prompt number {text['prompt_number']}, sample {text['sample']} has no `{min(missing)}`: only texts "
+                "of `pargs generate` can be taken to another reference (--reference)"
+            )
     kls = [text["kl"] + text["ref_log_prob"] - known for text, known in zip(texts, ref_log_probs, strict=True)]
     settings = [text.get("settings", {}) | {"model": reference} for text in texts]
     return [text | {"kl": kl, "settings": given} for text, kl, given in zip(texts, kls, settings, strict=True)]

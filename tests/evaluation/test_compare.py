@@ -9,10 +9,11 @@ import torch
 
 from pargs_min.cli import main
 from pargs_min.codec import encode_prompt
-from pargs_min.evaluation.compare import compare, distinct, file_labels, read_files, rouge_l
+from pargs_min.evaluation.compare import compare, distinct, file_labels, read_files, rouge_l, with_kl_to
 from pargs_min.evaluation.judges import Judge
 from pargs_min.evaluation.statistics import bootstrap_interval, mean_and_error, wilson, win_rate
 from pargs_min.evaluation.tables import KL, markdown, panels, write_comparison
+from pargs_min.experiments.judging import gold_rewards
 from pargs_min.records import read_texts
 from pargs_min.texts import generate_texts, write_records
 from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
@@ -291,6 +292,22 @@ def test_texts_whose_prompts_are_ids_alone_are_read_and_told_apart(tmp_path):
         (json.dumps(text(0, 1, "a") | {"kl": "0.1"}), 'x.jsonl:1: `kl` must not be "0.1"'),
         (json.dumps(text(0, 1, "a", kl=math.nan)), "x.jsonl:1: not JSON .field .kl. holds NaN, Infinity"),
         (json.dumps(text(0, 1, "a", kl=math.inf)), "x.jsonl:1: not JSON .field .kl. holds NaN, Infinity"),
+        (json.dumps(text(0, 1, "a", kl=True)), "x.jsonl:1: `kl` must not be true"),
+        (json.dumps(text(0, 1, "a", kl=10**400)), "x.jsonl:1: `kl` must not be 1000"),
+        (json.dumps(text(0, 1, "a", kl=1e300)), r"x.jsonl:1: `kl` must not be 1e\+300"),
+        (json.dumps(text(-1, 1, "a")), "x.jsonl:1: `prompt_number` must not be -1"),
+        (json.dumps(text(0, True, "a")), "x.jsonl:1: `sample` must not be true"),
+        (json.dumps(text(0, 2**31, "a")), "x.jsonl:1: `sample` must not be 2147483648"),
+        (json.dumps(text(0, 1, "a", response_ids=[[]])), r"x.jsonl:1: `response_ids` must not be \[\[\]\]"),
+        (json.dumps(text(0, 1, "a", response_ids=[2**31])), "x.jsonl:1: `response_ids` must not be"),
+        (json.dumps(text(0, 1, "a", response_ids=[False])), "x.jsonl:1: `response_ids` must not be"),
+        (json.dumps(text(0, 1, "a", prompt_ids=[-1])), "x.jsonl:1: `prompt_ids` must be a list of token ids"),
+        (json.dumps(text(0, 1, "a", prompt=None)), "x.jsonl:1: no field `prompt`"),
+        (json.dumps(text(0, 1, "a", cost={"seconds": math.inf})), "x.jsonl:1: not JSON .field 'seconds' holds NaN"),
+        (json.dumps(text(0, 1, "a", cost={"seconds": "1"})), "x.jsonl:1: `cost` must not be"),
+        (json.dumps(text(0, 1, "a", settings={"model": 5})), "x.jsonl:1: `settings` must name `model`, not hold 5"),
+        (json.dumps(text(0, 1, "a", now="today")), "x.jsonl:1: `now` must not be"),
+        (json.dumps(text(0, 1, "a", system="Be kind.")), "x.jsonl:1: `system` would be left out"),
         ("GOOD\n\nGOOD\n", "x.jsonl:3: prompt 0 has sample 0 already"),
     ],
 )
@@ -299,6 +316,53 @@ def test_malformed_lines_are_named(tmp_path, lines, message):
     path.write_text(lines.replace("GOOD", json.dumps(ONE[0])))
     with pytest.raises(ValueError, match=message):
         read_texts(path)
+
+
+ALPACA_EVAL = [
+    {"dataset": "d", "instruction": question, "output": answer, "generator": "x"}
+    for question, answer in [("Hi", "Hello"), ("Bye", "Go"), ("Hi", "Hey"), ("Bye", "")]
+]
+
+
+@pytest.mark.parametrize("form", ["array", "lines"])
+def test_records_of_alpaca_eval_are_numbered_as_they_come(tmp_path, form):
+    lines = "".join(json.dumps(record) + "\n" for record in ALPACA_EVAL)
+    (tmp_path / "x.json").write_text(json.dumps(ALPACA_EVAL, indent=1) if form == "array" else lines)
+    texts = read_texts(tmp_path / "x.json")
+    names = ("prompt_number", "sample", "prompt", "response", "response_ids")
+    assert [[text[name] for name in names] for text in texts] == [
+        [0, 0, "Hi", "Hello", []], [0, 1, "Hi", "Hey", []], [1, 0, "Bye", "Go", []], [1, 1, "Bye", "", []],
+    ]  # fmt: skip
+
+
+def test_texts_without_ids_are_judged_and_their_tokens_not_counted(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(ALPACA_EVAL))
+    ours, theirs = read_texts(tmp_path / "x.json"), [text(n, i, "abc") for n in range(2) for i in range(2)]
+    row, other = compare({"ours": ours, "theirs": theirs}, [LENGTH], "theirs").rows
+    assert row["judges"]["length"]["reward"]["mean"] == (5 + 3 + 2 + 0) / 4
+    assert {name: row[name] for name in ("length", "distinct_1", "distinct_2", "kl")} == dict.fromkeys(
+        ("length", "distinct_1", "distinct_2", "kl")
+    )
+    assert (other["length"]["mean"], row["rouge_l"] is None) == (3, False)
+    with pytest.raises(ValueError, match=r"prompt number 0, sample 0 has no `kl`: .*--reference"):
+        with_kl_to("base", ours, [0.0] * 4)
+    with pytest.raises(ValueError, match=r"prompt number 0, sample 0 has no `response_ids`, which the judge toy reads"):
+        gold_rewards(ours)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"output": None}, "record 5: `instruction` and `output` must be text"),
+        ({"instruction": ["Hi"]}, "record 5: `instruction` and `output` must be text"),
+        ({"input": "a text"}, "record 5: `input` would be left out; put it into `prompt`"),
+        ({"response_ids": [[]]}, r"record 5: `response_ids` must not be \[\[\]\]"),
+    ],
+)
+def test_records_of_alpaca_eval_that_say_less_or_more_are_named(tmp_path, change, message):
+    (tmp_path / "x.json").write_text(json.dumps([*ALPACA_EVAL, ALPACA_EVAL[0] | change]))
+    with pytest.raises(ValueError, match=f"x.json: {message}"):
+        read_texts(tmp_path / "x.json")
 
 
 def test_against_must_be_one_of_the_files():
