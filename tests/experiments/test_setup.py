@@ -30,11 +30,12 @@ def test_the_shipped_reference_knows_the_grammar():
     (model, tokenizer), world = reference(SHIPPED), Journey()
     tokens, log_probs = world.write(np.random.default_rng(1).random((480, HORIZON)))
     lengths = (tokens != tokenizer.eos_token_id).sum(1) + 1
+    codec, rows = Codec(tokenizer), [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
     texts = [
-        {"prompt": PROMPTS[i % len(PROMPTS)], "response_ids": row[:length].tolist()}
-        for i, (row, length) in enumerate(zip(tokens, lengths, strict=True))
+        {"prompt": PROMPTS[i % len(PROMPTS)], "response": codec.text(row), "response_ids": row}
+        for i, row in enumerate(rows)
     ]
-    gaps = log_probs.sum(1) - text_log_probs(model, Codec(tokenizer), texts)
+    gaps = log_probs.sum(1) - text_log_probs(model, codec, texts)
     assert 0.01 < gaps.mean() < 0.1
 
 

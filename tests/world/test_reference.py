@@ -91,8 +91,12 @@ def test_the_reference_learns_the_grammar(tmp_path: Path, seed: int):
     model, tokenizer = toy.reference(tmp_path / "reference", WORLD, seed=seed, steps=STEPS)
     tokens, log_probs = WORLD.write(np.random.default_rng(5).random((240, HORIZON)))
     rows = [row[: row.index(tokenizer.eos_token_id) + 1] for row in tokens.tolist()]
-    texts = [{"prompt": PROMPTS[i % len(PROMPTS)], "response_ids": row} for i, row in enumerate(rows)]
-    surprisal = -np.array(text_log_probs(model, Codec(tokenizer), texts))
+    codec = Codec(tokenizer)
+    texts = [
+        {"prompt": PROMPTS[i % len(PROMPTS)], "response": codec.text(row), "response_ids": row}
+        for i, row in enumerate(rows)
+    ]
+    surprisal = -np.array(text_log_probs(model, codec, texts))
     assert (surprisal + log_probs.sum(1)).mean() > 0
     assert surprisal.sum() < 0.5 * np.log(len(WORLD.vocabulary)) * sum(map(len, rows))
 
