@@ -1,5 +1,6 @@
 """Tables in Markdown, which read as tables in a terminal, too."""
 
+import re
 from collections.abc import Sequence
 
 
@@ -15,7 +16,7 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], align: st
     | floor    |  1.5 |
     | our loop |   12 |
     """
-    head, *rows = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (head, *rows))
+    head, *rows = ([one_line(cell) for cell in line] for line in (head, *rows))
     sides = align or "l" + "r" * (len(head) - 1)
     widths = [
         max(3, *map(len, column)) + (side == "r")
@@ -31,3 +32,12 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], align: st
         return f"| {' | '.join(padded)} |"
 
     return "\n".join([line(head), line(rule), *map(line, rows)])
+
+
+def one_line(text: str) -> str:
+    r"""The text as a cell of a table or an item of a list, which it neither ends nor divides.
+
+    >>> print(one_line("a|b\r\nc\\"))
+    a\|b  c\\
+    """
+    return re.sub(r"\s", " ", re.sub(r"([\\|])", r"\\\1", text))

@@ -12,6 +12,7 @@ commands:
   ppo        fine-tune the language model itself on a reward model's scores, to compare with
 """
 
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -26,21 +27,30 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 if `pargs benchmark --check` misses a target; 2 for input that cannot be used, or does not
-        fit into memory; 130 when interrupted.
+        fit into memory; 130 when interrupted; 141 when nobody reads its output any more (`| head`).
     """
-    name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if name in ("-h", "--help"):
-        print(__doc__, end="")
-        return 0
     warnings.formatwarning = lambda message, *_, **__: f"pargs: warning: {message}\n"
     try:
-        if name not in COMMANDS:
-            raise ValueError(f"no command {name!r}; there are {', '.join(COMMANDS)} (pargs --help)")
-        command = getattr(import_module(f"pargs_min.cli.{COMMANDS[name]}"), name)
-        return command(rest) or 0
+        try:
+            return _run(*(sys.argv[1:] if arguments is None else arguments) or ["--help"])
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        return 141
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print("pargs: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pargs: interrupted", file=sys.stderr)
         return 130
+
+
+def _run(name: str, *arguments: str) -> int:
+    if name in ("-h", "--help"):
+        print(__doc__, end="")
+        return 0
+    if name not in COMMANDS:
+        raise ValueError(f"no command {name!r}; there are {', '.join(COMMANDS)} (pargs --help)")
+    command = getattr(import_module(f"pargs_min.cli.{COMMANDS[name]}"), name)
+    return command([*arguments]) or 0

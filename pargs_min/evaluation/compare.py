@@ -40,7 +40,8 @@ def file_labels(paths: Sequence[str | os.PathLike]) -> dict[Path, str]:
     """
     files = list(dict.fromkeys(map(Path, paths)))
     names = Counter(file.stem for file in files)
-    return {file: file.stem if names[file.stem] == 1 else str(file) for file in files}
+    labels = {file: file.stem if names[file.stem] == 1 else str(file) for file in files}
+    return {file: os.fsencode(label).decode(errors="backslashreplace") for file, label in labels.items()}
 
 
 def read_files(labels: Mapping[Path, str]) -> dict[str, list[dict]]:

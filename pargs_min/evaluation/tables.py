@@ -8,7 +8,7 @@ from typing import Any
 
 from pargs_min.evaluation.compare import Comparison
 from pargs_min.evaluation.judges import is_number
-from pargs_min.markdown import markdown_table
+from pargs_min.markdown import markdown_table, one_line
 from pargs_min.store import write_json
 
 
@@ -17,7 +17,7 @@ def markdown(comparison: Comparison) -> str:
     lines = [_cells(row) for row in comparison.rows]
     names = [name for name in lines[0] if any(cells[name] for cells in lines)]
     table = markdown_table(names, [[cells[name] for name in names] for cells in lines], align="l" * len(names))
-    return "\n".join([table, "", *(f"- {note}" for note in comparison.notes)])
+    return "\n".join([table, "", *(f"- {one_line(note)}" for note in comparison.notes)])
 
 
 KL = "KL (nats; line from 0: at most)"

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -35,6 +36,16 @@ def pairs(tmp_path):
 def train(lm, pairs, out, *more):
     few = ["--max-steps", "2", "--save-steps", "1", "--disable-tqdm", "True", "--use-cpu", "True"]
     return main(["train", "--model", str(lm), "--dataset", str(pairs), "--output-dir", str(out), *few, *more])
+
+
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 141), (["evaluate", "--help"], 0)])
+def test_a_reader_that_leaves_is_no_error(arguments, status):
+    """As in `pargs --help | head -1`."""
+    end, pipe = os.pipe()
+    os.close(end)
+    done = subprocess.run([sys.executable, "-m", "pargs_min", *arguments], stdout=pipe, stderr=subprocess.PIPE)
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (status, b"")
 
 
 def test_help_is_instant():

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import re
 
 import numpy as np
 import pytest
@@ -385,6 +387,16 @@ def test_the_command_prints_the_table_and_keeps_it(tmp_path, monkeypatch, capsys
         "evaluation.md",
         "evaluation.png",
     }
+
+
+def test_whatever_a_file_is_called_the_table_stays_a_table(tmp_path, capsys):
+    names = ["a|b", "a\nb\r| c |", "a\\", os.fsdecode(b"a\xff")]
+    files = [write(tmp_path / f"{name}.jsonl", ONE) for name in names]
+    assert main(["evaluate", *map(str, files), "--output-dir", str(tmp_path / "out")]) == 0
+    table = (tmp_path / "out" / "evaluation.md").read_text("utf-8").rstrip("\n").split("\n")
+    cells = [re.split(r"(?<!\\)(?:\\\\)*\|", line) for line in table if line.startswith("|")]
+    assert {len(row) for row in cells} == {len(cells[0])}
+    assert [row[1].strip() for row in cells[2:]] == [r"a\|b", r"a b \| c \|", r"a\\", r"a\\xff"]
 
 
 @pytest.mark.parametrize(
