@@ -68,12 +68,14 @@ def train_reward_model(
             arguments give the weights of a run that was never interrupted.
 
     Returns:
-        Metrics: `train_loss` and `eval_loss` in nats per prefix (full objective, or reduction by pair: per pair), pair
-        accuracies (`prefix_metrics`), seconds.
+        Metrics: `eval_loss` in nats per prefix (full objective, or reduction by pair: per pair), pair accuracies
+        (`prefix_metrics`), seconds. The loss while training is what `args` logs.
 
     Raises:
         ValueError: if the model is not causal, if `objective`, `tail` or `reduction` is unknown, if one process sees
-            several GPUs, for FSDP, or if the checkpoint to resume from was made with another `lora_rank`.
+            several GPUs, for FSDP and other settings that `check_settings` refuses, or if the checkpoint to resume from
+            was made with another `lora_rank`.
+        FloatingPointError: where training diverges, with the step; what it came to is not saved.
         MemoryError: where a batch is too large, saying what to lower; checkpoints stay.
     """
     loss, items = objective_functions(objective, tail, reduction, lengths)
@@ -107,10 +109,11 @@ def train_value_model(
     All other arguments are those of `train_reward_model`.
 
     Returns:
-        Metrics: `train_loss` and `eval_loss` in squared units of reward per prefix, `value_metrics`, seconds.
+        Metrics: `eval_loss` in squared units of reward per prefix, `value_metrics`, seconds.
 
     Raises:
         ValueError: as `train_reward_model`, or if a text has no finite reward.
+        FloatingPointError: as `train_reward_model`.
     """
     unrated = sum(not math.isfinite(text.reward) for text in (*texts, *eval_texts))
     if unrated:
@@ -156,6 +159,7 @@ def _fit(
             f"one process sees {args.n_gpu} GPUs: start one process each with `torchrun --nproc-per-node={args.n_gpu} "
             "-m pargs_min train ...`, or show it a single one through CUDA_VISIBLE_DEVICES"
         )
+    check_settings(args, resume)
     checkpoint = last_checkpoint(args.output_dir) if resume else None
     check_rank(checkpoint, lora_rank)
     with enough_memory(*_asked(args)), low_rank(model, lora_rank), _forward_is_prefix_rewards(model):
@@ -165,10 +169,7 @@ def _fit(
             raise ValueError(
                 "args.fsdp shards the model, and shards cannot be saved as one yet; use DDP (plain torchrun)"
             )
-        if args.logging_strategy == "no":
-            trainer.remove_callback(PrinterCallback)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        metrics = result.metrics | (trainer.evaluate() if eval_data else {})
+        metrics = trainer.fit(checkpoint)
     model.eval()
     return metrics
 
@@ -185,11 +186,89 @@ def _asked(args: TrainingArguments) -> tuple[str, str]:
     return doing, way_out if ways else way_out.partition("; ")[2]
 
 
-class PrefixTrainer(Trainer):
+IGNORED = "training here does not read it"
+ROUNDED = "it would round the weights that are saved; --bf16 and --fp16 evaluate in half precision, and round nothing"
+AT_ONCE = "metrics are of all held-out records at once"
+ACCEPTED: dict[
+    str, tuple[tuple, str]
+] = {  # of TrainingArguments: the values that are right here, and why no others are
+    "label_smoothing_factor": ((0.0,), "these losses have no labels to smooth"),
+    "bf16_full_eval": ((False,), ROUNDED),
+    "fp16_full_eval": ((False,), ROUNDED),
+    "auto_find_batch_size": ((False,), "it would begin again from weights that are half trained"),
+    "use_liger_kernel": ((False,), "it replaces forward passes that training replaces itself"),
+    "dataloader_drop_last": ((False,), "it would drop held-out records, too"),
+    "batch_eval_metrics": ((False,), AT_ONCE),
+    "eval_do_concat_batches": ((True,), AT_ONCE),
+    "train_sampling_strategy": (("random", "sequential"), "transformers cannot tell how long a pair is"),
+    "resume_from_checkpoint": ((None,), f"{IGNORED}; take --resume"),
+    "prediction_loss_only": ((False,), IGNORED),
+    "label_names": ((None,), IGNORED),
+    "include_for_metrics": (([],), IGNORED),
+    "do_predict": ((False,), IGNORED),
+}
+
+
+def check_settings(args: TrainingArguments, resume: bool) -> None:
+    """Check that training here does what transformers' settings say, and that a run can be resumed if it is to be.
+
+    Raises:
+        ValueError: naming the setting and the reason.
+    """
+    for name, (accepted, why) in ACCEPTED.items():
+        if (value := getattr(args, name)) not in accepted:
+            wanted = " or ".join(map(str, accepted))
+            raise ValueError(f"{name} (--{name.replace('_', '-')}) must be {wanted}, got {value}: {why}")
+    if not resume:
+        return
+    if args.save_only_model:
+        raise ValueError("save_only_model (--save-only-model) leaves checkpoints that --resume cannot go on from")
+    checkpoint = last_checkpoint(args.output_dir)
+    if checkpoint is not None and not (Path(checkpoint) / "optimizer.pt").exists():
+        raise ValueError(
+            f"{checkpoint} holds no optimizer.pt (was it made with --save-only-model?), so resume (--resume) cannot go "
+            "on from it; choose another output folder"
+        )
+
+
+class Watched(Trainer):
+    """transformers' Trainer, which stops where training diverges.
+
+    It reports no `train_loss`: that of transformers is of one process, and of the steps since the last start alone.
+    """
+
+    def fit(self, checkpoint: str | None) -> dict[str, float]:
+        """Train, from a checkpoint on if there is one, and evaluate: the metrics of both."""
+        if self.args.logging_strategy == "no":
+            self.remove_callback(PrinterCallback)
+        metrics = self.train(resume_from_checkpoint=checkpoint).metrics
+        self.check(self.state.global_step, *self.model.parameters())
+        return metrics | (self.evaluate() if self.eval_dataset else {})
+
+    def training_step(self, *inputs, **settings):
+        loss = super().training_step(*inputs, **settings)
+        self.check(self.state.global_step + 1, loss)
+        return loss
+
+    def save_model(self, *where, **settings):
+        self.check(self.state.global_step, *self.model.parameters())
+        super().save_model(*where, **settings)
+
+    def log(self, logs, *start):
+        logs.pop("train_loss", None)
+        super().log(logs, *start)
+
+    def check(self, step: int, *tensors: Tensor) -> None:
+        if not all(tensor.isfinite().all() for tensor in tensors):
+            raise FloatingPointError(f"training diverged at step {step}; lower --learning-rate")
+
+
+class PrefixTrainer(Watched):
     """transformers' Trainer, for losses of the rewards at all response tokens; a subclass says where those are.
 
     `labels` mark what the loss is a mean of, -100 elsewhere: Trainer counts them over all parts of a global batch
-    (accumulation steps, processes), so that a prefix weighs the same wherever it falls.
+    (accumulation steps, processes), so that a prefix weighs the same wherever it falls. `terms` are the loss's
+    arguments, a row each.
     """
 
     def __init__(self, *arguments, loss: Callable[..., Tensor], **keywords):
@@ -198,44 +277,49 @@ class PrefixTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # makes Trainer count the labels
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, rewards = self.loss_and_rewards(model(inputs["input_ids"], inputs["attention_mask"]), inputs)
+        terms = self.terms(model(inputs["input_ids"], inputs["attention_mask"]), inputs)
+        loss = self.loss(*terms)
         if num_items_in_batch is not None:
             # Gradients are summed over accumulation steps and averaged over processes: the mean of all items.
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = loss * processes * (inputs["labels"] != -100).sum() / num_items_in_batch
-        return (loss, rewards) if return_outputs else loss
+        return (loss, terms) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, rewards = self.compute_loss(model, inputs, return_outputs=True)
-        return loss, *self.predictions_and_labels(rewards, inputs)
+            _, terms = self.compute_loss(model, inputs, return_outputs=True)
+        # The loss of each row and what it is a mean of: Trainer would average over batches, however large they are.
+        losses = torch.stack([self.loss(*row) for row in zip(*(term.split(1) for term in terms), strict=True)])
+        items = (inputs["labels"] != -100).view(len(losses), -1).sum(1)
+        predictions, labels = self.predictions_and_labels(terms, inputs)
+        return None, (losses, items, *predictions), labels
 
 
 class PairTrainer(PrefixTrainer):
     """For batches of pairs (`collate`)."""
 
-    def loss_and_rewards(self, rewards, inputs):
-        chosen, rejected = at_response_tokens(rewards, inputs)
-        return self.loss(chosen, rejected, inputs["chosen_lengths"], inputs["rejected_lengths"]), (chosen, rejected)
+    def terms(self, rewards, inputs):
+        return *at_response_tokens(rewards, inputs), inputs["chosen_lengths"], inputs["rejected_lengths"]
 
-    def predictions_and_labels(self, rewards, inputs):
-        longest = torch.maximum(inputs["chosen_lengths"], inputs["rejected_lengths"])[:, None]
+    def predictions_and_labels(self, terms, inputs):
+        chosen, rejected, *ends = terms
+        longest = torch.maximum(*ends)[:, None]
         lengths = torch.cat([fractions(longest), longest.new_tensor(LENGTHS).expand(len(longest), -1)], 1)
-        margins, differ = prefix_margins(*rewards, inputs, lengths)
+        margins, differ = prefix_margins(chosen, rejected, inputs, lengths)
         return (margins, differ.long()), longest
 
 
 class ValueTrainer(PrefixTrainer):
     """For batches of rated texts (`collate_texts`)."""
 
-    def loss_and_rewards(self, rewards, inputs):
+    def terms(self, rewards, inputs):
         lengths = inputs["response_lengths"]
-        values = from_columns(rewards, inputs["prompt_lengths"], int(lengths.max()))
-        return self.loss(values, inputs["rewards"], lengths), values
+        return from_columns(rewards, inputs["prompt_lengths"], int(lengths.max())), inputs["rewards"], lengths
 
-    def predictions_and_labels(self, values, inputs):
-        return values.gather(1, fractions(inputs["response_lengths"][:, None]) - 1), inputs["rewards"]
+    def predictions_and_labels(self, terms, inputs):
+        values, rewards, lengths = terms
+        return (values.gather(1, fractions(lengths[:, None]) - 1),), rewards
 
 
 def fractions(lengths: Tensor) -> Tensor:
@@ -370,21 +454,29 @@ def prefix_margins(
 
 
 def prefix_metrics(evaluation: EvalPrediction) -> dict[str, float]:
-    """Pair accuracies for Trainer: `accuracy` (whole responses), after 25, 50, 75 % and after 1, 2, 4, ... tokens."""
-    (margins, differ), longest = evaluation.predictions, evaluation.label_ids
+    """For Trainer: `loss`, and pair accuracies: `accuracy` (whole responses), after 25, 50, 75 % and after 1, 2, 4, ...
+    tokens."""
+    (losses, items, margins, differ), longest = evaluation.predictions, evaluation.label_ids
     names = _percent_names("accuracy") + [f"accuracy_after_{length}" for length in LENGTHS if length < longest.max()]
     wins, differ = _wins(torch.from_numpy(margins)), torch.from_numpy(differ).bool()
     compared = {name: wins[differ[:, column], column] for column, name in enumerate(names)}
-    return {"pairs": len(wins)} | {name: float(won.mean()) for name, won in compared.items() if len(won)}
+    counts = {"loss": _mean_loss(losses, items), "pairs": len(wins)}
+    return counts | {name: float(won.mean()) for name, won in compared.items() if len(won)}
 
 
 def value_metrics(evaluation: EvalPrediction) -> dict[str, float]:
-    """For Trainer: correlation of value and reward over texts, after 25, 50, 75 and 100 % of each (`correlation`)."""
-    values, rewards = evaluation.predictions, evaluation.label_ids
+    """For Trainer: `loss`, and correlation of value and reward over texts, after 25, 50, 75 and 100 % of each
+    (`correlation`)."""
+    (losses, items, values), rewards = evaluation.predictions, evaluation.label_ids
     columns = zip(_percent_names("correlation"), values.T, strict=True)
     varied = {name: column for name, column in columns if rewards.std() > 0 and column.std() > 0}
     correlations = {name: float(np.corrcoef(column, rewards)[0, 1]) for name, column in varied.items()}
-    return {"texts": len(rewards)} | correlations
+    return {"loss": _mean_loss(losses, items), "texts": len(rewards)} | correlations
+
+
+def _mean_loss(losses: np.ndarray, items: np.ndarray) -> float:
+    """Of rows that are means of so many items each."""
+    return float((losses.astype(float) * items).sum() / max(items.sum(), 1))
 
 
 def _percent_names(measure: str) -> list[str]:

@@ -99,10 +99,9 @@ def test_accumulated_parts_weigh_as_one_batch(tmp_path, tail, reduction):
             tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=parts, max_steps=2, optim="sgd"
         )
         pairs = random_pairs(16)
-        metrics = train_reward_model(model, tiny_tokenizer(), pairs, args=args, tail=tail, reduction=reduction)
-        trained.append((weights(model), metrics["train_loss"]))
-    torch.testing.assert_close(trained[0][0], trained[1][0], rtol=0, atol=1e-12)
-    assert trained[0][1] == pytest.approx(trained[1][1], rel=1e-6)
+        train_reward_model(model, tiny_tokenizer(), pairs, args=args, tail=tail, reduction=reduction)
+        trained.append(weights(model))
+    torch.testing.assert_close(*trained, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("killed_after", [3, 7])
@@ -223,6 +222,79 @@ def test_several_gpus_in_one_process_are_refused(tmp_path):
         train_reward_model(reward_model(), tiny_tokenizer(), random_pairs(4), args=args)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(label_smoothing_factor=0.1), r"\(--label-smoothing-factor\) must be 0.0, got 0.1: these losses have no"),
+        (dict(bf16_full_eval=True), r"\(--bf16-full-eval\) must be False, got True: it would round the weights"),
+        (dict(fp16_full_eval=True), r"\(--fp16-full-eval\) must be False"),
+        (dict(train_sampling_strategy="group_by_length"), r"must be random or sequential, got group_by_length"),
+        (dict(batch_eval_metrics=True), "--batch-eval-metrics"),
+        (dict(dataloader_drop_last=True), "it would drop held-out records, too"),
+        (dict(resume_from_checkpoint="run"), "training here does not read it; take --resume"),
+        (dict(save_only_model=True), r"save_only_model \(--save-only-model\) leaves checkpoints that --resume cannot"),
+    ],
+)
+def test_settings_that_would_be_ignored_or_do_harm_are_refused(tmp_path, change, message):
+    settings = dict(args=arguments(tmp_path, **change), resume="save_only_model" in change)
+    with pytest.raises(ValueError, match=message):
+        train_reward_model(reward_model(), tiny_tokenizer(), random_pairs(4), **settings)
+
+
+def test_checkpoints_without_an_optimizer_are_not_resumed(tmp_path):
+    saved = dict(save_strategy="steps", save_steps=2)
+    args = arguments(tmp_path, save_only_model=True, **saved)
+    train_reward_model(reward_model(), tiny_tokenizer(), random_pairs(4), args=args)
+    with pytest.raises(ValueError, match=r"checkpoint-4 holds no optimizer.pt \(was it made with --save-only-model"):
+        train_reward_model(
+            reward_model(), tiny_tokenizer(), random_pairs(4), args=arguments(tmp_path, **saved), resume=True
+        )
+
+
+@pytest.mark.parametrize(("breaks", "seen", "kept"), [(3, 4, "checkpoint-2"), (2, 2, None), (4, 4, "checkpoint-2")])
+def test_training_that_diverges_stops_and_leaves_no_broken_checkpoint(tmp_path, monkeypatch, breaks, seen, kept):
+    """Weights that break between two checkpoints are seen in the next loss; else before they are written."""
+    training_step = train.PairTrainer.training_step
+
+    def breaking(self, *inputs, **settings):
+        if self.state.global_step + 1 == breaks:
+            self.optimizer.param_groups[0]["lr"] = float("nan")
+        return training_step(self, *inputs, **settings)
+
+    monkeypatch.setattr(train.PairTrainer, "training_step", breaking)
+    args = arguments(tmp_path, max_steps=5, save_strategy="steps", save_steps=2)
+    with pytest.raises(FloatingPointError, match=f"training diverged at step {seen}; lower --learning-rate"):
+        train_reward_model(reward_model(), tiny_tokenizer(), random_pairs(8), args=args)
+    assert (found := last_checkpoint(tmp_path)) == (kept and str(tmp_path / kept)), found
+    args = arguments(tmp_path, max_steps=breaks)
+    with pytest.raises(FloatingPointError, match=f"training diverged at step {breaks}"):
+        train_reward_model(reward_model(), tiny_tokenizer(), random_pairs(8), args=args)
+
+
+def test_a_loss_that_is_not_finite_stops_training(tmp_path):
+    model = reward_model()
+    model.score.weight.data[:] = float("inf")
+    with pytest.raises(FloatingPointError, match="training diverged at step 1; lower --learning-rate"):
+        train_reward_model(model, tiny_tokenizer(), random_pairs(8), args=arguments(tmp_path))
+
+
+def test_no_training_loss_is_reported_that_depends_on_how_a_run_was_divided(tmp_path, capsys):
+    """transformers' own is of one process, of the steps since the last start, and 0 where nothing is left to train."""
+    args = arguments(tmp_path, save_strategy="steps", save_steps=2, logging_strategy="steps", logging_steps=3)
+    for resume in (False, True):
+        metrics = train_reward_model(reward_model(), tiny_tokenizer(), random_pairs(8), args=args, resume=resume)
+        assert "train_runtime" in metrics
+        assert "train_loss" not in metrics
+        assert "train_loss" not in capsys.readouterr().out
+
+
+def test_the_last_checkpoint_is_the_one_with_the_largest_number(tmp_path):
+    for step in (9, 10, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+
+
 # ---- objectives ----
 
 
@@ -245,6 +317,18 @@ def test_the_partial_objective_counts_its_prefixes(pairs, tail):
     expected = sum(count(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs)
     assert (objective_functions("partial", tail, "prefix")[1](batch) != -100).sum() == expected
     assert (objective_functions("partial", tail, "pair")[1](batch) != -100).sum() == len(pairs)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(reduction="pair"), dict(objective="full"), dict(lengths=(5, None))])
+def test_the_loss_on_held_out_pairs_does_not_depend_on_the_batch_size(tmp_path, settings):
+    model, losses = reward_model(), []
+    for size in (1, 4, 32, 33):
+        args = arguments(tmp_path, max_steps=1, learning_rate=0.0, per_device_eval_batch_size=size)
+        metrics = train_reward_model(
+            model, tiny_tokenizer(), random_pairs(4), random_pairs(33, seed=1), args=args, **settings
+        )
+        losses.append(metrics["eval_loss"])
+    assert losses == pytest.approx([losses[-1]] * 4, rel=1e-9)
 
 
 @pytest.mark.parametrize(("tail", "last"), [("extend", max), ("min", min)])
@@ -430,9 +514,10 @@ def test_accumulated_texts_weigh_as_one_batch(tmp_path):
     torch.testing.assert_close(*trained, rtol=1e-9, atol=1e-12)
 
 
-def test_the_trainers_value_loss_is_that_of_single_texts(tmp_path):
+@pytest.mark.parametrize("size", [4, 18])
+def test_the_trainers_value_loss_is_that_of_single_texts(tmp_path, size):
     model, texts = reward_model(), random_texts(9)
-    args = arguments(tmp_path, max_steps=1, learning_rate=0.0, per_device_eval_batch_size=len(texts))
+    args = arguments(tmp_path, max_steps=1, learning_rate=0.0, per_device_eval_batch_size=size)
     metrics = train_value_model(model, tiny_tokenizer(), texts, texts, args=args)
     squares = []
     for prompt, response, reward in texts:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from trl import DPOConfig, DPOTrainer
 
 from pargs_min.data import Pair
-from pargs_min.train import last_checkpoint
+from pargs_min.train import Watched, check_settings, last_checkpoint
 
 
 def train_dpo(
@@ -40,15 +40,17 @@ def train_dpo(
         resume: continue from the last whole checkpoint in `args.output_dir`, if there is one.
 
     Returns:
-        TRL's metrics: `train_loss` and `eval_loss` in nats per pair, `eval_rewards/accuracies`, seconds.
+        TRL's metrics: `eval_loss` in nats per pair, `eval_rewards/accuracies`, seconds.
 
     Raises:
-        ValueError: if `beta` is not a positive number.
+        ValueError: if `beta` is not a positive number, and for settings that `check_settings` refuses.
+        FloatingPointError: where training diverges, with the step.
 
     Source: Rafailov et al. (2023), arXiv 2305.18290, equation 7.
     """
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta must be a positive number, got {beta}")
+    check_settings(args, resume)
     theirs = {field.name: getattr(args, field.name) for field in fields(TrainingArguments) if field.init}
     config = DPOConfig(**theirs, beta=1 / beta, max_length=None)
     train, held_out = (
@@ -57,16 +59,13 @@ def train_dpo(
     trainer = _PairsAsTheyAre(
         model, copy.deepcopy(model), config, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
     )
-    if args.logging_strategy == "no":
-        trainer.remove_callback(PrinterCallback)
-    result = trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if resume else None)
-    metrics = result.metrics | (trainer.evaluate() if eval_pairs else {})
+    metrics = trainer.fit(last_checkpoint(args.output_dir) if resume else None)
     vars(model).pop("forward", None)  # TRL put its own there, with its own head
     model.eval()
     return metrics
 
 
-class _PairsAsTheyAre(DPOTrainer):
+class _PairsAsTheyAre(Watched, DPOTrainer):
     """TRL's trainer, for pairs that are token ids already."""
 
     def _prepare_dataset(self, dataset, *_):

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -362,17 +363,25 @@ def test_a_broken_model_stops_and_writes_no_text(lm, prompts, tmp_path, capsys):
 
 
 @pytest.mark.trains
-def test_two_processes_train_what_one_does(lm, tmp_path):
-    file, out = tmp_path / "unequal.jsonl", [tmp_path / "one", tmp_path / "two"]
+def test_two_processes_train_what_one_does(lm, tmp_path, capsys):
+    file, held_out, out = tmp_path / "unequal.jsonl", tmp_path / "held_out.jsonl", [tmp_path / "one", tmp_path / "two"]
     records = [{"prompt": w, "chosen": "a " * n, "rejected": f"b {w}"} for n, w in enumerate(WORDS + "a", 1)]
     file.write_text("\n".join(map(json.dumps, records)))
-    options = ["--model", str(lm), "--dataset", str(file), "--eval-fraction", "0", "--max-steps", "2", "--optim", "sgd"]
-    options += ["--learning-rate", "0.1", "--save-strategy", "no", "--disable-tqdm", "True", "--use-cpu", "True"]
+    held_out.write_text("\n".join(map(json.dumps, records[1:6])))  # batches that cannot be shared out evenly
+    options = ["--model", str(lm), "--dataset", str(file), "--eval-dataset", str(held_out), "--max-steps", "2"]
+    options += ["--optim", "sgd", "--learning-rate", "0.1", "--per-device-eval-batch-size", "2"]
+    options += ["--save-strategy", "no", "--disable-tqdm", "True", "--use-cpu", "True"]
     assert main(["train", *options, "--output-dir", str(out[0]), "--per-device-train-batch-size", "4"]) == 0
     two = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pargs_min", "train", *options]
     two += ["--output-dir", str(out[1]), "--per-device-train-batch-size", "2"]
     done = subprocess.run([sys.executable, "-m", *two], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    said = [
+        dict(re.findall(r"^(eval_(?:loss|acc)\S*) +(\S+)$", text, re.M))
+        for text in (capsys.readouterr().out, done.stdout)
+    ]
+    assert said[0] == said[1]
+    assert "eval_loss" in said[0]
     one, two = (AutoModelForSequenceClassification.from_pretrained(folder).state_dict() for folder in out)
     for name in one:
         torch.testing.assert_close(one[name], two[name])
