@@ -233,7 +233,7 @@ class _Texts:
 
     def append(self, step: Step) -> Tensor:
         """Write what a step drew, and return its (B,) tokens."""
-        broken = self.alive & ~(step.rewards.isfinite() & ~step.ref_log_probs.isnan()).all(-1)
+        broken = self.alive & ~(step.rewards.isfinite() & ~step.log_probs.isnan()).all(-1)
         self.broken_at = self.broken_at.where(~broken, self.broken_at.clamp(max=step.number))
         tokens, *numbers = (
             column.gather(1, step.index[:, None])[:, 0]
@@ -265,7 +265,7 @@ class _Texts:
             row = int(self.broken_at.argmin())
             raise FloatingPointError(
                 f"row {row}, step {int(self.broken_at[row])}: a reward is not finite, or a log-probability is not a "
-                "number; the weights may be damaged, or the dtype too narrow (try float32)"
+                "number; the weights may be damaged, the dtype too narrow (try float32), or beta too large"
             )
 
 
@@ -343,7 +343,7 @@ class RewardGuidance(LogitsProcessor):
     Raises:
         ValueError: if `attention_mask` is not of those prompts, the running texts are not as said above, or they
             outgrow the reward model's context.
-        FloatingPointError: if a reward is not finite.
+        FloatingPointError: if a reward is not finite or a log-probability is not a number.
     """
 
     def __init__(self, scorer: RewardScorer, attention_mask: Tensor, *, beta: float, top_k: int):
@@ -372,8 +372,11 @@ class RewardGuidance(LogitsProcessor):
         dtype = torch.promote_types(scores.dtype, torch.float32)
         ref_log_probs, candidates = top_k_candidates(scores.to(dtype).log_softmax(-1), self.top_k)
         rewards = self.scorer.score(candidates)
-        if not rewards.isfinite().all():
-            row = int((~rewards.isfinite()).any(-1).nonzero()[0])
-            raise FloatingPointError(f"row {row}, token {input_ids.shape[1]}: a reward is not finite")
         guided = guided_log_probs(ref_log_probs, rewards, self.beta)
+        broken = ~(rewards.isfinite() & ~guided.isnan()).all(-1)
+        if broken.any():
+            raise FloatingPointError(
+                f"row {int(broken.nonzero()[0])}, token {input_ids.shape[1]}: a reward is not finite, or a "
+                "log-probability is not a number"
+            )
         return torch.full_like(scores, -torch.inf).scatter(1, candidates, guided.to(scores.dtype))

@@ -45,7 +45,7 @@ def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tens
     >>> bradley_terry_loss(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))
     tensor(0.4100)
     """
-    _check_same_shape(chosen_rewards, rejected_rewards)
+    _check_shapes(chosen_rewards, rejected_rewards)
     return F.softplus(rejected_rewards - chosen_rewards).mean()
 
 
@@ -85,7 +85,7 @@ def partial_bradley_terry_loss(
     >>> partial_bradley_terry_loss(chosen, rejected, torch.tensor([2]), torch.tensor([1]), tail="min")
     tensor(0.6931)
     """
-    _check_same_shape(chosen_rewards, rejected_rewards)
+    _check_shapes(chosen_rewards, rejected_rewards, chosen_lengths, rejected_lengths)
     compared = compared_prefixes(chosen_lengths, rejected_lengths, chosen_rewards.shape[1], tail, lengths)
     # Masked before the softplus: whatever stands at padding, NaN included, touches neither the loss nor its gradient.
     losses = F.softplus((rejected_rewards - chosen_rewards).masked_fill(~compared, 0.0)) * compared
@@ -166,9 +166,15 @@ def compared_prefixes(
     return (place >= first) & (place <= last[:, None])
 
 
-def _check_same_shape(chosen_rewards: Tensor, rejected_rewards: Tensor) -> None:
+def _check_shapes(chosen_rewards: Tensor, rejected_rewards: Tensor, *lengths: Tensor) -> None:
     if chosen_rewards.shape != rejected_rewards.shape:
         raise ValueError(
             f"chosen_rewards and rejected_rewards must have one shape, "
             f"got {tuple(chosen_rewards.shape)} and {tuple(rejected_rewards.shape)}"
+        )
+    if lengths and (chosen_rewards.ndim != 2 or {of.shape for of in lengths} != {chosen_rewards.shape[:1]}):
+        shapes = " and ".join(str(tuple(of.shape)) for of in lengths)
+        raise ValueError(
+            f"rewards must be (B, T) and chosen_lengths, rejected_lengths (B,), got {tuple(chosen_rewards.shape)} and "
+            f"{shapes}"
         )

@@ -1,7 +1,5 @@
 """The equation: how a reference model and a reward of prefixes make one next-token distribution."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -26,7 +24,7 @@ def guided_log_probs(ref_log_probs: Tensor, prefix_rewards: Tensor, beta: float,
         (..., K) normalised log-probabilities in nats, in float32 or wider.
 
     Raises:
-        ValueError: if `beta` is not finite or `temperature` is not a positive number.
+        ValueError: if `beta` is not finite or `temperature` is not a positive number, in the dtype of the result.
 
     Source: arXiv 2406.07780, the tokenwise policy that the paper shows to be a ratio of two RLHF policies.
 
@@ -34,11 +32,14 @@ def guided_log_probs(ref_log_probs: Tensor, prefix_rewards: Tensor, beta: float,
     >>> guided_log_probs(ref, torch.tensor([0.0, 1.0, 0.0]), beta=1.0).exp()
     tensor([0.3299, 0.5381, 0.1320])
     """
-    if not math.isfinite(beta):
-        raise ValueError(f"beta must be a finite number, got {beta}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be a positive number, got {temperature} (for the argmax use draw=greedy)")
     dtype = torch.promote_types(torch.promote_types(ref_log_probs.dtype, prefix_rewards.dtype), torch.float32)
+    limits = torch.finfo(dtype)
+    if not abs(beta) <= limits.max:
+        raise ValueError(f"beta must be a finite number of {dtype}, got {beta}")
+    if not limits.tiny <= temperature <= limits.max:
+        raise ValueError(
+            f"temperature must be a positive number of {dtype}, got {temperature} (for the argmax use draw=greedy)"
+        )
     return ((ref_log_probs.to(dtype) + beta * prefix_rewards.to(dtype)) / temperature).log_softmax(-1)
 
 

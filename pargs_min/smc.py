@@ -124,6 +124,7 @@ def smc(
     Raises:
         ValueError: if n < 1, `threshold` is negative, `temperature` is not 1, which has no such target, `draw` is
             greedy, or `choices` has another shape.
+        FloatingPointError: as `generate`, or if the weights of a prompt are not numbers.
     """
     if n < 1:
         raise ValueError(f"n (particles) must be at least 1, got {n}")
@@ -153,6 +154,11 @@ def smc(
         rewards = response_rewards(final, prompt_ids, mask, generation)
         weights.log_weights += beta * (rewards - weights.rewards).view(-1, n)
     log_evidence = weights.log_evidence + weights.log_weights.logsumexp(-1) - math.log(n)
+    if not log_evidence.isfinite().all():
+        prompt = int((~log_evidence.isfinite()).nonzero()[0])
+        raise FloatingPointError(
+            f"prompt {prompt}: the weights of its particles are not numbers; beta may be too large"
+        )
     kl = beta * rewards.view(-1, n) - log_evidence[:, None]
     return Particles(generation, weights.log_weights.log_softmax(-1), log_evidence, kl)
 

@@ -230,6 +230,15 @@ def test_what_becomes_of_a_row_after_its_end_does_not_matter():
     assert len(steps) == 3
 
 
+@pytest.mark.parametrize("setting", [dict(beta=1e38), dict(beta=1.0, temperature=2e-38)])
+def test_a_sum_that_overflows_draws_nothing(setting):
+    """Both numbers are in range, but not what they make of a reward: log-probabilities are nan, of all candidates."""
+    lm = models()[0].float()
+    scorer = ReencodeScorer(lambda ids, mask: 9.0 * ids[:, -1].float())
+    with pytest.raises(FloatingPointError, match=r"row 0, step 0: .* a log-probability is not a number"):
+        generate(ModelPolicy(lm), scorer, *left_padded(3), top_k=4, max_new_tokens=2, **setting)
+
+
 def test_a_language_model_without_numbers_is_caught_too():
     lm, _ = models()
     lm.lm_head.weight.data[3] = float("nan")
@@ -364,6 +373,18 @@ def test_one_guidance_serves_one_call():
     lm.generate(ids, **settings)
     with pytest.raises(ValueError, match="needs a RewardGuidance of its own"):
         lm.generate(ids, **settings)
+
+
+@pytest.mark.parametrize(
+    ("beta", "error", "message"),
+    [(1e38, FloatingPointError, "row 0, token 3: .* not a number"), (1e39, ValueError, "beta must be a finite number")],
+)
+def test_reward_guidance_draws_nothing_from_what_is_no_number(beta, error, message):
+    lm, scorer = models()[0].float(), ReencodeScorer(lambda ids, mask: 9.0 * ids[:, -1].float())
+    ids, mask = left_padded(3)
+    guidance = RewardGuidance(scorer, mask, beta=beta, top_k=4)
+    with pytest.raises(error, match=message):
+        lm.generate(ids, attention_mask=mask, logits_processor=[guidance], max_new_tokens=2, pad_token_id=0)
 
 
 def test_reward_guidance_stops_at_a_reward_that_is_not_finite():

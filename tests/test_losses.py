@@ -108,6 +108,9 @@ def test_huge_differences_neither_overflow_nor_vanish():
         (dict(tail="hold"), 'tail must be "extend" or "min"'),
         (dict(reduction="sum"), 'reduction must be "prefix" or "pair"'),
         (dict(rejected_rewards=torch.zeros(2, 4)), "must have one shape"),
+        (dict(chosen_lengths=torch.tensor([[3], [1]])), r"lengths \(B,\), got \(2, 3\) and \(2, 1\) and \(2,\)"),
+        (dict(rejected_lengths=torch.tensor(2)), r"lengths \(B,\), got \(2, 3\) and \(2,\) and \(\)"),
+        (dict(chosen_rewards=torch.zeros(2), rejected_rewards=torch.zeros(2)), r"rewards must be \(B, T\)"),
         (dict(chosen_lengths=torch.tensor([0, 1])), "must lie in 1..3"),
         (dict(chosen_lengths=torch.tensor([4, 1])), "must lie in 1..3"),
     ],
@@ -152,7 +155,11 @@ def test_the_value_loss_does_not_see_padding():
 
 @pytest.mark.parametrize(
     ("shape", "lengths", "message"),
-    [((2, 3), [1, 4], r"lengths must lie in 1..3 .*got 1..4"), ((3, 3), [1, 2], r"values must be \(B, T\)")],
+    [
+        ((2, 3), [[1], [1]], r"values must be"),
+        ((2, 3), [1, 4], r"lengths must lie in 1..3 .*got 1..4"),
+        ((3, 3), [1, 2], r"values must be \(B, T\)"),
+    ],
 )
 def test_bad_arguments_of_the_value_loss_are_named(shape, lengths, message):
     with pytest.raises(ValueError, match=message):
@@ -172,3 +179,12 @@ def test_lengths_restrict_the_loss_to_some_prefixes():
     assert (chosen.grad == 0).all()
     with pytest.raises(ValueError, match="lengths must be"):
         partial_bradley_terry_loss(chosen, rejected, *ends, lengths=(3, 2))
+
+
+def test_a_pair_that_compares_nothing_counts_zero_in_a_mean_over_pairs():
+    chosen = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]], requires_grad=True)
+    lengths = torch.tensor([3, 1]), torch.tensor([2, 1])
+    loss = partial_bradley_terry_loss(chosen, torch.zeros(2, 3), *lengths, reduction="pair", lengths=(3, None))
+    assert_close(loss.detach(), torch.tensor(math.log1p(math.exp(-3)) / 2))
+    loss.backward()
+    assert chosen.grad[1].tolist() == [0, 0, 0]

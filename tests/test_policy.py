@@ -71,16 +71,22 @@ def test_half_precision_is_computed_in_float32_and_float64_stays():
     assert guided_log_probs(half.double(), half, 1.0).dtype == torch.float64
 
 
-@pytest.mark.parametrize("beta", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("beta", [float("nan"), float("inf"), -float("inf"), 1e39])
 def test_beta_must_be_finite(beta):
     with pytest.raises(ValueError, match="beta must be a finite number"):
         guided_log_probs(torch.zeros(1, 2), torch.zeros(1, 2), beta)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf"), 1e-39, 1e39])
 def test_temperature_must_be_positive(temperature):
     with pytest.raises(ValueError, match="temperature must be a positive number"):
         guided_log_probs(torch.zeros(1, 2), torch.zeros(1, 2), 1.0, temperature)
+
+
+def test_what_is_out_of_range_depends_on_the_dtype():
+    ref, rewards = torch.tensor([[0.25, 0.75]]).double().log(), torch.tensor([[1.0, 0.0]])
+    assert guided_log_probs(ref, rewards, 1e39).exp().tolist() == [[1, 0]]
+    assert guided_log_probs(ref, rewards, 0.0, 1e-39).exp().tolist() == [[0, 1]]
 
 
 @given(rows(st.integers(1, 8)), st.data())

@@ -269,6 +269,21 @@ def test_effective_sample_size_between_one_and_all():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (dict(beta=1e308), "row 0, step 0: .* a log-probability is not a number"),
+        (dict(beta=1e307, final=lambda ids, mask: 1e6 * ids[:, -1].double()), "prompt 0: the weights of its particles"),
+    ],
+)
+def test_weights_that_are_no_numbers_pick_nothing(change, message):
+    ids, mask = left_padded(3)
+    scorer = ReencodeScorer(lambda ids, mask: (0 if "final" in change else 9) * ids[:, -1].double())
+    settings = dict(n=2, top_k=0, max_new_tokens=2, eos=END) | change
+    with pytest.raises(FloatingPointError, match=message):
+        smc(ModelPolicy(tiny_lm()), scorer, ids, mask, **settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         (dict(n=0), r"n \(particles\) must be at least 1, got 0"),
         (dict(choices=torch.rand(2, 2)), r"choices must be \(1, 2\), a prompt and step each, got \(2, 2\)"),
         (dict(choices=torch.rand(1, 1)), r"choices must be \(1, 2\), a prompt and step each, got \(1, 1\)"),
