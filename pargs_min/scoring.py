@@ -30,15 +30,17 @@ from pargs_min.reward_model import (
 
 WAY_OUT = "use ReencodeScorer, which works with every reward model at the cost of k passes per token"
 
+MOST = 1024  # siblings in one pass, whose mask has a row and a column for each
+
 RewardFn = Callable[[Tensor, Tensor], Tensor]  # whole texts (N, T) and their mask -> (N,)
 
 
 class SiblingScorer:
     """r(prefix + candidate) for k candidates in one pass over a cache that is never copied.
 
-    The candidates are fed as k tokens that share one position. Each attends to the cached prefix and to itself, never
-    to another candidate; afterwards the cache drops them. The drawn token is fed again with the next step's candidates,
-    so the scorer need not know which candidate won.
+    The candidates are fed as k tokens that share one position, in parts of at most MOST. Each attends to the cached
+    prefix and to itself, never to another candidate; afterwards the cache drops them. The drawn token is fed again with
+    the next step's candidates, so the scorer need not know which candidate won.
 
     Args:
         model: a causal reward model (`body_and_head`) with absolute or rotary positions and softmax attention.
@@ -79,14 +81,19 @@ class SiblingScorer:
             raise RuntimeError("score() may be called once per step: push() the drawn token first")
         if self.window is not None and self.mask.shape[1] + 2 > self.window:
             raise ValueError(f"the text outgrows this reward model's attention window of {self.window}; {WAY_OUT}")
-        k = candidates.shape[1]
-        positions = torch.cat([self.position - 1, self.position.expand(-1, k)], 1)
-        ids, mask = torch.cat([self.last, candidates], 1), sibling_mask(self.mask, k, self.head.weight.dtype)
-        hidden = read(self.body, ids, mask, positions, past_key_values=self.cache, use_cache=True).last_hidden_state
-        self.cache.crop(-k)
+        rewards: list[Tensor] = []
+        for part in candidates.split(MOST, 1):
+            if rewards:
+                self.cache.crop(-1)  # each part reads the last token again
+            k = part.shape[1]
+            positions = torch.cat([self.position - 1, self.position.expand(-1, k)], 1)
+            ids, mask = torch.cat([self.last, part], 1), sibling_mask(self.mask, k, self.head.weight.dtype)
+            hidden = read(self.body, ids, mask, positions, past_key_values=self.cache, use_cache=True).last_hidden_state
+            self.cache.crop(-k)
+            rewards.append(token_rewards(self.head, hidden[:, 1:]))
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         self.last = None
-        return token_rewards(self.head, hidden[:, 1:])
+        return torch.cat(rewards, 1)
 
     def push(self, tokens: Tensor) -> None:
         """Append the (B,) tokens that were drawn."""
@@ -252,7 +259,7 @@ class ReencodeScorer:
         ids = torch.cat([self.ids.repeat_interleave(k, 0), candidates.reshape(-1, 1)], 1)
         mask = torch.cat([self.mask.repeat_interleave(k, 0), torch.ones_like(ids[:, :1])], 1)
         lengths, order = mask.sum(-1).sort(stable=True)
-        rewards = []
+        rewards: list[Tensor] = []
         for part in length_buckets(lengths.tolist(), self.max_tokens):
             rows, width = order[part], int(lengths[part][-1])
             rewards.append(self.reward_fn(ids[rows, -width:], mask[rows, -width:]))

@@ -6,6 +6,7 @@ same texts with the same batch size.
 """
 
 import os
+import threading
 import time
 import warnings
 from collections import Counter
@@ -38,7 +39,7 @@ from pargs_min.methods import METHODS, OBJECTIVES, Batch, Method, Setup, guided_
 from pargs_min.reading import text_rewards
 from pargs_min.records import check_text, read_jsonl
 from pargs_min.reward_model import context_length, has_vocabulary_head, pooled_padding, recorded
-from pargs_min.scoring import ReencodeScorer, RewardFn, SiblingScorer, VocabularyScorer, model_rewards
+from pargs_min.scoring import MOST, ReencodeScorer, RewardFn, SiblingScorer, VocabularyScorer, model_rewards
 from pargs_min.static import StaticPolicy, StaticScorer
 from pargs_min.store import appending
 
@@ -163,7 +164,7 @@ class _Writer:
         weigh, _ = _reward(*final, guided=False, **asking)
         if compiled:
             policy = StaticPolicy(lm, longest, vocabulary=codec.vocabulary)
-            if isinstance(scorer, SiblingScorer):
+            if isinstance(scorer, SiblingScorer) and (top_k or codec.vocabulary) <= MOST:
                 scorer = StaticScorer(scorer.model, longest + (top_k or codec.vocabulary))
         self.rate = weigh or reward_fn
         settings = dict(max_new_tokens=how.max_new_tokens, temperature=how.temperature, eos=codec.ends, on_step=on_step)
@@ -380,14 +381,17 @@ def _reencoding(longest: int) -> str:
 
 @contextmanager
 def counted_passes(*models: PreTrainedModel | None) -> Iterator[Counter]:
-    """Count the `passes` of the models' backbones, their `rows` and the `tokens` they read, while this is open.
+    """Count the `passes` of the models' backbones, their `rows` and the `tokens` they read, while this is open, in this
+    thread: another one may use the same models.
 
     Not for models whose steps are compiled: a hook would be compiled in, and make every step compile anew.
     """
     passes: Counter = Counter()
+    ours = threading.get_ident()
 
     def count(body: PreTrainedModel, args: tuple, output) -> None:
-        passes.update(passes=1, rows=len(output[0]), tokens=output[0].shape[:2].numel())
+        if threading.get_ident() == ours:
+            passes.update(passes=1, rows=len(output[0]), tokens=output[0].shape[:2].numel())
 
     hooks = [model.base_model.register_forward_hook(count) for model in models if model is not None]
     try:

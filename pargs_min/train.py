@@ -187,11 +187,10 @@ def _asked(args: TrainingArguments) -> tuple[str, str]:
 
 
 IGNORED = "training here does not read it"
-ROUNDED = "it would round the weights that are saved; --bf16 and --fp16 evaluate in half precision, and round nothing"
+ROUNDED = "it would round the weights that are saved; --bf16 and --fp16 evaluate in half precision without that"
 AT_ONCE = "metrics are of all held-out records at once"
-ACCEPTED: dict[
-    str, tuple[tuple, str]
-] = {  # of TrainingArguments: the values that are right here, and why no others are
+# Settings of transformers: which values are right here, and why no others are.
+ACCEPTED: dict[str, tuple[tuple, str]] = {
     "label_smoothing_factor": ((0.0,), "these losses have no labels to smooth"),
     "bf16_full_eval": ((False,), ROUNDED),
     "fp16_full_eval": ((False,), ROUNDED),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification
 
-from pargs_min import minimal
+from pargs_min import minimal, scoring
 from pargs_min.codec import Codec
 from pargs_min.reading import text_rewards
 from pargs_min.scoring import ReencodeScorer, SiblingScorer, attention_window, length_buckets, model_rewards
@@ -87,6 +87,26 @@ def test_one_pass_a_step_and_a_cache_that_is_not_expanded():
         assert rewards.shape == (3, 3)
     assert passes == [(3, 6), (3, 4), (3, 4), (3, 4)]  # the prompts, then last token + 3 siblings a step
     assert scorer.cache.layers[0].keys.shape == (3, 2, 9, 4)  # 7 prompt tokens + 2, one copy
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [7, 1])
+def test_many_candidates_are_scored_in_parts_as_they_are_at_once(monkeypatch, length):
+    """The whole vocabulary of eleven in parts of four; the parts leave nothing in the cache."""
+    model, whole, parts, passes = tiny_reward_model("llama"), [], [], []
+    everything = torch.arange(11).expand(2, -1)
+    for most, found in ((1024, whole), (4, parts)):
+        monkeypatch.setattr(scoring, "MOST", most)
+        scorer = SiblingScorer(model)
+        scorer.start(*left_padded(length, 1))
+        hook = model.base_model.register_forward_hook(lambda body, args, output: passes.append(output[0].shape[1]))
+        for drawn in DRAWN[:, :2]:
+            found.append(scorer.score(everything))
+            scorer.push(drawn)
+        hook.remove()
+        assert scorer.cache.get_seq_length() == length + 1
+    assert passes == [12, 12, 5, 5, 4, 5, 5, 4]
+    assert_close(parts, whole, rtol=0, atol=1e-12)
 
 
 def bert(**changes):

@@ -3,6 +3,8 @@
 import itertools
 import json
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -183,6 +185,25 @@ def test_model_calls_are_counted_by_the_row():
     assert 3 * 2 + 1 <= calls["best-of-n"][0] <= 3 * (6 + 1) + 1
 
 
+def test_the_calls_of_another_thread_are_not_counted():
+    """Two threads write different texts with the same models, in turns: each record says what it says alone."""
+    lm, rm, turns = tiny_lm("gpt2"), tiny_reward_model("llama"), Barrier(2)
+    rm.config.pargs = {"objective": "partial", "prompt_format": "text"}
+
+    def run(tokens, wait=None):
+        settings = dict(method="pargs", reward_model=rm, beta=1.0, top_k=4)
+        written = generate_texts(lm, TOKENIZER, PROMPTS[:1], max_new_tokens=tokens, on_step=wait, **settings)
+        return [record["cost"]["model_calls"] for record in written]
+
+    def waiting(step):
+        if step.number == 0:
+            turns.wait(timeout=60)  # both are within a batch
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda tokens: run(tokens, waiting), (3, 6)))
+    assert together == [run(3), run(6)]
+
+
 def test_the_scorer_is_chosen_by_what_is_right():
     assert isinstance(choose_scorer(tiny_reward_model("llama"), 60), SiblingScorer)
     windowed = tiny_reward_model("mistral", **WINDOWED)
@@ -316,6 +337,35 @@ def test_settings_are_never_mixed_in_one_file(tmp_path):
     path.write_text('{"prompt": "a"}\n')
     with pytest.raises(ValueError, match=r"out.jsonl:1: not a record of `pargs generate`"):
         read_done(path, {"seed": 5}, PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sample": True}, "`sample` must not be true"),
+        ({"prompt_number": -1}, "`prompt_number` must not be -1"),
+        ({"settings": None}, "`settings` must not be null"),
+        ({"response": None}, "`response` must not be null"),
+        ({"response_ids": [[]]}, "`response_ids` must not be"),
+        ({}, "prompt 0 has sample 0 already"),
+    ],
+)
+def test_what_no_run_wrote_is_not_continued(tmp_path, change, message):
+    path = tmp_path / "out.jsonl"
+    (record,) = write_records(path, itertools.islice(texts(), 1), {})
+    with path.open("a") as file:
+        file.write(json.dumps(record | {"settings": {}} | change) + "\n")
+    with pytest.raises(ValueError, match=f"out.jsonl:2: {message}"):
+        read_done(path, {}, PROMPTS)
+
+
+def test_a_run_that_refuses_its_input_leaves_no_file(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with pytest.raises(ValueError, match="prompt number 0"):
+        next(write_records(path, texts(prompts=[{"prompt": "a " * 60}]), {}))
+    assert not path.exists()
+    assert not list(write_records(path, texts(shard=(0, 5)), {}))  # nothing to write is no error
+    assert path.read_bytes() == b""
 
 
 @pytest.mark.parametrize(
