@@ -227,12 +227,20 @@ def whole_lines(data: bytes, path: str | os.PathLike) -> bytes:
         ValueError: if what it ends in is no such half: nobody shall lose a file of their own.
     """
     end = data.rfind(b"\n") + 1
-    if data[end:] and not (end and data[end:].startswith(b"{")):
+    if (half := data[end:]) and (not half.startswith(b'{"') or (end == 0 and _is_json(half))):
         raise ValueError(
-            f"{path} ends in {data[end:][:30]!r}, which no interrupted run left; end it with a line break, or "
-            "write to another file"
+            f"{path} ends in {half[:30]!r}, which no interrupted run left; end it with a line break, or write to "
+            "another file"
         )
     return data[:end]
+
+
+def _is_json(data: bytes) -> bool:
+    try:
+        json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _text(path: str | os.PathLike, growing: bool = False) -> str:
@@ -367,7 +375,9 @@ def split_chats(record: dict, source: str = "record") -> dict:
         raise ValueError(f"{source}: chosen and rejected must share all messages but the last")
     for role in (chosen[-1]["role"], rejected[-1]["role"]):
         if role not in ASSISTANTS:
-            raise ValueError(f"{source}: the last message, which is the response, must be an assistant's, not {role}'s")
+            raise ValueError(
+                f"{source}: the last message is the response, and must be the assistant's; its role is {role!r}"
+            )
     prompt = chosen[:-1] or _field(record, "prompt", source)
     if is_messages(record.get("prompt")) and prompt != record["prompt"]:
         raise ValueError(

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import re
 import sys
 
 import pytest
@@ -21,6 +23,8 @@ from pargs_min.records import (
 GOOD = {"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}
 USER, HELLO, GO = ({"role": r, "content": c} for r, c in [("user", "Hi"), ("assistant", "Hello"), ("assistant", "Go")])
 SYSTEM = {"role": "system", "content": "Be brief."}
+PARTS = [{"type": "text", "text": "Hi"}]
+DIALOGUES = {"chosen": f"\n\nHuman: Hi{ASSISTANT} A", "rejected": f"\n\nHuman: Hi{ASSISTANT} B"}
 
 
 def lines(*records):
@@ -51,6 +55,17 @@ def test_a_file_is_read_plain_or_compressed_and_blank_lines_are_skipped(tmp_path
         (GOOD | dict(prompt_ids=[5]), ([5], " 2", " 3")),
         (GOOD | dict(chosen_ids=[6]), ("1 + 1 =", [6], " 3")),
         (dict(prompt_ids=[5], chosen_ids=[6], rejected_ids=[7]), ([5], [6], [7])),
+        (dict(prompt_ids=[5], chosen_ids=[6], rejected_ids=[7], system="Be brief."), ([5], [6], [7])),
+        (GOOD | dict(prompt_ids=None), ("1 + 1 =", " 2", " 3")),
+        (DIALOGUES | dict(prompt=None), (f"\n\nHuman: Hi{ASSISTANT}", " A", " B")),
+        (
+            dict(prompt=[SYSTEM, USER], chosen=[HELLO], rejected=[GO], system="Be brief."),
+            ([SYSTEM, USER], "Hello", "Go"),
+        ),
+        (GOOD | dict(system="", system_prompt=None, input="1 + 1"), ("1 + 1 =", " 2", " 3")),
+        (dict(prompt="Hi", chosen=[HELLO], rejected=[GO | {"role": "model"}]), ([USER], "Hello", "Go")),
+        (dict(prompt="a", chosen="ab", rejected="ac"), ("a", "ab", "ac")),
+        (dict(prompt="ha", chosen="haha", rejected="no"), ("ha", "haha", "no")),
     ],
 )
 def test_every_form_comes_to_prompt_chosen_rejected(record, expected):
@@ -91,6 +106,35 @@ def test_an_earlier_turn_that_differs_belongs_to_the_response():
         (GOOD | {"prompt_ids": [1, -1]}, "`prompt_ids` must be a list of token ids"),
         (GOOD | {"prompt_ids": [True]}, "`prompt_ids` must be a list of token ids"),
         (GOOD | {"prompt_ids": "12"}, "`prompt_ids` must be a list of token ids"),
+        (GOOD | {"chosen_ids": [[]]}, "`chosen_ids` must be a list of token ids"),
+        (GOOD | {"chosen_ids": [2**31]}, "`chosen_ids` must be a list of token ids"),
+        (GOOD | {"chosen_ids": [1.0]}, "`chosen_ids` must be a list of token ids"),
+        (GOOD | {"prompt": None}, "no field `prompt`, and chosen and rejected share no beginning"),
+        (GOOD | {"chosen": HELLO, "rejected": GO}, "`chosen` must be .* a list of messages .*got {.role.: .assistant."),
+        (
+            GOOD | {"prompt": [USER | {"content": PARTS}]},
+            "`prompt` must be .* {role, content} of two strings each, got",
+        ),
+        (GOOD | {"system": "Be brief."}, "`system` would be left out; put it into `prompt` as a message"),
+        (GOOD | {"system_prompt": ["Be brief."]}, "`system_prompt` would be left out"),
+        (GOOD | {"input": "3"}, "`input` would be left out"),
+        (dict(chosen=[USER, HELLO], rejected=[USER, GO], system="Be brief."), "`system` would be left out"),
+        (DIALOGUES | {"system": "Be brief."}, "`system` would be left out"),
+        (dict(chosen=[USER, HELLO, USER], rejected=[USER, HELLO, SYSTEM]), "the response, .* its role is 'user'"),
+        (dict(prompt=[USER], chosen=[HELLO], rejected=[USER]), "the response, .* its role is 'user'"),
+        (dict(prompt="Q:", chosen="Q: a", rejected="Q: b"), "both repeat the prompt"),
+        (DIALOGUES | {"prompt": DIALOGUES["chosen"][:-2]}, "both repeat the prompt"),
+        ('{"prompt": "a", "prompt": "b"}', "not JSON .field 'prompt' is there twice"),
+        ('{"prompt": "a", "x": [{"y": 1, "y": 1}]}', "not JSON .field 'y' is there twice"),
+        ('{"prompt": "\\ud83d"}', "not JSON .field 'prompt' holds half a character"),
+        ('{"prompt": "a", "x": {"y": ["\\udc00"]}}', "not JSON .field 'y' holds half a character"),
+        ('{"\\ud83d": 1}', "not JSON .field '.+ud83d' holds half a character"),
+        ('{"prompt": "a", "x": NaN}', "not JSON .field 'x' holds NaN, Infinity"),
+        ('{"prompt": "a", "x": [-Infinity]}', "not JSON .field 'x' holds NaN, Infinity"),
+        ('{"prompt": "a", "x": 1e999}', "not JSON .field 'x' holds NaN, Infinity"),
+        ('{"x": ' + "9" * 5000 + "}", "not JSON .Exceeds the limit"),
+        ('{"x": ' + "[" * 10**5, "not JSON .maximum recursion depth"),
+        ('{"x": ' * 10**5, "not JSON .maximum recursion depth"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):
@@ -117,7 +161,7 @@ def test_an_empty_file_and_a_cut_archive_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no records"):
         read_preferences(tmp_path / "empty.jsonl")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(lines(*[GOOD] * 50).encode())[:-12])
-    with pytest.raises(ValueError, match="damaged gzip stream .*ended before the end"):
+    with pytest.raises(ValueError, match=r"damaged gzip stream .*ended before the end"):
         read_preferences(tmp_path / "cut.jsonl.gz")
 
 
@@ -145,6 +189,78 @@ def test_a_byte_order_mark_and_carriage_returns_are_no_part_of_a_prompt(tmp_path
     assert read_prompts(tmp_path / "p.jsonl") == [{"prompt": "one day"}, {"prompt": "two"}]
 
 
+JSONL, TEXT = b'{"prompt": "one"}\n\n{"prompt": "two"}\n', b"one\r\n\ntwo\r"
+ONE_TWO = [{"prompt": "one"}, {"prompt": "two"}]
+
+
+@pytest.mark.parametrize("name", ["p.ndjson", "p.JSONL", "p.jsonlines", "p", "p.txt", "p.jsonl.gz", "p.gz"])
+@pytest.mark.parametrize(
+    "data", [JSONL, b" \n" + JSONL, json.dumps(ONE_TWO).encode(), json.dumps(ONE_TWO, indent=1).encode()]
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_json_is_known_by_its_content_whatever_the_name(tmp_path, name, data, packed):
+    (tmp_path / name).write_bytes(gzip.compress(data) if packed else data)
+    assert read_prompts(tmp_path / name) == ONE_TWO
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p", "p.gz", "p.txt.gz"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_all_else_is_plain_text(tmp_path, name, packed):
+    (tmp_path / name).write_bytes(gzip.compress(TEXT) if packed else TEXT)
+    assert read_prompts(tmp_path / name) == ONE_TWO
+    (tmp_path / name).write_text("[INST] one [/INST]\n[1] two\n[] three\n")
+    assert len(read_prompts(tmp_path / name)) == 3
+
+
+@pytest.mark.parametrize("data", [JSONL, TEXT, gzip.compress(JSONL)])
+def test_prompts_are_read_from_a_pipe(data):
+    end, pipe = os.pipe()
+    os.write(pipe, data)
+    os.close(pipe)
+    try:
+        assert read_prompts(f"/dev/fd/{end}") == ONE_TWO
+    finally:
+        os.close(end)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("p.csv", JSONL, "p.csv: tables are not read"),
+        ("p.TSV", TEXT, "p.TSV: tables are not read"),
+        ("p.jsonl", TEXT, "p.jsonl:1: not JSON"),
+        ("p", b"[]", "p holds no prompts"),
+        ("p", b'["one", "two"]', "p: record 1: expected a JSON object, got str"),
+        ("p", b'[{"prompt": "one"}, {"text": "two"}]', "p: record 2: no field `prompt`; found text"),
+        ("p", b'[{"prompt": "one"},', "p: not JSON .*line 1 column 20"),
+        ("p", b'{"prompt": "one"}\n[{"prompt": "two"}]', "p:2: expected a JSON object, got list"),
+        ("p", b'{"prompt": "one", "system": "Be brief."}', "p:1: `system` would be left out"),
+        ("p", b'{"prompt": null, "prompt_ids": null}', "p:1: no field `prompt`"),
+        ("p", b'{"prompt": 5, "prompt_ids": [1]}', "p:1: `prompt` must be a string"),
+        ("p", "one\ntwo".encode("utf-16-le"), "p:1: not text in UTF-8 .a zero byte"),
+        ("p", b"one\ntwo\n\xff\xfe", "p:3: not text in UTF-8"),
+    ],
+)
+def test_what_is_no_file_of_prompts_is_refused(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}/{message}"):
+        read_prompts(tmp_path / name)
+
+
+def test_null_stands_for_nothing(tmp_path):
+    (tmp_path / "p").write_text('{"prompt": "one", "prompt_ids": null, "id": 3}')
+    assert read_prompts(tmp_path / "p") == [{"prompt": "one", "id": 3}]
+
+
+def test_every_damage_to_an_archive_is_found(tmp_path):
+    """A byte flipped anywhere behind the header, which zlib, the length or the check sum tells."""
+    data, file = gzip.compress(JSONL, mtime=0), tmp_path / "p.gz"
+    for at in range(10, len(data)):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(ValueError, match=r"p.gz is a damaged gzip stream"):
+            read_prompts(file)
+
+
 def test_bad_prompts_are_named(tmp_path):
     (tmp_path / "p.jsonl").write_text(lines({"prompt": "a"}, {"text": "b"}))
     with pytest.raises(ValueError, match=r"p.jsonl:2: no field `prompt`; found text"):
@@ -163,6 +279,9 @@ def test_whether_a_text_finished_is_true_or_false(tmp_path):
     assert [response.finished for response in read_responses(tmp_path / "t.jsonl")] == [True, False]
     (tmp_path / "t.jsonl").write_text(lines(good, good | {"finished": "no"}))
     with pytest.raises(ValueError, match=r't.jsonl:2: `finished` must be true or false, got "no"'):
+        read_responses(tmp_path / "t.jsonl")
+    (tmp_path / "t.jsonl").write_text(lines(good | {"prompt_format": 5}))
+    with pytest.raises(ValueError, match=r"t.jsonl:1: `prompt_format` must be text, got 5"):
         read_responses(tmp_path / "t.jsonl")
 
 

@@ -41,7 +41,7 @@ def test_every_record_is_on_disk_at_once(tmp_path):
 FOREIGN = {
     "one line without its end": b"my only notes",
     "one object without its end": b'{"a": 1}',
-    "half a line alone": b'{"a"',
+    "one line of TeX": rb"{\bf only}",
     "notes behind records": b'{"a": 1}\nmy notes',
     "an array": b'{"a": 1}\n[1, 2',
     "an archive": gzip.compress(b'{"a": 1}\n'),
@@ -135,3 +135,12 @@ def test_json_is_replaced_as_a_whole_and_has_no_nan(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", {"a": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize("before", [b"", b'{"a": 1}\n'])
+def test_half_a_line_of_an_interrupted_run_is_cut_off(tmp_path, before):
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(before + b'{"a": ')
+    with appending(file) as append:
+        append({"a": 2})
+    assert file.read_bytes() == before + b'{"a": 2}\n'
