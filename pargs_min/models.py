@@ -156,8 +156,14 @@ def save_reward_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
             decoding finds them.
     """
     record(model, **settings)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save(model, tokenizer, folder)
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Name) -> None:
+    """Write an ordinary folder of transformers: configuration, safetensors, tokenizer."""
+    with _quietly():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def record(model: PreTrainedModel, **settings) -> None:
@@ -225,17 +231,25 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _loading(name: Name) -> Iterator[None]:
-    """Context manager: transformers loads without its report on each model, and whatever a damaged folder makes it
-    raise becomes a ValueError that names the model, and the file where one cannot be read by itself."""
+    """Context manager: whatever a damaged folder makes transformers raise becomes a ValueError that names the model,
+    and the file where one cannot be read by itself."""
+    try:
+        with _quietly():
+            yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"cannot load {str(name)!r}: {_damage(Path(name)) or _first_line(error)}") from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Context manager: transformers says nothing, and shows no bars."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise ValueError(f"cannot load {str(name)!r}: {_damage(Path(name)) or _first_line(error)}") from error
     finally:
         logging.set_verbosity(level)
         if bars:

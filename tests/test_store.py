@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from pargs_min.records import read_jsonl
-from pargs_min.store import appending, aside, write_json
+from pargs_min.store import appending, aside, content, kept, results, write_json
 
 
 def test_half_a_line_is_skipped_by_the_reader_and_cut_off_by_the_next_writer(tmp_path):
@@ -80,7 +80,7 @@ def test_a_file_has_one_writer(tmp_path):
 
 WRITER = """
 import sys, time
-from pargs_min.store import appending
+from pargs_min.store import appending, aside, content, kept, results, write_json, write_lines
 with appending(sys.argv[1]) as append:
     append({"a": 1})
     print("open", flush=True)
@@ -144,3 +144,54 @@ def test_half_a_line_of_an_interrupted_run_is_cut_off(tmp_path, before):
     with appending(file) as append:
         append({"a": 2})
     assert file.read_bytes() == before + b'{"a": 2}\n'
+
+
+def test_what_is_kept_is_made_once_and_known_by_what_it_was_made_from(tmp_path):
+    made = []
+
+    def make(path):
+        made.append(path)
+        path.write_text("whole")
+
+    for _ in range(2):
+        assert kept(tmp_path / "x.txt", {"pairs": "abc", "seed": 0}, make).read_text() == "whole"
+    assert len(made) == 1
+    with pytest.raises(ValueError, match=r"x\.txt was made from other pairs, seed"):
+        kept(tmp_path / "x.txt", {"pairs": "abd", "seed": 1}, make)
+    (tmp_path / "x.txt").write_text("half")
+    with pytest.raises(ValueError, match=r"x\.txt has changed since"):
+        kept(tmp_path / "x.txt", {"pairs": "abc", "seed": 0}, make)
+    (tmp_path / "x.txt.made.json").unlink()
+    with pytest.raises(ValueError, match=r"x\.txt was made from other"):
+        kept(tmp_path / "x.txt", {"pairs": "abc", "seed": 0}, make)
+
+
+def test_content_is_that_of_files_and_not_their_place(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "x").write_text("1")
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    (tmp_path / "b" / "deep" / "x").write_text("2")
+    assert content(tmp_path / "a") != content(tmp_path / "b")
+    (tmp_path / "a" / "deep" / "x").rename(tmp_path / "a" / "x")
+    assert len({content(tmp_path / name) for name in ("a", "b", "b/deep/x")}) == 3
+
+
+def test_results_are_never_replaced_unasked_nor_written_twice_at_once(tmp_path):
+    with results(tmp_path / "new", "last.json", overwrite=False) as folder:
+        (folder / "last.json").write_text("{}")
+        with pytest.raises(ValueError, match="another run is writing"), results(folder, "other", overwrite=True):
+            pass
+    with (
+        pytest.raises(ValueError, match=r"holds last\.json of an earlier run"),
+        results(folder, "last.json", overwrite=False),
+    ):
+        pass
+    with results(folder, "last.json", overwrite=True), results(tmp_path / "else", "last.json", overwrite=False):
+        pass
+    sources = [None, str(folder)]
+    with (
+        pytest.raises(ValueError, match="is a model that is read"),
+        results(folder, "x", overwrite=True, sources=sources),
+    ):
+        pass

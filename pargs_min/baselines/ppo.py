@@ -197,14 +197,8 @@ def train_ppo(
                 optimizer.step()
                 losses.append(numbers)
 
-        # Save, so that an interruption costs `save_every` updates at most, and report.
-        done = update + 1
-        if checkpoint is not None and (done % save_every == 0 or done == settings.updates):
-            seen = {name: batch[name].cpu() for name in ("ids", "mask", "scores")}
-            state = {name: part.state_dict() for name, part in parts.items()}
-            with aside(checkpoint) as unfinished:
-                torch.save(state | task | {"seen": seen, "updates": done}, unfinished)
-        means = torch.tensor(losses).mean(0).tolist()
+        # Report, and save, so that an interruption costs `save_every` updates at most, and none that was not reported.
+        done, means = update + 1, torch.tensor(losses).mean(0).tolist()
         yield {
             "update": done,
             "reward": batch["scores"].mean().item(),
@@ -212,6 +206,11 @@ def train_ppo(
             "length": batch["written"].sum(1).float().mean().item(),
             **dict(zip(("policy_loss", "value_loss", "clipped"), means, strict=True)),
         }
+        if checkpoint is not None and (done % save_every == 0 or done == settings.updates):
+            seen = {name: batch[name].cpu() for name in ("ids", "mask", "scores")}
+            state = {name: part.state_dict() for name, part in parts.items()}
+            with aside(checkpoint) as unfinished:
+                torch.save(state | task | {"seen": seen, "updates": done}, unfinished)
 
 
 @torch.no_grad()

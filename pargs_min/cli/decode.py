@@ -12,7 +12,7 @@ from pargs_min.methods import METHODS
 from pargs_min.models import DTYPES, default_device, load_language_model, load_reward_model, load_tokenizer
 from pargs_min.progress import progress
 from pargs_min.records import read_prompts
-from pargs_min.store import aside
+from pargs_min.store import aside, content
 from pargs_min.texts import generate_texts, parse_shard, read_done, shard_range, time_of, write_records
 from pargs_min.trace import records, to_html, to_text, token_names
 
@@ -131,6 +131,8 @@ def generate(arguments: list[str]) -> None:
     if options.output.exists() and not options.resume:
         raise ValueError(f"output {options.output} exists: continue it with --resume, or name another file")
     settings = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_TEXT}
+    models = {name: getattr(options, name) for name in ("model", "reward_model", "final_reward_model")}
+    settings["contents"] = {name: content(model) for name, model in models.items() if model}
     done, now = read_done(options.output, settings, prompts), time_of(options.output) or datetime.now()
 
     more = dict(batch_size=options.batch_size, compiled=options.compile, shard=shard, done=done, now=now)

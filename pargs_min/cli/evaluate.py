@@ -11,6 +11,7 @@ from pargs_min.evaluation.tables import markdown, panels, write_comparison
 from pargs_min.experiments.judging import named_judge
 from pargs_min.models import load_language_model, load_tokenizer
 from pargs_min.plots import intervals, save
+from pargs_min.store import results
 from pargs_min.texts import text_log_probs
 
 
@@ -27,11 +28,13 @@ class EvaluateOptions:
         reference: Take every KL to this language model, which reads the texts again: for texts of fine-tuned models,
             whose own KL is to themselves.
         output_dir: For the table, the figure, and each judge's answers.
+        overwrite: Replace those of an earlier evaluation in --output-dir.
     """
 
     against: str | None = None
     reference: str | None = None
     output_dir: Path = Path("runs/evaluation")
+    overwrite: bool = False
 
 
 REPEATED = ArgumentParser(add_help=False)  # what no field of a dataclass can say
@@ -51,9 +54,10 @@ def evaluate(arguments: list[str]) -> None:
         for label, texts in files.items():
             files[label] = with_kl_to(options.reference, texts, text_log_probs(lm, codec, texts))
     judges = [named_judge(name, folder / "verdicts.jsonl") for name in dict.fromkeys(repeated.judge)]
-    comparison = compare(files, judges, *(labels[Path(file)] for file in against))
-    write_comparison(comparison, folder)
-    if shown := panels(comparison):
-        save(intervals(shown), folder / "evaluation.png")
+    with results(folder, "evaluation.json", overwrite=options.overwrite):
+        comparison = compare(files, judges, *(labels[Path(file)] for file in against))
+        write_comparison(comparison, folder)
+        if shown := panels(comparison):
+            save(intervals(shown), folder / "evaluation.png")
     print(markdown(comparison))
     print(f"saved {folder}")

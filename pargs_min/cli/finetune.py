@@ -5,19 +5,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from pargs_min.baselines.ppo import PPOSettings, train_ppo
 from pargs_min.cli.options import parse
-from pargs_min.cli.train import DataOptions, begin, fit_and_save, read
+from pargs_min.cli.train import KEPT, DataOptions, begin, check_same, fit_and_save, read, recipe
 from pargs_min.codec import Codec, check_vocabularies
-from pargs_min.data import encode_preferences
-from pargs_min.models import default_device, load_language_model, load_reward_model, load_tokenizer
+from pargs_min.data import encode_preferences, records_form
+from pargs_min.models import default_device, load_language_model, load_reward_model, load_tokenizer, save
 from pargs_min.progress import progress
 from pargs_min.records import read_jsonl, read_preferences, read_prompts
 from pargs_min.reward_model import context_length, recorded
 from pargs_min.scoring import model_rewards
-from pargs_min.store import write_lines
+from pargs_min.store import results, write_json, write_lines
 
 
 @dataclass(kw_only=True)
@@ -42,14 +42,9 @@ def dpo(arguments: list[str]) -> None:
     model, tokenizer = load_language_model(options.model), load_tokenizer(options.model)
     limit = options.max_length or context_length(model)
     encode = partial(encode_preferences, tokenizer=tokenizer, max_length=limit, append_eos=options.append_eos)
+    model.config.pargs = {"prompt_format": records_form([record for some in records for record in some])}
     fit = partial(train_dpo, model, tokenizer, beta=options.beta)
     fit_and_save(options, args, records, encode, fit, partial(save, model, tokenizer))
-
-
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write a folder that `pargs generate --model` takes."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 @dataclass(kw_only=True)
@@ -65,6 +60,7 @@ class PPOOptions:
         save_every: Updates between two checkpoints.
         device: Default: cuda if available, else cpu.
         resume: Continue from the checkpoint in --output-dir, if there is one.
+        overwrite: Replace the model and the checkpoint in --output-dir.
     """
 
     model: str
@@ -75,14 +71,17 @@ class PPOOptions:
     save_every: int = 20
     device: str | None = None
     resume: bool = False
+    overwrite: bool = False
 
 
 def ppo(arguments: list[str]) -> None:
     """Fine-tune the language model itself on a reward model's scores (PPO), to compare with."""
     options, settings = parse(ppo, arguments, PPOOptions, PPOSettings)
     folder, checkpoint = options.output_dir, options.output_dir / "checkpoint.pt"
-    if checkpoint.exists() and not options.resume:
+    if checkpoint.exists() and not (options.resume or options.overwrite):
         raise ValueError(f"{folder} holds the checkpoint of an earlier run: add --resume, or choose another folder")
+    if options.resume and checkpoint.exists():
+        check_same(folder, recipe(options))
     prompts, device = read_prompts(options.prompts), default_device(options.device)
 
     model, tokenizer = load_language_model(options.model, device=device), load_tokenizer(options.model)
@@ -94,21 +93,25 @@ def ppo(arguments: list[str]) -> None:
     codec = Codec.of(model, tokenizer, recorded(reward_model).get("prompt_format"))
     prompt_ids, often = [codec.prompt(prompt) for prompt in prompts], options.save_every
     scores, ends = model_rewards(reward_model), codec.ends or ()
-    updates = train_ppo(model, value_model, scores, prompt_ids, ends, settings, checkpoint, often)
-    write_log(folder / "log.jsonl", updates, settings.updates)
-    save(model, tokenizer, folder)
+    model.config.pargs = {"prompt_format": codec.form}
+    sources, replace = (options.model, options.reward_model, options.value_model), options.resume or options.overwrite
+    with results(folder, "config.json", overwrite=replace, sources=sources):
+        log = folder / "log.jsonl"
+        logged = [line for line, _ in read_jsonl(log, growing=True)] if log.exists() else []
+        if not (options.resume and checkpoint.exists()):
+            checkpoint.unlink(missing_ok=True)
+            write_json(folder / KEPT, recipe(options))
+        updates = train_ppo(model, value_model, scores, prompt_ids, ends, settings, checkpoint, often)
+        write_log(log, logged, updates, settings.updates)
+        save(model, tokenizer, folder)
     print(f"saved {folder}")
 
 
-def write_log(log: Path, updates: Iterable[dict], total: int) -> None:
-    """Log the numbers of every update, each when it is done.
+def write_log(log: Path, logged: list[dict], updates: Iterable[dict], total: int) -> None:
+    """Log the numbers of every update, each when it is done, behind what is logged.
 
     What an interrupted run logged after its last checkpoint is dropped: those updates are made again.
-
-    Raises:
-        ValueError: naming file and line, if the log holds something else; before the first update.
     """
-    logged = [line for line, _ in read_jsonl(log, growing=True)] if log.exists() else []
     shown = progress(updates, desc="updates", total=total, unit="update")
     for numbers in shown:
         logged = [line for line in logged if line.get("update") in range(numbers["update"])] + [numbers]

@@ -1,7 +1,9 @@
 """`pargs train`: reward models and value models; and what it shares with `pargs dpo`."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +22,18 @@ from pargs_min.models import load_reward_model, load_tokenizer, record, save_rew
 from pargs_min.records import Response, read_preferences, read_responses
 from pargs_min.reward_model import context_length, recorded
 from pargs_min.scoring import model_rewards
-from pargs_min.store import write_json
+from pargs_min.store import content, results, write_json
 from pargs_min.texts import differences
 from pargs_min.train import last_checkpoint, rate, train_reward_model, train_value_model
 
 Records = tuple[list, list]  # to train on, and of --eval-dataset
 KEPT = "pargs.json"  # the options of a run, next to its checkpoints
+# Of transformers' options, those that a resumed run must not change. A batch may be taken in smaller parts.
+WEIGHTS_DEPEND_ON = {
+    "seed", "data_seed", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "warmup_steps", "warmup_ratio", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
+    "max_grad_norm", "bf16", "fp16",
+}  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -40,6 +48,7 @@ class DataOptions:
         eval_dataset: Records to evaluate on, instead of held-out ones.
         eval_fraction: Share of prompts to hold out, with all their records; 0 for none.
         resume: Continue from the last checkpoint in --output-dir, if there is one.
+        overwrite: Replace the model and the checkpoints in --output-dir.
     """
 
     model: str
@@ -49,6 +58,7 @@ class DataOptions:
     eval_dataset: str | None = None
     eval_fraction: float = 0.1
     resume: bool = False
+    overwrite: bool = False
 
 
 @dataclass(kw_only=True)
@@ -134,14 +144,15 @@ def rated(
     check_vocabularies(tokenizer, load_tokenizer(name))
     rater = load_reward_model(name, device=device)
     theirs = recorded(rater).get("prompt_format", form)
-    if form not in ("text", "ids", theirs):
-        raise ValueError(
-            f"{name} was trained on {theirs} prompts, and these texts continue {form} prompts: write them with "
-            f"--prompt-format {theirs}"
-        )
     reward_fn = model_rewards(rater)
 
     def encode(records: Sequence[Response]) -> tuple[list[Text], dict[str, int]]:
+        for text in records:
+            if text.form not in (None, "ids", theirs):
+                raise ValueError(
+                    f"{text.source} continues a prompt of the form {text.form}, and {name} was trained on {theirs} "
+                    f"prompts: write texts with --prompt-format {theirs}"
+                )
         texts, counts = encode_texts(records, tokenizer, max_length, theirs)
         return rate(texts, reward_fn, device=device), counts
 
@@ -155,25 +166,37 @@ def begin(command: Callable, arguments: list[str], kind: type, **defaults: Any) 
     """The command's options and transformers' own; `defaults` are those of the latter, besides DEFAULTS.
 
     Raises:
-        ValueError: if --output-dir holds checkpoints, and --resume is missing or their run had other options.
+        ValueError: if --output-dir holds checkpoints, and neither --resume nor --overwrite is given, or their run had
+            other options, data or models.
     """
     defaults = DEFAULTS | dict(dataloader_pin_memory=torch.accelerator.is_available()) | defaults
     options, args = parse(command, arguments, kind, TrainingArguments, defaults=defaults)
     if not (found := last_checkpoint(args.output_dir)):
         return options, args
+    if options.overwrite:
+        return options, args
     if not options.resume:
-        raise ValueError(f"there are checkpoints ({found}): add --resume, or choose another --output-dir")
-    kept = Path(args.output_dir) / KEPT
-    if kept.exists() and (differ := differences(json.loads(kept.read_text("utf-8")), _recipe(options, args))):
-        raise ValueError(
-            f"{found} was made with other options ({differ}): resume with the same, or choose another --output-dir"
-        )
+        raise ValueError(f"there are checkpoints ({found}): add --resume or --overwrite, or another --output-dir")
+    check_same(Path(args.output_dir), recipe(options, args))
     return options, args
 
 
-def _recipe(options: DataOptions, args: TrainingArguments) -> dict:
-    """What a model is made from, but for transformers' options; kept next to checkpoints, for --resume to compare."""
-    return {name: value for name, value in vars(options).items() if name != "resume"} | {"seed": args.seed}
+def recipe(options: Any, args: TrainingArguments | None = None) -> dict:
+    """What a model is made from, files by their content; kept next to checkpoints, for --resume to compare."""
+    files = ("model", "dataset", "eval_dataset", "reward_model", "value_model")
+    read = {f"content of {name}": content(file) for name in files if (file := getattr(options, name, None))}
+    ours = {name: value for name, value in vars(options).items() if name not in ("resume", "overwrite")}
+    theirs = args.to_dict() if args else {}
+    used = {name: value for name, value in theirs.items() if name in WEIGHTS_DEPEND_ON}
+    return json.loads(json.dumps(ours | read | used, default=str))
+
+
+def check_same(folder: Path, made_from: dict) -> None:
+    """Raises ValueError if the folder's run had another `recipe`."""
+    if (kept := folder / KEPT).exists() and (differ := differences(json.loads(kept.read_text("utf-8")), made_from)):
+        raise ValueError(
+            f"{folder} was made with other options ({differ}): resume with the same, or choose another --output-dir"
+        )
 
 
 def read(options: DataOptions, reader: Callable[[str], list]) -> Records:
@@ -192,7 +215,8 @@ def fit_and_save(
         fit: (items, held-out items, args=, resume=) -> metrics.
         save: writes the model to a folder.
     """
-    say = print if args.process_index == 0 else lambda *_: None
+    first = args.process_index == 0
+    say = print if first else lambda *_: None
 
     def prepare(some: list) -> list:
         items, counts = encode(some)
@@ -203,11 +227,15 @@ def fit_and_save(
     if not held_out:
         items, held_out = split_by_prompt(items, options.eval_fraction, args.seed)
 
-    if args.process_index == 0 and not last_checkpoint(args.output_dir):
-        write_json(Path(args.output_dir) / KEPT, _recipe(options, args))
-    metrics = fit(items, held_out, args=args, resume=options.resume)
-    if args.process_index == 0:
-        save(args.output_dir)
+    sources, replace = (options.model, getattr(options, "reward_model", None)), options.resume or options.overwrite
+    with results(args.output_dir, "config.json", overwrite=replace, sources=sources) if first else nullcontext():
+        if first and not (options.resume and last_checkpoint(args.output_dir)):
+            for old in Path(args.output_dir).glob("checkpoint-*"):
+                shutil.rmtree(old)
+            write_json(Path(args.output_dir) / KEPT, recipe(options, args))
+        metrics = fit(items, held_out, args=args, resume=options.resume)
+        if first:
+            save(args.output_dir)
     say("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items()))
     say(f"saved {args.output_dir}")
 

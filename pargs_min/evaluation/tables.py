@@ -43,10 +43,10 @@ def panels(comparison: Comparison) -> dict[str, dict[str, tuple[float, float, fl
 def write_comparison(comparison: Comparison, folder: str | os.PathLike) -> None:
     """evaluation.md, evaluation.json (rows and notes) and answers.jsonl (each judge's answer on each text, raw)."""
     folder = Path(folder)
-    write_json(folder / "evaluation.json", {"rows": comparison.rows, "notes": comparison.notes})
     (folder / "evaluation.md").write_text(markdown(comparison) + "\n", "utf-8")
     lines = [json.dumps(answer, ensure_ascii=False, default=_plain) + "\n" for answer in comparison.answers]
     (folder / "answers.jsonl").write_text("".join(lines), "utf-8")
+    write_json(folder / "evaluation.json", {"rows": comparison.rows, "notes": comparison.notes})
 
 
 def _plain(answer: Any) -> float | str:

@@ -128,8 +128,9 @@ def rollout_siblings(lab: Lab, top_k: int = 5, completions: int = 8, opponents: 
         completions: of each candidate, an even number.
         opponents: texts per prompt.
     """
-    lm, tokenizer, prompts, *_ = material(lab)
-    codec, policy = Codec.of(lm, tokenizer), ModelPolicy(lm, vocabulary=len(tokenizer))
+    lm, tokenizer, prompts, *_, form = material(lab)
+    codec = Codec.of(lm, tokenizer, form)
+    policy = ModelPolicy(lm, vocabulary=codec.vocabulary)
 
     # What completions compete with.
     texts = generated(lab, prompts, opponents, seed=0)

@@ -23,13 +23,20 @@ from pargs_min.codec import Codec, end_tokens
 from pargs_min.data import encode_texts
 from pargs_min.evaluation.statistics import FrontierPoint, distinct_n, mean_and_error, prompt_means, rlhf_frontier
 from pargs_min.experiments import concordance
-from pargs_min.experiments.setup import Lab, generated, judge_of, judged, material
+from pargs_min.experiments.setup import Lab, generated, judge_of, judged, made_from, material
 from pargs_min.methods import FINE_TUNED, METHODS, Method
-from pargs_min.models import default_device, load_language_model, load_reward_model, load_tokenizer, save_reward_model
+from pargs_min.models import (
+    default_device,
+    load_language_model,
+    load_reward_model,
+    load_tokenizer,
+    save,
+    save_reward_model,
+)
 from pargs_min.records import read_responses
 from pargs_min.reward_model import context_length, prefix_rewards
 from pargs_min.scoring import model_rewards
-from pargs_min.store import aside, write_json, write_lines
+from pargs_min.store import kept, write_json, write_lines
 from pargs_min.texts import text_log_probs
 from pargs_min.train import prefix_accuracy, rate, train_reward_model, train_value_model
 
@@ -145,13 +152,14 @@ def guided(seed: int, methods: Sequence[str], betas: Sequence[float], **settings
 
 def make(lab: Lab, recipe: Recipe, seed: int) -> Path:
     """The folder of a model, trained now unless it is there."""
-    folder = lab.file("models") / recipe.folder_name(seed)
-    if not folder.exists():
-        train = {"dpo": _train_by_dpo, "ppo": _train_by_ppo}.get(recipe.objective, _train_reward_model)
-        with aside(folder) as unfinished:
-            set_seed(seed)
-            train(lab, recipe, seed, unfinished)
-    return folder
+    train = {"dpo": _train_by_dpo, "ppo": _train_by_ppo}.get(recipe.objective, _train_reward_model)
+
+    def trained(folder: Path) -> None:
+        set_seed(seed)
+        train(lab, recipe, seed, folder)
+
+    source = made_from(lab, "model", "pairs", "held_out", recipe=str(recipe), seed=seed)
+    return kept(lab.file("models") / recipe.folder_name(seed), source, trained)
 
 
 def reward_model(lab: Lab, recipe: Recipe, seed: int) -> PreTrainedModel:
@@ -167,21 +175,24 @@ def _train_reward_model(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> No
         model = load_reward_model(lab.model, tokenizer, head=recipe.head or "scalar")
     args = _arguments(lab, folder, len(pairs), lab.learning_rate, seed)
     if recipe == VALUE:
-        texts, _ = encode_texts(read_responses(samples(lab)), tokenizer, context_length(model))
+        texts, _ = encode_texts(read_responses(samples(lab)), tokenizer, context_length(model), material(lab).form)
         reward_fn, device = model_rewards(reward_model(lab, FULL, seed)), default_device()
         rated = rate(texts, reward_fn, batch_size=lab.batch_size, device=device)
         train_value_model(model, tokenizer, rated, args=args)
     else:
         tail, lengths = "extend" if lab.append_eos else "min", recipe.lengths or (1, None)
-        train_reward_model(model, tokenizer, pairs, args=args, objective=recipe.objective, tail=tail, lengths=lengths)
-    recorded = {"objective": recipe.objective, "append_eos": lab.append_eos, "prompt_format": "text"}
+        how: dict[str, Any] = dict(objective=recipe.objective, tail=tail, lengths=lengths)
+        train_reward_model(model, tokenizer, pairs, args=args, end=Codec(tokenizer, material(lab).form).end, **how)
+    recorded = {"objective": recipe.objective, "append_eos": lab.append_eos, "prompt_format": material(lab).form}
     save_reward_model(model, tokenizer, folder, **recorded)
 
 
 def _new_model(family: str, layers: int, width: int, tokenizer: Tokenizer) -> PreTrainedModel:
     """A reward model with random weights, heads of 16 dimensions, for texts of up to 64 tokens."""
     sizes = dict(hidden_size=width, intermediate_size=3 * width, max_position_embeddings=64)
-    sizes |= dict(num_hidden_layers=layers, num_attention_heads=width // 16, vocab_size=len(tokenizer), num_labels=1)
+    sizes |= dict(
+        num_hidden_layers=layers, num_attention_heads=width // 16, vocab_size=Codec(tokenizer).vocabulary, num_labels=1
+    )
     ids = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.eos_token_id)
     config = AutoConfig.for_model(family, eos_token_id=tokenizer.eos_token_id, **sizes, **ids)
     return AutoModelForSequenceClassification.from_config(config)
@@ -194,7 +205,7 @@ def _train_by_dpo(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> None:
     args = _arguments(lab, folder, len(pairs), lab.dpo_learning_rate, seed)
     settings: dict[str, Any] = dict(beta=recipe.beta, args=args)
     train_dpo(model, tokenizer, pairs, **settings)
-    _save(model, tokenizer, folder)
+    save(model, tokenizer, folder)
 
 
 def _train_by_ppo(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> None:
@@ -206,12 +217,7 @@ def _train_by_ppo(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> None:
     prompts, ends = _training_prompts(lab), end_tokens(model, tokenizer)
     for _ in train_ppo(model, critic, model_rewards(rater), prompts, ends, PPOSettings(**settings)):
         pass
-    _save(model, tokenizer, folder)
-
-
-def _save(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save(model, tokenizer, folder)
 
 
 def _arguments(lab: Lab, folder: Path, pairs: int, learning_rate: float, seed: int) -> TrainingArguments:
@@ -230,23 +236,26 @@ def _training_prompts(lab: Lab) -> list[list[int]]:
 
 def samples(lab: Lab) -> Path:
     """Texts of the reference that value models learn from: two for each training pair, for the same prompts."""
-    file = lab.file("samples.jsonl")
-    if not file.exists():
+
+    def sampled(file: Path) -> None:
         prompts = [{"prompt_ids": ids} for ids in _training_prompts(lab)]
         per_prompt = math.ceil(2 * len(material(lab).pairs) / len(prompts))
         write_lines(file, generated(lab, prompts, per_prompt, seed=SAMPLES))
-    return file
+
+    return kept(lab.file("samples.jsonl"), made_from(lab, "model", "pairs", "held_out"), sampled)
 
 
 def plain_rewards(lab: Lab) -> np.ndarray:
     """(prompts, N) rewards of texts of the reference that no cell shares."""
-    file = lab.file("plain_rewards.npy")
-    if not file.exists():
+
+    def rated(file: Path) -> None:
         prompts = material(lab).prompts
         rewards = judged(lab, generated(lab, prompts, lab.plain_samples, seed=PLAIN))
-        with aside(file) as unfinished, unfinished.open("wb") as out:
+        with file.open("wb") as out:
             np.save(out, np.reshape(rewards, (len(prompts), -1)))
-    return np.load(file)
+
+    source = made_from(lab, "model", "prompts", "judge", plain_samples=lab.plain_samples)
+    return np.load(kept(lab.file("plain_rewards.npy"), source, rated))
 
 
 def rlhf_policies(lab: Lab, betas: Sequence[float]) -> list[FrontierPoint]:
@@ -258,10 +267,12 @@ def rlhf_policies(lab: Lab, betas: Sequence[float]) -> list[FrontierPoint]:
 
 def siblings(lab: Lab) -> list[concordance.Siblings]:
     """Candidates after prefixes of the reference, and how often their completions win; exact in the embedded world."""
-    file = lab.file("siblings.json")
-    if not file.exists():
+
+    def found(file: Path) -> None:
         exact, rollouts = concordance.exact_siblings, concordance.rollout_siblings
         write_json(file, [*(exact(lab, replace(lab.world)) if lab.world else rollouts(lab))])
+
+    file = kept(lab.file("siblings.json"), made_from(lab, "model", "pairs", "prompts", "judge"), found)
     return [concordance.Siblings(*one) for one in json.loads(file.read_text("utf-8"))]
 
 
@@ -293,7 +304,7 @@ def write(lab: Lab, cell: Cell) -> list[dict]:
         settings["lm"] = load_language_model(make(lab, cell.tuned, cell.seed), device=default_device())
     texts = generated(lab, made.prompts, lab.samples, method=cell.writes.name, seed=cell.seed, **settings)
     if cell.tuned:
-        by_reference = text_log_probs(made.lm, Codec.of(made.lm, made.tokenizer), texts, lab.batch_size)
+        by_reference = text_log_probs(made.lm, Codec.of(made.lm, made.tokenizer, made.form), texts, lab.batch_size)
         texts = [text | {"kl": text["ref_log_prob"] - other} for text, other in zip(texts, by_reference, strict=True)]
     return texts
 

@@ -7,20 +7,20 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pargs_min.data import Pair, encode_preferences, split_by_prompt
+from pargs_min.data import Pair, encode_preferences, records_form, split_by_prompt
 from pargs_min.evaluation.judges import Judge, is_number
 from pargs_min.experiments.judging import named_judge
 from pargs_min.models import default_device, load_language_model, load_tokenizer
 from pargs_min.progress import progress
-from pargs_min.records import read_preferences, read_prompts
+from pargs_min.records import Preference, read_preferences, read_prompts
 from pargs_min.reward_model import context_length
-from pargs_min.store import aside, write_lines
+from pargs_min.store import aside, content, kept, write_lines
 from pargs_min.texts import generate_texts
 from pargs_min.world.journey import HELD_OUT_PROMPTS, HORIZON, TRAIN_PROMPTS, Journey
 from pargs_min.world.reference import SHIPPED, STEPS, reference, write_pairs
@@ -122,8 +122,9 @@ def embedded(
     lm, tokenizer = reference(home, world, seed=seed, steps=steps)
     files = {name: folder / f"{name}.jsonl" for name in ("pairs", "held_out", "prompts")}
     for name, prompts, count in (("pairs", TRAIN_PROMPTS, pairs), ("held_out", HELD_OUT_PROMPTS, held_out)):
-        if not files[name].exists():
-            write_pairs(files[name], lm, tokenizer, world, pairs=count, seed=seed, prompts=prompts)
+        settings: dict[str, Any] = dict(pairs=count, seed=seed, prompts=prompts)
+        source = settings | {"reference": content(home), "world": as_json(world)}
+        kept(files[name], source, partial(write_pairs, model=lm, tokenizer=tokenizer, world=world, **settings))
     write_lines(files["prompts"], [{"prompt": prompt} for prompt in HELD_OUT_PROMPTS])
     names = {name: str(path) for name, path in {"folder": folder, "model": home, **files}.items()}
     sizes |= names | dict(learning_rate=1e-3, dpo_learning_rate=1e-4, ppo_learning_rate=3e-4, pairs_per_step=64)
@@ -139,6 +140,7 @@ class Material(NamedTuple):
     prompts: list[dict]
     pairs: list[Pair]
     held_out: list[Pair]
+    form: str  # of the pairs' prompts, in which all prompts are read
 
 
 @cache
@@ -147,12 +149,37 @@ def material(lab: Lab) -> Material:
     tokenizer = load_tokenizer(lab.model)
     lm = load_language_model(lab.model, device=default_device())
 
-    def encoded(file: str) -> list[Pair]:
-        return encode_preferences(read_preferences(file), tokenizer, context_length(lm), lab.append_eos)[0]
+    def encoded(preferences: list[Preference]) -> list[Pair]:
+        return encode_preferences(preferences, tokenizer, context_length(lm), lab.append_eos)[0]
 
-    pairs = encoded(lab.pairs)
-    pairs, held_out = split_by_prompt(pairs, 0.1) if lab.held_out is None else (pairs, encoded(lab.held_out))
-    return Material(lm, tokenizer, read_prompts(lab.prompts), pairs, held_out)
+    preferences = read_preferences(lab.pairs)
+    pairs = encoded(preferences)
+    held_out = encoded(read_preferences(lab.held_out)) if lab.held_out else []
+    pairs, held_out = (pairs, held_out) if held_out else split_by_prompt(pairs, 0.1)
+    return Material(lm, tokenizer, read_prompts(lab.prompts), pairs, held_out, records_form(preferences))
+
+
+@cache
+def contents(lab: Lab) -> dict[str, str]:
+    """What tells apart the contents of what a lab names, read once per process."""
+    named = {name: getattr(lab, name) for name in ("model", "pairs", "held_out", "prompts", "judge")}
+    code = Path(*lab.judge.partition(":")[0].split(".")).with_suffix(".py")
+    found = {name: content(file) for name, file in named.items() if file}
+    return found | ({"judge": f"{lab.judge} {content(code)}"} if code.exists() else {})
+
+
+# Settings of a lab that what it makes depends on.
+MAKING = {"append_eos", "max_new_tokens", "pairs_per_step", "epochs", "learning_rate", "dpo_learning_rate"}
+MAKING |= {"ppo_learning_rate", "ppo_updates"}
+
+
+def made_from(lab: Lab, *files: str, **settings: object) -> dict[str, object]:
+    """What something of a lab is made from, for `store.kept`: these files, by content, and settings."""
+    return (
+        {name: contents(lab).get(name) for name in files}
+        | {name: getattr(lab, name) for name in sorted(MAKING)}
+        | settings
+    )
 
 
 def generated(lab: Lab, prompts: list[dict], num_samples: int, **settings) -> list[dict]:
@@ -160,6 +187,7 @@ def generated(lab: Lab, prompts: list[dict], num_samples: int, **settings) -> li
     made = material(lab)
     limits = dict(num_samples=num_samples, max_new_tokens=lab.max_new_tokens, batch_size=lab.batch_size)
     settings = {"lm": made.lm, "tokenizer": made.tokenizer, "method": "plain"} | limits | settings
+    settings |= {"prompt_format": made.form}
     total = len(prompts) * num_samples
     return [*progress(generate_texts(prompts=prompts, **settings), desc=f"{settings['method']} texts", total=total)]
 

@@ -2,14 +2,16 @@
 
 import math
 import multiprocessing
+import os
 import signal
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from threading import RLock
+from threading import RLock, Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +22,7 @@ from transformers.utils import logging
 
 from pargs_min.experiments import measure
 from pargs_min.experiments.measure import Cell
-from pargs_min.experiments.setup import Lab, as_json
+from pargs_min.experiments.setup import Lab, as_json, contents
 from pargs_min.progress import progress
 from pargs_min.records import read_jsonl
 from pargs_min.store import appending, write_lines
@@ -58,12 +60,13 @@ def _run(pool: Executor, jobs: list[tuple], desc: str) -> Iterator[tuple[tuple, 
 
 def _read(file: Path, labs: Mapping[str, Lab], cells: Sequence[Cell]) -> dict[Cell, dict]:
     """What the file holds of these cells; a new file gets its first line."""
-    head, known = {"labs": as_json(labs)}, [(cell, as_json(cell)) for cell in cells]
+    read = {name: contents(lab) for name, lab in labs.items()}
+    head, known = {"labs": as_json(labs), "contents": read}, [(cell, as_json(cell)) for cell in cells]
     lines = [line for line, _ in read_jsonl(file, growing=True)] if file.exists() else []
     if not lines:
         write_lines(file, [head])
     elif lines[0] != head:
-        raise ValueError(f"{file} was made with other settings: choose another --output-dir, or delete it")
+        raise ValueError(f"{file} was made with other settings or files: choose another --output-dir, or delete it")
     return {cell: line["found"] for line in lines[1:] for cell, written in known if written == line["cell"]}
 
 
@@ -92,10 +95,18 @@ def workers(processes: int) -> Iterator[Executor]:
 def quiet_worker() -> None:
     """One thread, since processes share the cores, and no word: the first process reports, also of an interrupt."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tqdm.set_lock(RLock())  # instead of one between processes, which an interrupt would leave behind
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended, however that came about."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 # ---- over seeds ----

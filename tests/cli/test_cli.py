@@ -10,8 +10,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pargs_min import methods
 from pargs_min.cli import main
-from pargs_min.models import load_reward_model, save_reward_model
-from pargs_min.reward_model import prefix_rewards
+from pargs_min.models import load_reward_model, load_tokenizer, save_reward_model
+from pargs_min.reward_model import prefix_rewards, recorded
 from tests.strategies import tiny_lm, tiny_tokenizer
 
 WORDS = "abcdefg"
@@ -94,6 +94,50 @@ def test_an_earlier_run_is_gone_on_with_or_left_alone(lm, pairs, tmp_path, capsy
     assert "add --resume" in capsys.readouterr().err
     assert train(lm, pairs, tmp_path / "out", "--resume") == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    assert train(lm, pairs, tmp_path / "out", "--overwrite", "--seed", "5") == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != weights
+
+
+@pytest.mark.trains
+def test_a_trained_model_is_never_replaced_unasked_and_the_one_that_is_read_never(lm, pairs, tmp_path, capsys):
+    whole = ["--save-strategy", "no"]
+    assert train(lm, pairs, tmp_path / "out", *whole) == 0
+    weights, original = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "out", lm))
+    assert train(lm, pairs, tmp_path / "out", *whole, "--seed", "5") == 2
+    assert "holds config.json of an earlier run" in capsys.readouterr().err
+    assert train(lm, pairs, lm, *whole, "--overwrite") == 2
+    assert "is a model that is read" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    assert (lm / "model.safetensors").read_bytes() == original
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("change", ["pairs", "model", "learning rate"])
+def test_a_run_goes_on_with_the_contents_it_began_with(lm, pairs, tmp_path, capsys, change):
+    """Under the same names; what was trained stays."""
+    assert train(lm, pairs, tmp_path / "out") == 0
+    weights, more = (tmp_path / "out" / "model.safetensors").read_bytes(), []
+    if change == "pairs":
+        pairs.write_text(
+            pairs.read_text().replace("chosen", "-").replace("rejected", "chosen").replace("-", "rejected")
+        )
+    elif change == "model":
+        tiny_lm(vocabulary=14, seed=3).float().save_pretrained(lm)
+    else:
+        more = ["--learning-rate", "5e-3"]
+    assert train(lm, pairs, tmp_path / "out", "--resume", *more) == 2
+    what = {"pairs": "content of dataset", "model": "content of model", "learning rate": "learning_rate"}[change]
+    assert f"was made with other options ({what} " in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.trains
+def test_a_checkpoint_is_a_reward_model_that_knows_its_form(lm, pairs, tmp_path):
+    assert train(lm, pairs, tmp_path / "out") == 0
+    folder = tmp_path / "out" / "checkpoint-2"
+    assert recorded(load_reward_model(folder)) == recorded(load_reward_model(tmp_path / "out"))
+    assert recorded(load_reward_model(folder))["prompt_format"] == "text"
+    assert load_tokenizer(folder).get_vocab() == load_tokenizer(tmp_path / "out").get_vocab()
 
 
 @pytest.mark.trains
@@ -216,7 +260,7 @@ def test_controlled_decoding_from_samples_to_texts(lm, pairs, prompts, tmp_path,
     assert generate(lm, prompts, samples, *plain, "--prompt-format", "text") == 0
     value = ["--objective", "value", "--reward-model", str(tmp_path / "rm"), "--eval-fraction", "0.4"]
     assert train(lm, tmp_path / "chats.jsonl", tmp_path / "value", *value) == 2
-    assert "write them with --prompt-format text" in capsys.readouterr().err
+    assert "write texts with --prompt-format text" in capsys.readouterr().err
     assert train(lm, samples, tmp_path / "value", *value) == 0
     assert "eval_correlation" in capsys.readouterr().out
     out, guide = tmp_path / "out.jsonl", ["--reward-model", str(tmp_path / "value")]

@@ -24,7 +24,7 @@ NAMES = """
 OPTIONS = {
     "demo": "output-dir quick=False seed=0",
     "train": """
-        model! dataset! append-eos=True max-length eval-dataset eval-fraction=0.1 resume=False
+        model! dataset! append-eos=True max-length eval-dataset eval-fraction=0.1 resume=False overwrite=False
         objective=partial{partial,full,value} reward-model tail{extend,min} head=scalar{scalar,vocab}
         reduction=prefix{prefix,pair} lora-rank
         output-dir=runs/reward_model num-train-epochs=1 learning-rate=1e-05 warmup-steps=0.05 logging-steps=10
@@ -41,7 +41,7 @@ OPTIONS = {
         dtype=auto{float32,bfloat16,float16,auto} prompt-format{text,dialogue,chat,ids}
         prompt! method=pargs{plain,pargs,pargs-greedy,args,args-greedy,cd} output shown=10 sample=0
     """,
-    "evaluate": "files! judge=[] against reference output-dir=runs/evaluation",
+    "evaluate": "files! judge=[] against reference output-dir=runs/evaluation overwrite=False",
     "study": """
         output-dir=runs/study seeds=3 seed=0 processes=2 quick=False model dataset prompts judge held-out
         max-new-tokens=64 samples=16 batch-size=32 pairs-per-step=16 epochs=1.0 learning-rate=1e-05
@@ -53,13 +53,14 @@ OPTIONS = {
         output-dir=runs/benchmark
     """,
     "dpo": """
-        model! dataset! append-eos=True max-length eval-dataset eval-fraction=0.1 resume=False beta=1.0
+        model! dataset! append-eos=True max-length eval-dataset eval-fraction=0.1 resume=False overwrite=False beta=1.0
         output-dir=runs/dpo num-train-epochs=1 learning-rate=1e-06 warmup-steps=0.05 logging-steps=10
         save-total-limit=1
     """,
     "ppo": """
         model! prompts! reward-model! value-model output-dir=runs/ppo save-every=20 device resume=False
-        beta=1.0 max-new-tokens=64 updates=200 batch-size=64 passes=4 minibatch-size=16 learning-rate=1e-05 clip=0.2
+        overwrite=False beta=1.0 max-new-tokens=64 updates=200 batch-size=64 passes=4 minibatch-size=16
+        learning-rate=1e-05 clip=0.2
         value-weight=0.1 lam=0.95 max-grad-norm=1.0 seed=0
     """,
 }

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pargs_min import plots
@@ -9,10 +11,10 @@ from pargs_min.codec import Codec
 from pargs_min.data import records_form
 from pargs_min.experiments.measure import Cell, guided
 from pargs_min.experiments.report import BETAS, KL_LABEL, Row, curves, grouped, kl
-from pargs_min.experiments.setup import Lab, judged
+from pargs_min.experiments.setup import Lab, judged, made_from
 from pargs_min.models import load_tokenizer
 from pargs_min.records import is_messages, read_preferences
-from pargs_min.store import write_lines
+from pargs_min.store import content, kept, write_lines
 
 COLUMNS = ("reward", "prompt_error", "rlhf", "kl", "length")
 ATTRIBUTES = ("style", "topic", "brevity")  # of `pargs_min.world.attributes`
@@ -32,11 +34,13 @@ def relabelled(lab: Lab, name: str, judge: str) -> Lab:
     other = replace(lab, plain_samples=min(lab.plain_samples, 400), **changed)
     for kind in ("pairs", "held_out"):
         if source := getattr(lab, kind):
-            file = folder / f"{kind}.jsonl"
-            if not file.exists():
-                write_lines(file, by_reward(other, source))
-            changed[kind] = str(file)
+            known = {kind: content(source)} | made_from(other, "model", "judge")
+            changed[kind] = str(kept(folder / f"{kind}.jsonl", known, partial(write_by_reward, other, source)))
     return replace(other, **changed)
+
+
+def write_by_reward(lab: Lab, source: str, file: Path) -> None:
+    write_lines(file, by_reward(lab, source))
 
 
 def by_reward(lab: Lab, source: str) -> Iterator[dict]:
