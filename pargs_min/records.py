@@ -1,6 +1,6 @@
 """Preference records, prompts and texts: read from files or the model hub, and checked.
 
-One line of JSON per record, in any of these forms:
+One line of JSON per record, or one array of them, in any of these forms:
 
     {"prompt": "...", "chosen": "...", "rejected": "..."}               text, continued as it stands
     {"prompt": [messages], "chosen": [message], "rejected": [message]}  through the tokenizer's chat template
@@ -109,6 +109,7 @@ def _is_time(value: object) -> bool:
         return False
 
 
+ROLES = ("model", "reward_model", "final_reward_model")  # settings that name a model, or none
 # The fields of a record of `pargs generate` beside its prompt: those that must be there, and others.
 REQUIRED: dict[str, Callable[[Any], bool]] = {"prompt_number": _is_count, "sample": _is_count, "response": _is_text}
 OPTIONAL: dict[str, Callable[[Any], bool]] = {
@@ -118,9 +119,10 @@ OPTIONAL: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("method", "prompt_format"), _is_text),
     "now": _is_time,
     "cost": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
-    "settings": lambda value: isinstance(value, dict),
+    "settings": lambda value: (
+        isinstance(value, dict) and all(isinstance(value.get(role), str | None) for role in ROLES)
+    ),
 }
-MODELS = ("model", "reward_model", "final_reward_model")  # settings that name one, or none
 
 
 def read_texts(path: str | os.PathLike) -> list[dict]:
@@ -154,9 +156,6 @@ def check_text(record: dict, source: str) -> dict:
     for name, is_right in (REQUIRED | OPTIONAL).items():
         if name in text and not is_right(text[name]):
             raise ValueError(f"{source}: `{name}` must not be {_shown(text[name])}")
-    for name in MODELS:
-        if not isinstance(text.get("settings", {}).get(name), str | None):
-            raise ValueError(f"{source}: `settings` must name `{name}`, not hold {_shown(text['settings'][name])}")
     _prompt(text, source)
     return text
 
@@ -194,8 +193,6 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
         for record, source in _objects(text, path):
             _prompt(record, source)
             prompts.append({name: value for name, value in record.items() if value is not None})
-    elif "\0" in text:
-        raise ValueError(f"{path}:{text[: text.index(chr(0))].count(chr(10)) + 1}: not text in UTF-8 (a zero byte)")
     else:
         prompts = [{"prompt": line} for line in re.split(r"\r\n?|\n", text) if line.strip()]
     if not prompts:
@@ -250,6 +247,8 @@ def _text(path: str | os.PathLike, growing: bool = False) -> str:
             data = whole_lines(data, path)
         elif data.startswith(b"\x1f\x8b"):
             data = gzip.decompress(data)
+        if (at := data.find(0)) >= 0:  # UTF-16, or no text at all
+            raise UnicodeDecodeError("utf-8", data, at, at + 1, "no text has it")
         return data.decode("utf-8-sig")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is a damaged gzip stream ({error}); copy or download it again") from None

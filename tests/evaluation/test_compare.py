@@ -307,7 +307,7 @@ def test_texts_whose_prompts_are_ids_alone_are_read_and_told_apart(tmp_path):
         (json.dumps(text(0, 1, "a", prompt=None)), "x.jsonl:1: no field `prompt`"),
         (json.dumps(text(0, 1, "a", cost={"seconds": math.inf})), "x.jsonl:1: not JSON .field 'seconds' holds NaN"),
         (json.dumps(text(0, 1, "a", cost={"seconds": "1"})), "x.jsonl:1: `cost` must not be"),
-        (json.dumps(text(0, 1, "a", settings={"model": 5})), "x.jsonl:1: `settings` must name `model`, not hold 5"),
+        (json.dumps(text(0, 1, "a", settings={"model": 5})), "x.jsonl:1: `settings` must not be {.model.: 5}"),
         (json.dumps(text(0, 1, "a", now="today")), "x.jsonl:1: `now` must not be"),
         (json.dumps(text(0, 1, "a", system="Be kind.")), "x.jsonl:1: `system` would be left out"),
         ("GOOD\n\nGOOD\n", "x.jsonl:3: prompt 0 has sample 0 already"),
