@@ -199,6 +199,8 @@ ACCEPTED: dict[str, tuple[tuple, str]] = {
     "dataloader_drop_last": ((False,), "it would drop held-out records, too"),
     "batch_eval_metrics": ((False,), AT_ONCE),
     "eval_do_concat_batches": ((True,), AT_ONCE),
+    "eval_use_gather_object": ((False,), AT_ONCE),
+    "debug": (([],), "it cannot look into these batches"),
     "train_sampling_strategy": (("random", "sequential"), "transformers cannot tell how long a pair is"),
     "resume_from_checkpoint": ((None,), f"{IGNORED}; take --resume"),
     "prediction_loss_only": ((False,), IGNORED),
@@ -218,6 +220,9 @@ def check_settings(args: TrainingArguments, resume: bool) -> None:
         if (value := getattr(args, name)) not in accepted:
             wanted = " or ".join(map(str, accepted))
             raise ValueError(f"{name} (--{name.replace('_', '-')}) must be {wanted}, got {value}: {why}")
+    if args.gradient_accumulation_steps < 1:
+        steps = args.gradient_accumulation_steps
+        raise ValueError(f"gradient_accumulation_steps (--gradient-accumulation-steps) must be at least 1, got {steps}")
     if not resume:
         return
     if args.save_only_model:

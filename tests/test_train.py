@@ -230,6 +230,8 @@ def test_several_gpus_in_one_process_are_refused(tmp_path):
         (dict(fp16_full_eval=True), r"\(--fp16-full-eval\) must be False"),
         (dict(train_sampling_strategy="group_by_length"), r"must be random or sequential, got group_by_length"),
         (dict(batch_eval_metrics=True), "--batch-eval-metrics"),
+        (dict(eval_use_gather_object=True), "--eval-use-gather-object"),
+        (dict(gradient_accumulation_steps=0), "must be at least 1, got 0"),
         (dict(dataloader_drop_last=True), "it would drop held-out records, too"),
         (dict(resume_from_checkpoint="run"), "training here does not read it; take --resume"),
         (dict(save_only_model=True), r"save_only_model \(--save-only-model\) leaves checkpoints that --resume cannot"),

@@ -24,7 +24,7 @@ from pargs_min.reward_model import context_length, recorded
 from pargs_min.scoring import model_rewards
 from pargs_min.store import content, results, write_json
 from pargs_min.texts import differences
-from pargs_min.train import last_checkpoint, rate, train_reward_model, train_value_model
+from pargs_min.train import check_settings, last_checkpoint, rate, train_reward_model, train_value_model
 
 Records = tuple[list, list]  # to train on, and of --eval-dataset
 KEPT = "pargs.json"  # the options of a run, next to its checkpoints
@@ -49,6 +49,9 @@ class DataOptions:
         eval_fraction: Share of prompts to hold out, with all their records; 0 for none.
         resume: Continue from the last checkpoint in --output-dir, if there is one.
         overwrite: Replace the model and the checkpoints in --output-dir.
+
+    Raises:
+        ValueError: if `max_length` is below 1.
     """
 
     model: str
@@ -59,6 +62,10 @@ class DataOptions:
     eval_fraction: float = 0.1
     resume: bool = False
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length (--max-length) must be at least 1, got {self.max_length}")
 
 
 @dataclass(kw_only=True)
@@ -93,6 +100,7 @@ class TrainOptions(DataOptions):
     lora_rank: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.tail = self.tail or ("extend" if self.append_eos else "min")
         if self.tail == "extend" and not self.append_eos:
             raise ValueError("--tail extend appends end tokens and --no-append-eos forbids them: drop one of the two")
@@ -167,10 +175,11 @@ def begin(command: Callable, arguments: list[str], kind: type, **defaults: Any) 
 
     Raises:
         ValueError: if --output-dir holds checkpoints, and neither --resume nor --overwrite is given, or their run had
-            other options, data or models.
+            other options, data or models; for settings of transformers that `check_settings` refuses.
     """
     defaults = DEFAULTS | dict(dataloader_pin_memory=torch.accelerator.is_available()) | defaults
     options, args = parse(command, arguments, kind, TrainingArguments, defaults=defaults)
+    check_settings(args, options.resume)
     if not (found := last_checkpoint(args.output_dir)):
         return options, args
     if options.overwrite:

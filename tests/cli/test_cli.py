@@ -169,6 +169,44 @@ def test_what_a_run_began_with_is_checked_before_anything_is_loaded(lm, pairs, t
     assert "'nowhere/at-all' now" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["train", "dpo"])
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--max-length", "0"], "max_length (--max-length) must be at least 1, got 0"),
+        (["--save-only-model", "--resume"], "save_only_model (--save-only-model) leaves checkpoints that --resume"),
+        (["--label-smoothing-factor", "0.1"], "(--label-smoothing-factor) must be 0.0, got 0.1"),
+        (["--bf16-full-eval", "--use-cpu"], "(--bf16-full-eval) must be False, got True"),
+        (["--train-sampling-strategy", "group_by_length"], "must be random or sequential, got group_by_length"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_loaded(tmp_path, capsys, command, more, message):
+    nowhere = ["--model", "nowhere/at-all", "--dataset", "nowhere.jsonl", "--output-dir", str(tmp_path)]
+    assert main([command, *nowhere, *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "dpo"])
+def test_training_that_diverges_leaves_no_model(lm, pairs, tmp_path, capsys, command):
+    out = tmp_path / "out"
+    options = ["--model", str(lm), "--dataset", str(pairs), "--output-dir", str(out), "--learning-rate", "1e38"]
+    options += [
+        "--optim",
+        "sgd",
+        "--warmup-steps",
+        "0",
+        "--max-steps",
+        "3",
+        "--disable-tqdm",
+        "True",
+        "--use-cpu",
+        "True",
+    ]
+    assert main([command, *options]) == 2
+    assert "training diverged at step 2; lower --learning-rate" in capsys.readouterr().err
+    assert not list(out.glob("*.safetensors"))
+
+
 @pytest.mark.trains
 @pytest.mark.parametrize("head", ["scalar", "vocab"])
 def test_a_model_trained_by_adapters_is_an_ordinary_one_that_guides(lm, pairs, prompts, tmp_path, capsys, head):
