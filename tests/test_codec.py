@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from pargs_min.codec import Codec, check_vocabularies, encode_prompt, end_tokens, left_pad, prompt_format
+from pargs_min.codec import Codec, check_vocabularies, cut_left, encode_prompt, end_tokens, left_pad, prompt_format
 from tests.strategies import tiny_lm, tiny_tokenizer
 from tests.test_reward_model import word_tokenizer
 
@@ -114,6 +114,19 @@ def test_vocabularies_are_compared_by_id():
     check_vocabularies(word_tokenizer("<end> a b c"), word_tokenizer("<end> a b c more"))
     with pytest.raises(ValueError, match=r"differ at 2 ids: 1 \('a'\), 2 \('b'\)"):
         check_vocabularies(word_tokenizer("<end> a b c"), word_tokenizer("<end> b a c"))
+    with pytest.raises(ValueError, match=r"differ at 1 ids: 3 \('c'\)"):  # one that the reward model lacks
+        check_vocabularies(word_tokenizer("<end> a b c"), word_tokenizer("<end> a b"))
+
+
+def test_id_zero_is_a_token_like_any_other():
+    tokenizer = word_tokenizer("<end> <s> a b", bos_token="<s>")
+    assert Codec(tokenizer).encode([2], [[3]], finished=True) == ([2], [[3, 0]])
+    assert Codec(tokenizer).finished([2, 0])
+    assert end_tokens(tiny_lm(eos_token_id=1), tokenizer)[0] == 0
+    tokenizer.eos_token, tokenizer.chat_template = "<s>", "{% for m in messages %} {{ m.content }} <end>{% endfor %}"
+    tokenizer.add_special_tokens({"pad_token": "<end>"})
+    assert Codec(tokenizer, "chat").end == 0
+    assert cut_left([0, 5, 6, 7], 3, start_token=0) == [0, 6, 7]
 
 
 def test_a_codec_reads_records_and_says_what_has_ended():

@@ -5,10 +5,11 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pargs_min.data import Pair, at_response_tokens, collate, encode_preferences, split_by_prompt
-from pargs_min.records import Preference
+from pargs_min.data import Pair, Text, at_response_tokens, collate, encode_preferences, encode_texts, split_by_prompt
+from pargs_min.records import Preference, Response
 
 from .strategies import tiny_tokenizer, token_pairs
+from .test_reward_model import word_tokenizer
 
 END, START = 1, 2
 A, B, C = 7, 8, 9  # the words "a", "b", "c"
@@ -23,6 +24,19 @@ def test_the_end_token_is_appended_once():
     assert pairs == [Pair([START, A], [A, END], [B, END])]
     pairs, _ = encode_preferences([preference("a", "b")], tiny_tokenizer(), append_eos=False)
     assert pairs == [Pair([START, A], [A], [B])]
+
+
+def test_a_text_that_was_cut_gets_no_end_token():
+    records = [Response("a", "b", finished, f"texts.jsonl:{finished}") for finished in (True, False)]
+    assert encode_texts(records, tiny_tokenizer())[0] == [Text([START, A], [B, END]), Text([START, A], [B])]
+
+
+def test_a_prompt_that_just_fits_is_not_counted_as_cut():
+    records = [preference("a", "b c", "a b c")]
+    for length, counted in ((7, 0), (6, 1)):
+        (pair,), counts = encode_preferences(records, tiny_tokenizer(), max_length=length)
+        assert len(pair.prompt_ids) + len(pair.rejected_ids) == length
+        assert counts["prompts_cut"] == counted
 
 
 def test_an_empty_response_is_its_end_token_or_nothing():
@@ -122,6 +136,15 @@ def test_collating_loses_nothing(pairs, extend_with):
     tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     extension = sum(abs(len(p.chosen_ids) - len(p.rejected_ids)) for p in pairs)
     assert batch["attention_mask"].sum() == tokens + (extension if extend_with else 0)
+
+
+def test_the_end_token_may_be_id_zero():
+    tokenizer = word_tokenizer("<end> a b")
+    (pair,), _ = encode_preferences([Preference([1], [2], [2, 2], "here")], tokenizer)
+    assert pair == Pair([1], [2, 0], [2, 2, 0])
+    batch = collate([pair], pad_id=0, extend_with=tokenizer.eos_token_id)
+    assert batch["input_ids"].tolist() == [[1, 2, 0, 0], [1, 2, 2, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1]]
 
 
 def test_lengths_are_the_responses_own():

@@ -108,6 +108,20 @@ def test_cached_batched_decoding_equals_the_naive_loop(lm, rm, draw):
         assert not ours.rewards[row, n:].any()
 
 
+def test_what_is_drawn_from_needs_no_normaliser():
+    log_probs = torch.tensor([[0.1, 0.1]]).log().expand(2, -1)
+    assert sample(log_probs, torch.tensor([0.4, 0.6])).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(("ends", "pad", "row"), [(0, None, [0, 0, 0]), ((0, 4), None, [0, 0, 0]), (4, 0, [4, 0, 0])])
+def test_id_zero_may_end_a_text_and_pad_it(ends, pad, row):
+    tokens = iter([[7, row[0]], [5, 5], [6, 6]])
+    settings = dict(beta=1.0, top_k=0, max_new_tokens=3, eos=ends, pad=pad, draw=lambda *_: torch.tensor(next(tokens)))
+    found = generate(ModelPolicy(models()[0]), None, *left_padded(3, 3), **settings)
+    assert found.tokens.tolist() == [[7, 5, 6], row]
+    assert found.lengths.tolist() == [3, 1]
+
+
 def test_uniforms_hit_each_candidate_as_often_as_it_is_likely():
     """Exactly: the share of a grid of uniforms that picks a candidate is its probability, to one grid cell."""
     log_probs = torch.tensor([0.1, 0.0, 0.55, 0.35], dtype=torch.float64).log()
@@ -358,9 +372,9 @@ def test_a_mask_of_other_prompts_is_refused(mask, message):
 
 def test_a_text_that_outgrows_the_reward_model_is_refused_and_padding_does_not_count():
     lm, rm = tiny_lm("llama", max_position_embeddings=128), tiny_reward_model("gpt2")
-    ids, mask = torch.full((1, 30), 3), (torch.arange(30) >= 10).long()[None]
+    ids, mask = torch.full((2, 30), 3), (torch.arange(30) >= torch.tensor([[20], [10]])).long()  # the longer has 20
     settings = dict(eos_token_id=None, do_sample=False)
-    assert transformers_generate(lm, rm, ids, mask, max_new_tokens=44, **settings).shape == (1, 74)
+    assert transformers_generate(lm, rm, ids, mask, max_new_tokens=44, **settings).shape == (2, 74)
     with pytest.raises(ValueError, match="a text of 65 tokens exceeds the reward model's context of 64"):
         transformers_generate(lm, rm, ids, mask, max_new_tokens=45, **settings)
 

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pargs_min import methods, smc
 from pargs_min.codec import Codec
 from pargs_min.memory import is_out_of_memory
 from pargs_min.reward_model import prefix_rewards
@@ -216,6 +217,11 @@ def test_the_scorer_is_chosen_by_what_is_right():
         )
 
 
+def test_an_end_token_that_pads_is_noticed_though_it_be_id_zero():
+    with pytest.warns(UserWarning, match=r"takes an end token \(0\) for padding"):
+        assert isinstance(choose_scorer(tiny_reward_model("llama", pad_token_id=0), 60, (0,)), ReencodeScorer)
+
+
 def test_ids_beyond_the_tokenizers_vocabulary_are_never_drawn():
     lm = tiny_lm(vocabulary=16)
     lm.get_output_embeddings().weight.data[11:] += 1.0  # the padding rows, made likely
@@ -263,6 +269,30 @@ def test_an_interrupted_run_is_resumed_to_the_same_file(tmp_path):
     whole, resumed = ([json.loads(line) for line in (tmp_path / f"{n}.jsonl").open()] for n in ("whole", "half"))
     exact = ["prompt", "prompt_number", "sample", "response", "response_ids", "settings"]
     assert [[r[k] for k in exact] for r in resumed] == [[r[k] for k in exact] for r in whole]
+
+
+def test_half_a_first_line_is_no_text(tmp_path):
+    (tmp_path / "half.jsonl").write_text('{"prompt": "torn')
+    assert read_done(tmp_path / "half.jsonl", {}, PROMPTS) == {}
+
+
+def test_particles_are_chosen_by_other_numbers_than_draw_their_tokens(monkeypatch):
+    """Else whoever drew a likely token would also be gone on with."""
+    seen = []
+
+    def recorded(*models, choices, uniforms, **settings):
+        particles = smc.smc(*models, choices=choices, uniforms=uniforms, **settings)
+        pick = type(particles).pick
+        seen.append((uniforms, choices))
+        monkeypatch.setattr(type(particles), "pick", lambda self, chosen: seen.append(chosen) or pick(self, chosen))
+        return particles
+
+    monkeypatch.setattr(methods, "smc", recorded)
+    [*texts("smc", batch_size=100, particles=3)]
+    (uniforms, choices), picks = seen
+    numbers = torch.cat([uniforms.flatten(), choices.flatten(), picks.flatten()])
+    assert numbers.numel() == 9 * (3 * 6 + 6 + 1)
+    assert len(numbers.unique()) == numbers.numel()
 
 
 def out_of_memory_above(rows, error):

@@ -346,6 +346,13 @@ def test_the_partial_loss_is_that_of_every_prefix_on_its_own(tmp_path, tail, las
     assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-9)
 
 
+def test_the_shorter_response_may_go_on_with_id_zero(tmp_path):
+    held_out, args = [Pair([2], [7, 0], [8, 9, 9, 0])], arguments(tmp_path, max_steps=1, learning_rate=0.0)
+    metrics = train_reward_model(reward_model(), tiny_tokenizer(), random_pairs(4), held_out, args=args, end=0)
+    expected = minimal.prefix_loss(reward_model(), [tuple(map(torch.tensor, held_out[0]))], 0)
+    assert metrics["eval_loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
 # ---- adapters of low rank ----
 
 
