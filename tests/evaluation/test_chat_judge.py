@@ -50,6 +50,7 @@ class Server:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.handle_error = lambda *_: None  # who asked may have left
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
         self.address = f"http://127.0.0.1:{self.http.server_port}/v1"
 
