@@ -220,8 +220,8 @@ def test_the_key_does_not_follow_a_redirect(serve, tmp_path, monkeypatch):
 def test_a_key_that_the_server_quotes_is_not_shown(serve, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "a-secret\n")  # as `export OPENAI_API_KEY=$'...'` may leave it
     server = serve(lambda content: b"no such key: a-secret")
-    server.failures = [401] * 2
-    judge = ChatJudge(server.address, "m", tmp_path / "v.jsonl", workers=2)
+    server.failures = [401]
+    judge = ChatJudge(server.address, "m", tmp_path / "v.jsonl", workers=1)
     assert "401: Unauthorized  no such key: OPENAI_API_KEY" in failing(judge)
     assert judge.compare(texts("a"), texts("b")) == [["no such key: OPENAI_API_KEY"] * 2]
     assert set(server.keys) == {"Bearer a-secret"}
