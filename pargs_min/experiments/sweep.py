@@ -85,17 +85,17 @@ def _shared(labs: Mapping[str, Lab], cells: Sequence[Cell]) -> list[list[tuple]]
 @contextmanager
 def workers(processes: int) -> Iterator[Executor]:
     """Processes that train and decode side by side; an error or an interrupt drops what has not begun."""
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), quiet_worker)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), quiet_worker, (os.getpid(),))
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def quiet_worker() -> None:
+def quiet_worker(parent: int) -> None:
     """One thread, since processes share the cores, and no word: the first process reports, also of an interrupt."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
