@@ -54,7 +54,7 @@ def load_judge(name: str, verdicts: str | os.PathLike = "verdicts.jsonl") -> Jud
     if name.startswith(("http://", "https://")):
         address, _, model = name.partition("#")
         if not model:
-            raise ValueError(f"judge {name!r} names no model; write it behind the address: {name}#MODEL")
+            raise ValueError("a judge's address names no model; write it behind the address: URL#MODEL")
         return Judge(name, compare=ChatJudge(address, model, verdicts).compare)
     is_function = ":" in name and not os.path.exists(name)
     return Judge(name, score=function_judge(name) if is_function else model_judge(name))
