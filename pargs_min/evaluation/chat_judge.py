@@ -158,7 +158,7 @@ def _message(answer: str) -> str | None:
     """What the model said; None where the answer has another form."""
     try:
         content = json.loads(answer)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         return None
     return content.encode(errors="replace").decode() if isinstance(content, str) else None
 

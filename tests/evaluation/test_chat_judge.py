@@ -133,7 +133,15 @@ def test_a_reply_that_is_no_verdict_is_kept_raw(serve, tmp_path, reply):
 
 
 @pytest.mark.parametrize(
-    "said", [b'{"error": {"message": "busy", "code": 429}}', b"<html>busy</html>", b"[]", b'{"choices": []}', None]
+    "said",
+    [
+        b'{"error": {"message": "busy", "code": 429}}',
+        b"<html>busy</html>",
+        b"[]",
+        b'{"choices": []}',
+        b"[" * 10**5,
+        None,
+    ],
 )
 def test_an_answer_without_a_message_is_handed_on_and_asked_for_again(serve, tmp_path, said):
     """Status 200 notwithstanding; what holds no message of the model is no verdict of it."""
@@ -141,7 +149,7 @@ def test_an_answer_without_a_message_is_handed_on_and_asked_for_again(serve, tmp
     server = serve(lambda content: said.pop() if said else longer(content))
     judge = ChatJudge(server.address, "m", tmp_path / "v.jsonl")
     ((answer, _),) = judge.compare(texts("aa"), texts("b"))
-    assert "busy" in answer or "[]" in answer or "null" in answer
+    assert "busy" in answer or "[" in answer or "null" in answer
     assert (tmp_path / "v.jsonl").read_text() == ""
     assert judge.compare(texts("aa"), texts("b")) == [1]
     assert len(server.asked) == 4
