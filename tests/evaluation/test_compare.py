@@ -346,6 +346,7 @@ def test_texts_without_ids_are_judged_and_their_tokens_not_counted(tmp_path):
         ("length", "distinct_1", "distinct_2", "kl")
     )
     assert (other["length"]["mean"], row["rouge_l"] is None) == (3, False)
+    assert math.isnan(distinct([ours[0], theirs[0]], 1))
     with pytest.raises(ValueError, match=r"prompt number 0, sample 0 has no `kl`: .*--reference"):
         with_kl_to("base", ours, [0.0] * 4)
     with pytest.raises(ValueError, match=r"prompt number 0, sample 0 has no `response_ids`, which the judge toy reads"):
