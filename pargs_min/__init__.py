@@ -42,7 +42,7 @@ _HOME = {
     "losses": ["bradley_terry_loss", "partial_bradley_terry_loss"],
     "reward_model": ["final_rewards", "prefix_rewards"],
     "models": ["load_reward_model", "save_reward_model"],
-    "codec": ["check_vocabularies", "encode_prompt"],
+    "codec": ["check_vocabularies", "encode_prompt", "end_tokens"],
     "reading": ["text_rewards"],
     "scoring": ["ReencodeScorer", "SiblingScorer", "model_rewards"],
     "decode": ["Generation", "ModelPolicy", "RewardGuidance", "generate", "greedy", "row_uniforms", "sample"],

@@ -8,8 +8,10 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from transformers import GenerationConfig
 
 from pargs_min.models import load_reward_model, load_tokenizer, save_reward_model
+from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -84,3 +86,19 @@ def anchors(text: str) -> set[str]:
 def test_the_readme_links_every_tutorial_and_page():
     for path in [*(ROOT / "tutorials").glob("*.ipynb"), *(ROOT / page for page in PAGES[1:])]:
         assert f"]({path.relative_to(ROOT).as_posix()})" in README
+
+
+def test_guidance_inside_transformers_is_the_guided_policy_alone(monkeypatch):
+    """Whatever the generation configuration of the model holds."""
+    lm, tokenizer, asked = tiny_lm(vocabulary=14), tiny_tokenizer(), []
+    warped = dict(do_sample=True, temperature=0.2, top_p=0.3, top_k=2, min_p=0.4, repetition_penalty=3.0)
+    lm.generation_config = GenerationConfig(eos_token_id=[1, 5], **warped)
+    sample = type(lm)._sample
+    monkeypatch.setattr(
+        type(lm), "_sample", lambda self, *a, **k: asked.append(k["logits_processor"]) or sample(self, *a, **k)
+    )
+    (code,) = re.findall(r"^```python\n(.*?)^```$", TEXT["tutorials/COMMANDS.md"], re.MULTILINE | re.DOTALL)
+    given = dict(lm=lm, tokenizer=tokenizer, reward_model=tiny_reward_model(vocabulary=14), prompts=["a b", "c"])
+    exec(compile(code.replace("=64", "=9"), "COMMANDS.md", "exec"), given)
+    assert [type(one).__name__ for one in asked[0]] == ["RewardGuidance"]
+    assert lm.generation_config.eos_token_id == [1, 5]
