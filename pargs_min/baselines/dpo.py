@@ -36,7 +36,7 @@ def train_dpo(
         model: a causal language model, the reference before it is trained.
         pairs, eval_pairs: from `encode_preferences`.
         beta: weight of the reward, in nats per unit of reward, as in `generate`; DPO's own beta is its inverse.
-        args: of transformers; batch sizes count pairs.
+        args: of transformers; batch sizes count pairs, and evaluation takes one pair at a time.
         resume: continue from the last whole checkpoint in `args.output_dir`, if there is one.
 
     Returns:
@@ -52,6 +52,9 @@ def train_dpo(
         raise ValueError(f"beta must be a positive number, got {beta}")
     check_settings(args, resume)
     theirs = {field.name: getattr(args, field.name) for field in fields(TrainingArguments) if field.init}
+    theirs["per_device_eval_batch_size"] = (
+        1  # TRL averages over batches, whose last may be small: all pairs shall count
+    )
     config = DPOConfig(**theirs, beta=1 / beta, max_length=None)
     train, held_out = (
         Dataset.from_list([pair._asdict() for pair in some]) if some else None for some in (pairs, eval_pairs)

@@ -126,6 +126,23 @@ def test_dpo_reads_the_ids_of_our_pairs_and_its_loss_is_the_definition(tmp_path)
     assert metrics["eval_loss"] == pytest.approx(-torch.nn.functional.logsigmoid(margins).mean().item(), rel=1e-4)
 
 
+@pytest.mark.trains
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_held_out_pair_counts_once_in_what_dpo_reports(tmp_path, size):
+    model = tiny(GPT2LMHeadModel, 0)
+    ref = dict(zip(YS, log_probs(model), strict=True))
+    pairs = sampled_pairs(200, log_probs(model))
+    args = arguments(tmp_path, max_steps=20, learning_rate=1e-3, per_device_eval_batch_size=size)
+    metrics = train_dpo(model, TOKENIZER, pairs[5:], pairs[:5], beta=BETA, args=args)
+    now = dict(zip(YS, log_probs(model), strict=True))
+    margins = [now[c] - ref[c] - now[r] + ref[r] for c, r in ((tuple(p[1]), tuple(p[2])) for p in pairs[:5])]
+    wins = sum(float(margin > 0) for margin in margins)
+    assert 0 < wins < 5
+    assert metrics["eval_rewards/accuracies"] == pytest.approx(wins / 5)
+    loss = -torch.nn.functional.logsigmoid(torch.stack(margins) / BETA).mean()
+    assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
 @pytest.mark.parametrize("beta", [0.0, -1.0, float("nan")])
 def test_dpo_needs_a_positive_beta(tmp_path, beta):
     with pytest.raises(ValueError, match="beta must be a positive number"):
