@@ -330,9 +330,9 @@ class RewardGuidance(LogitsProcessor):
 
     The top_k candidates are scored by their log-probability under the guided policy, all other tokens by -inf;
     transformers then samples or takes the maximum. What it applies besides changes the policy: its own `top_k` (50 by
-    default), and whatever the model's generation configuration holds, such as temperature, top_p or a penalty (of
-    Qwen's, which leaves 2 candidates of 10). For the policy itself pass `top_k=0`, and replace `model.generation_config`
-    by one that names the end tokens alone.
+    default), and whatever the model's generation configuration holds, such as temperature, top_p or a penalty (that of
+    Qwen's models leaves 2 candidates of 10). For the policy itself pass `top_k=0`, and give the model a generation
+    configuration that names the end tokens alone.
 
     Use a new object for each call of `generate`. Greedy decoding and sampling work, with any number of returned
     sequences; beam search and assisted decoding reorder rows behind the processor's back and are refused.

@@ -424,11 +424,22 @@ def text_log_probs(lm: PreTrainedModel, codec: Codec, texts: Sequence[dict], bat
     return totals
 
 
-def write_records(path: str | os.PathLike, records: Iterable[dict], settings: dict) -> Iterator[dict]:
-    """Append each record, with the run's settings, to a JSONL file as it comes, and pass it on."""
+def write_records(
+    path: str | os.PathLike, records: Iterable[dict], settings: dict, earlier: int | None = None
+) -> Iterator[dict]:
+    """Append each record, with the run's settings, to a JSONL file as it comes, and pass it on.
+
+    Args:
+        earlier: records that the file held when they were read (`read_done`); None means not to look.
+
+    Raises:
+        ValueError: if another run is writing the file, or has done so since.
+    """
     records = iter(records)
     first = [*islice(records, 1)]  # what is refused leaves no file
     with appending(path) as append:
+        if earlier not in (None, sum(1 for _ in read_jsonl(path, growing=True))):
+            raise ValueError(f"another run has written {path} since this one began: add --resume, or name another file")
         for record in chain(first, records):
             append(record | {"settings": settings})
             yield record

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, normalizers
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from pargs_min.codec import Codec, check_vocabularies, cut_left, encode_prompt, end_tokens, left_pad, prompt_format
+from pargs_min.data import encode_preferences
+from pargs_min.models import load_tokenizer
+from pargs_min.records import Preference
 from tests.strategies import tiny_lm, tiny_tokenizer
 from tests.test_reward_model import word_tokenizer
 
@@ -146,3 +151,175 @@ def test_left_padding_keeps_every_row_at_the_right(rows):
     for row, padded, kept in zip(rows, ids.tolist(), mask.tolist(), strict=True):
         assert padded == [0] * (len(padded) - len(row)) + row
         assert kept == [0] * (len(padded) - len(row)) + [1] * len(row)
+
+
+# --- chats -----------------------------------------------------------------------------------------------------------
+
+TURNS = (
+    "{% for m in messages %}<|start|> {{ m.role }} : {{ m.content }} <|end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|start|> assistant :{% endif %}"
+)
+USER = [{"role": "user", "content": "a b"}]
+
+
+def chat_tokenizer(template: str = TURNS, words: str = "<|end|> <|start|> <eos> <unk> user system assistant : a b c d"):
+    """A chat tokenizer whose turns end with another token than its end token, here id 0."""
+    vocabulary = {word: i for i, word in enumerate(words.split())}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_chat_ends_as_its_template_ends_it_and_text_with_the_end_token():
+    tokenizer = chat_tokenizer()
+    chat, text, lm = Codec(tokenizer, "chat"), Codec(tokenizer, "text"), tiny_lm(vocabulary=12)
+    assert (chat.end, text.end) == (0, 2)
+    prompt_ids, (ids,) = chat.encode(USER, ["c"], finished=True)
+    assert tokenizer.decode(prompt_ids + ids) == "<|start|> user : a b <|end|> <|start|> assistant : c <|end|>"
+    assert text.encode("a", ["c"], finished=True)[1] == [[10, 2]]
+    lm.generation_config.eos_token_id = 5
+    assert end_tokens(lm, tokenizer) == [2, 0, 5]
+    assert all(chat.finished([10, end]) for end in (0, 2))
+    assert Codec(chat_tokenizer(TURNS.replace(" <|end|>", "")), "chat").end == 2
+
+
+def test_pairs_of_chats_end_as_their_template_ends_them():
+    preference = Preference(USER, "c", "d d", "pairs.jsonl:1")
+    (pair,), _ = encode_preferences([preference], chat_tokenizer())
+    assert (pair.chosen_ids, pair.rejected_ids) == ([10, 0], [11, 11, 0])
+
+
+def test_a_tokenizer_without_its_own_form_is_of_text_unless_it_has_a_chat_template():
+    assert Codec(chat_tokenizer()).form == "chat"
+    assert Codec(word_tokenizer()).form == "text"
+    assert Codec(chat_tokenizer(), "dialogue").form == "dialogue"
+    with pytest.raises(ValueError, match="prompt_format must be one of text, dialogue, chat, ids, got 'poem'"):
+        Codec(word_tokenizer(), "poem")
+
+
+def test_the_number_of_ids_counts_those_that_are_left_out():
+    tokenizer = word_tokenizer("<end> a b c")
+    tokenizer.backend_tokenizer.model = WordLevel({"<end>": 0, "a": 1, "b": 2, "c": 9}, unk_token="<end>")
+    assert len(tokenizer) == 4
+    codec = Codec(tokenizer)
+    assert codec.vocabulary == 10
+    assert codec.encode([1, 9], [[9, 0]]) == ([1, 9], [[9, 0]])
+    with pytest.raises(ValueError, match="token id 10 is outside the tokenizer's vocabulary of 10"):
+        codec.encode([1], [[10]])
+
+
+def test_a_tokenizer_larger_than_its_model_is_refused():
+    with pytest.raises(ValueError, match="has ids up to 13, and GPT2LMHeadModel has 11 rows"):
+        Codec.of(tiny_lm(), tiny_tokenizer())
+
+
+def sentencepiece_tokenizer():
+    """Begins every text with a space of its own, as SentencePiece does; line breaks are tokens."""
+    words = {word: i for i, word in enumerate(["<unk>", "</s>", "\n", "▁", "▁a", "a", "▁b", "b", ":", "u"])}
+    backend = Tokenizer(BPE(words, [("▁", "a"), ("▁", "b")], unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}:\n{{ m.content }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}a:\n{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("response", ["a b", " a b", "\na", "b\n\nb"])
+@pytest.mark.parametrize("kind", ["sentencepiece", "words", "real"])
+def test_prompt_and_response_are_the_ids_of_the_whole_conversation(kind, response, request):
+    if kind == "real":
+        tokenizer = load_tokenizer(request.getfixturevalue("real") / "stories260K")
+        tokenizer.chat_template = sentencepiece_tokenizer().chat_template
+    else:
+        tokenizer = sentencepiece_tokenizer() if kind == "sentencepiece" else chat_tokenizer()
+    user = [{"role": "user", "content": "b"}]
+    prompt_ids, (ids,) = Codec(tokenizer, "chat").encode(user, [response], finished=True)
+    whole = tokenizer.apply_chat_template([*user, {"role": "assistant", "content": response}], return_dict=False)
+    assert prompt_ids + ids == whole[: len(prompt_ids + ids)]
+    assert len(whole) - len(prompt_ids + ids) <= 2  # the line break behind the end
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (TURNS, [*USER, {"role": "assistant", "content": "c"}], "ends with a message of the assistant"),
+        (
+            TURNS.replace("{% for m in messages %}", "{% for m in messages if m.role == 'user' %}"),
+            [{"role": "human", "content": "c"}, *USER],
+            "leaves out what 'human' says",
+        ),
+        (TURNS.replace("m.content", "m.content[:1]"), USER, r"leaves out what 'user' says, or part of it \('a b'\)"),
+        ("{{ raise_exception('roles must take turns') }}", USER, "the chat template fails: roles must take turns"),
+        ("{% for m in messages %}", USER, "the chat template fails"),
+        ("{{ messages[7].content.upper() }}", USER, "the chat template fails"),
+    ],
+)
+def test_what_a_template_cannot_write_is_said(template, messages, message):
+    with pytest.raises(ValueError, match=message):
+        Codec(chat_tokenizer(template), "ids").prompt({"prompt": messages})
+
+
+def test_a_response_that_a_template_changes_is_refused_and_one_that_it_trims_is_said():
+    strip = TURNS.replace("m.content", "m.content.split('</think>')[-1] | trim")
+    codec = Codec(chat_tokenizer(strip), "chat")
+    with pytest.raises(ValueError, match="leaves out what 'assistant' says"):
+        codec.encode(USER, ["<think> c </think> d"])
+    with pytest.warns(UserWarning, match="strips responses of the whitespace"):
+        assert codec.encode(USER, ["  c\n"])[1] == [[10]]
+
+
+def test_a_start_token_that_is_there_is_not_added():
+    assert encode_prompt(tiny_tokenizer(), "<s> a") == encode_prompt(tiny_tokenizer(), "a") == [START, A]
+
+
+DIALOGUE = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+
+
+@pytest.mark.parametrize("text", [DIALOGUE, DIALOGUE + " ", DIALOGUE.lstrip(), DIALOGUE.replace("\n\n", "\n")])
+def test_a_dialogue_is_not_wrapped_twice(text):
+    tokenizer = word_tokenizer("<end> Human: Assistant: a b c")
+    dialogue = [
+        tokenizer.convert_tokens_to_ids(word)
+        for word in ["Human:", "a", "Assistant:", "b", "Human:", "c", "Assistant:"]
+    ]
+    assert encode_prompt(tokenizer, text, "dialogue") == dialogue
+    messages = [
+        {"role": role, "content": word} for role, word in zip(("user", "assistant", "user"), "abc", strict=True)
+    ]
+    assert encode_prompt(tiny_tokenizer(), text, "chat") == encode_prompt(tiny_tokenizer(), messages)
+    assert prompt_format([text]) == "dialogue"
+
+
+@pytest.mark.parametrize("text", ["a", "\n\nHuman: a", "Human: a\n\nAssistant:"])
+def test_what_is_not_a_whole_dialogue_becomes_one(text):
+    tokenizer = word_tokenizer("<end> Human: Assistant: a b c")
+    assert encode_prompt(tokenizer, text, "dialogue") == [1, 3, 2]
+
+
+def test_the_time_that_a_template_writes_is_that_of_the_run():
+    tokenizer = chat_tokenizer('<|start|> system : {{ strftime_now("%H") }} <|end|> ' + TURNS)
+    tokenizer.add_tokens(["07", "08"])
+    early, late = (Codec(tokenizer, now=datetime(2026, 1, 1, hour)) for hour in (7, 8))
+    assert early.dated
+    assert not Codec(chat_tokenizer()).dated
+    assert tokenizer.decode(early.prompt({"prompt": "a"})).startswith("<|start|> system : 07 <|end|>")
+    assert early.prompt({"prompt": "a"}) != late.prompt({"prompt": "a"})
+
+
+def test_a_text_is_read_as_it_was_written_or_else_anew():
+    """Its own ids behind the prompt that was read, where both are of the codec; what was cut has no end."""
+    codec = Codec(chat_tokenizer(), "chat")
+    own = {"prompt": "a", "prompt_ids": [8], "prompt_format": "chat", "response": "c", "response_ids": [10, 0]}
+    anew = codec.prompt({"prompt": "a"})
+    assert codec.whole(own) == [8, 10, 0]
+    assert codec.whole(own | {"prompt_format": "text"}) == [*anew, 10, 0]
+    foreign = own | {"response_ids": [1, 1]}
+    assert codec.whole(foreign) == codec.whole(own | {"response_ids": None}) == [*anew, 10, 0]
+    assert codec.whole(foreign | {"finished": False}) == codec.whole(foreign, append_eos=False) == [*anew, 10]
+    assert codec.conversation(own | {"finished": False}) == [*anew, 10]
+    assert codec.conversation(own) == [*anew, 10, 0]

@@ -4,6 +4,7 @@ import itertools
 import json
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from threading import Barrier
 
 import numpy as np
@@ -13,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pargs_min import methods, smc
-from pargs_min.codec import Codec
+from pargs_min.codec import Codec, encode_prompt, left_pad
 from pargs_min.memory import is_out_of_memory
+from pargs_min.reading import text_rewards
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import ReencodeScorer, SiblingScorer
 from pargs_min.texts import (
@@ -24,6 +26,7 @@ from pargs_min.texts import (
     read_done,
     shard_range,
     text_log_probs,
+    time_of,
     write_records,
 )
 from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
@@ -429,3 +432,89 @@ def test_a_text_has_the_log_probability_with_which_it_was_drawn():
     drawn = [text["ref_log_prob"] for text in texts]
     np.testing.assert_allclose(text_log_probs(lm, codec, texts, batch_size=3), drawn, rtol=0, atol=1e-10)
     assert np.abs(np.subtract(text_log_probs(other, codec, texts), drawn)).min() > 1e-3
+
+
+def chats(method="plain", prompts=({"prompt": "a b"}, {"prompt": "c"}), lm=None, **settings):
+    """Texts of a language model whose tokenizer has a chat template."""
+    lm = lm or tiny_lm(vocabulary=14)
+    return list(generate_texts(lm, tiny_tokenizer(), list(prompts), method=method, max_new_tokens=5, **settings))
+
+
+def guide(form: str | None = None, **changes):
+    rm = tiny_reward_model(vocabulary=14)
+    rm.config.pargs = {"objective": "partial"} | ({"prompt_format": form} if form else {}) | changes
+    return rm
+
+
+def test_every_text_says_what_was_read_in_which_form():
+    """Plain and guided, text and chats: a guide that weighs nothing changes nothing of the prompt."""
+    for form in ("chat", "text"):
+        plain = chats(prompt_format=form)
+        weightless = chats("pargs", beta=0.0, reward_model=guide(form))
+        for a, b in zip(plain, weightless, strict=True):
+            assert a["prompt_ids"] == b["prompt_ids"] == encode_prompt(tiny_tokenizer(), a["prompt"], form)
+            assert a["prompt_format"] == b["prompt_format"] == form
+    with pytest.warns(UserWarning, match="prompts of text become messages of a user"):
+        assert chats()[0]["prompt_format"] == "chat"
+    lm = tiny_lm(vocabulary=14)
+    lm.config.pargs = {"prompt_format": "dialogue"}
+    assert chats(lm=lm)[0]["prompt_format"] == "dialogue"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(reward_model=guide("chat"), prompt_format="text"),
+        dict(reward_model=guide("chat"), final_reward_model=guide("text"), method="smc"),
+    ],
+)
+def test_the_models_of_a_run_have_one_form_of_prompts(settings):
+    with pytest.raises(ValueError, match="cannot be chat and text at once"):
+        chats(**{"method": "pargs"} | settings)
+
+
+def test_a_resumed_run_forms_the_batches_of_a_whole_one():
+    """So in half precision, where the rows of a batch change each other, it writes the same texts, too."""
+    lm, rm = tiny_lm("llama", 14).bfloat16(), guide("text").bfloat16()
+    prompts = [{"prompt": "a b c d e f g"[: 2 * n - 1]} for n in (1, 7, 3, 2, 6)]
+    settings = dict(prompts=prompts, lm=lm, reward_model=rm, num_samples=4, seed=1, method="pargs", beta=3.0)
+    whole = chats(batch_size=8, **settings)
+    done = {(text["prompt_number"], text["sample"]): text["prompt_ids"] for text in whole[:5]}
+    rest = chats(batch_size=8, done=done, **settings)
+    assert [text["response_ids"] for text in rest] == [text["response_ids"] for text in whole[5:]]
+    assert [text["ref_log_prob"] for text in rest] == [text["ref_log_prob"] for text in whole[5:]]
+
+
+def test_a_resumed_run_reads_the_date_of_its_beginning(tmp_path):
+    lm, tokenizer, out = tiny_lm(vocabulary=14), tiny_tokenizer(), tmp_path / "out.jsonl"
+    tokenizer.chat_template = "{{ 'abcdefg'[strftime_now('%S') | int % 7] }} " + tokenizer.chat_template
+    began = datetime(2026, 1, 1, 0, 0, 3)
+    settings = dict(method="plain", max_new_tokens=3, prompt_format="chat")
+    records = generate_texts(lm, tokenizer, [{"prompt": "a"}] * 2, now=began, **settings)
+    assert time_of(out) is None
+    first, second = write_records(out, records, {})
+    assert time_of(out) == began
+    assert tokenizer.decode(first["prompt_ids"]).startswith("d ")
+    done = {(0, 0): first["prompt_ids"]}
+    (again,) = generate_texts(lm, tokenizer, [{"prompt": "a"}] * 2, now=time_of(out), done=done, **settings)
+    assert again["response_ids"] == second["response_ids"]
+    with pytest.raises(ValueError, match="prompt number 0 has other token ids now"):
+        list(generate_texts(lm, tokenizer, [{"prompt": "a"}] * 2, now=datetime(2026, 1, 1), done=done, **settings))
+
+
+def test_a_guide_with_another_tokenizer_reads_chats_as_its_own_template_writes_them():
+    """Closed where they have ended, and counted in its own tokens."""
+    theirs, seen, rm = tiny_tokenizer(), [], tiny_reward_model(vocabulary=14)
+    theirs.pad_token = None
+    theirs.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
+    codec, prompt = Codec(tiny_tokenizer(), "chat"), {"prompt": [{"role": "user", "content": "a b"}]}
+    forward = rm.base_model.register_forward_hook(lambda _, __, kwargs, ___: seen.append(kwargs), with_kwargs=True)
+    ids, mask = left_pad([[*codec.prompt(prompt), 9], [*codec.prompt(prompt), 9, 10, 1]])
+    found = text_rewards(rm, theirs, codec, [prompt])(ids, mask)
+    forward.remove()
+    rows = zip(seen[0]["input_ids"], seen[0]["attention_mask"].bool(), strict=True)
+    read = [theirs.decode(row[keep]) for row, keep in rows]
+    assert read == ["user a b </s> assistant c", "user a b </s> assistant c d </s>"]
+    assert found.shape == (2,)
+    with pytest.raises(ValueError, match=r"tokens, and GPT2For.* reads at most 64"):
+        text_rewards(rm, theirs, codec, [prompt])(*left_pad([codec.prompt(prompt) + [9] * 60]))

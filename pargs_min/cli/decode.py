@@ -136,7 +136,7 @@ def generate(arguments: list[str]) -> None:
     done, now = read_done(options.output, settings, prompts), time_of(options.output) or datetime.now()
 
     more = dict(batch_size=options.batch_size, compiled=options.compile, shard=shard, done=done, now=now)
-    texts = write_records(options.output, generate_texts(prompts=prompts, **more, **load(options)), settings)
+    texts = write_records(options.output, generate_texts(prompts=prompts, **more, **load(options)), settings, len(done))
     part = shard_range(len(prompts), shard)
     total, earlier = len(part) * options.num_samples, sum(number in part for number, _ in done)
     for _ in progress(texts, desc="generating", total=total, initial=earlier, unit="text"):

@@ -63,10 +63,13 @@ def load_judge(name: str, verdicts: str | os.PathLike = "verdicts.jsonl") -> Jud
 def is_number(value: object) -> bool:
     """Whether a judge's answer counts.
 
-    >>> [is_number(value) for value in (1, 0.5, "0.5", None, float("nan"), True)]
-    [True, True, False, False, False, False]
+    >>> [is_number(value) for value in (1, 0.5, "0.5", None, float("nan"), True, 10**400)]
+    [True, True, False, False, False, False, False]
     """
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
+    except OverflowError:
+        return False
 
 
 def function_judge(name: str) -> Callable[[Texts], list]:

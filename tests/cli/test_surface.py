@@ -16,8 +16,9 @@ from pargs_min.cli.options import explained
 NAMES = """
     Generation ModelPolicy ReencodeScorer RewardGuidance SiblingScorer bradley_terry_loss check_vocabularies
     encode_preferences encode_prompt end_tokens final_rewards generate generate_texts greedy guided_log_probs
-    load_reward_model model_rewards partial_bradley_terry_loss prefix_accuracy prefix_rewards read_preferences read_prompts row_uniforms
-    sample save_reward_model split_by_prompt text_rewards top_k_candidates train_reward_model
+    load_reward_model model_rewards partial_bradley_terry_loss prefix_accuracy prefix_rewards read_preferences
+    read_prompts row_uniforms sample save_reward_model split_by_prompt text_rewards top_k_candidates
+    train_reward_model
 """
 # Every option as on the command line, without the dashes: name! is required, name=value has a default, {} are choices.
 # Of transformers' own options for `train` and `dpo` only those are listed whose default is ours.
