@@ -6,7 +6,7 @@ precision and processes are those of transformers' `Trainer`; ours are the losse
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -246,25 +246,27 @@ class Watched(Trainer):
         if self.args.logging_strategy == "no":
             self.remove_callback(PrinterCallback)
         metrics = self.train(resume_from_checkpoint=checkpoint).metrics
-        self.check(self.state.global_step, *self.model.parameters())
+        check_finite(f"step {self.state.global_step}", self.model.parameters())
         return metrics | (self.evaluate() if self.eval_dataset else {})
 
     def training_step(self, *inputs, **settings):
         loss = super().training_step(*inputs, **settings)
-        self.check(self.state.global_step + 1, loss)
+        check_finite(f"step {self.state.global_step + 1}", [loss])
         return loss
 
     def save_model(self, *where, **settings):
-        self.check(self.state.global_step, *self.model.parameters())
+        check_finite(f"step {self.state.global_step}", self.model.parameters())
         super().save_model(*where, **settings)
 
     def log(self, logs, *start):
         logs.pop("train_loss", None)
         super().log(logs, *start)
 
-    def check(self, step: int, *tensors: Tensor) -> None:
-        if not all(tensor.isfinite().all() for tensor in tensors):
-            raise FloatingPointError(f"training diverged at step {step}; lower --learning-rate")
+
+def check_finite(when: str, tensors: Iterable[Tensor]) -> None:
+    """Raises FloatingPointError if a loss or a weight is not finite."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise FloatingPointError(f"training diverged at {when}; lower --learning-rate")
 
 
 class PrefixTrainer(Watched):

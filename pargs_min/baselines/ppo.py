@@ -34,6 +34,7 @@ from pargs_min.methods import plain
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import RewardFn
 from pargs_min.store import aside
+from pargs_min.train import check_finite
 
 
 def gae(rewards: Tensor, values: Tensor, written: Tensor, lam: float = 0.95, gamma: float = 1.0) -> Tensor:
@@ -168,7 +169,7 @@ def train_ppo(
     Raises:
         ValueError: if there are no prompts, `save_every` is below 1, the value model has no value at every token, or
             the checkpoint was made with other settings, prompts, ends or another reward.
-        FloatingPointError: if a reward is not finite.
+        FloatingPointError: if a reward is not finite, or training diverges.
     """
     if not prompts:
         raise ValueError("prompts is empty; give at least one")
@@ -196,6 +197,7 @@ def train_ppo(
                 torch.nn.utils.clip_grad_norm_(trained.parameters(), settings.max_grad_norm)
                 optimizer.step()
                 losses.append(numbers)
+        check_finite(f"update {update + 1}", trained.parameters())
 
         # Report, and save, so that an interruption costs `save_every` updates at most, and none that was not reported.
         done, means = update + 1, torch.tensor(losses).mean(0).tolist()

@@ -311,6 +311,13 @@ def test_bad_arguments_of_ppo_are_named(change, message):
         next(run(tiny(GPT2LMHeadModel, 0), **change))
 
 
+def test_ppo_that_diverges_stops_before_it_saves(tmp_path):
+    updates = run(tiny(GPT2LMHeadModel, 0), updates=1, learning_rate=1e37, checkpoint=tmp_path / "checkpoint.pt")
+    with pytest.raises(FloatingPointError, match="training diverged at update 1; lower --learning-rate"):
+        next(updates)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
 def test_a_reward_that_is_not_finite_stops_ppo():
     with pytest.raises(FloatingPointError, match="row 0: the reward of a text is not finite"):
         next(run(tiny(GPT2LMHeadModel, 0), reward=lambda ids, mask: torch.full(ids.shape[:1], float("nan"))))
