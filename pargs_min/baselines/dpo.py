@@ -52,9 +52,7 @@ def train_dpo(
         raise ValueError(f"beta must be a positive number, got {beta}")
     check_settings(args, resume)
     theirs = {field.name: getattr(args, field.name) for field in fields(TrainingArguments) if field.init}
-    theirs["per_device_eval_batch_size"] = (
-        1  # TRL averages over batches, whose last may be small: all pairs shall count
-    )
+    theirs["per_device_eval_batch_size"] = 1  # TRL averages over batches; so every pair counts the same
     config = DPOConfig(**theirs, beta=1 / beta, max_length=None)
     train, held_out = (
         Dataset.from_list([pair._asdict() for pair in some]) if some else None for some in (pairs, eval_pairs)
