@@ -56,13 +56,8 @@ class Codec:
         Raises:
             ValueError: if the tokenizer has more ids than the model.
         """
-        codec = cls(tokenizer, form, tuple(end_tokens(lm, tokenizer)), **settings)
-        if codec.vocabulary > (rows := lm.get_input_embeddings().num_embeddings):
-            raise ValueError(
-                f"the tokenizer has ids up to {codec.vocabulary - 1}, and {type(lm).__name__} has {rows} rows: they do "
-                "not belong together"
-            )
-        return codec
+        check_fits(lm, tokenizer)
+        return cls(tokenizer, form, tuple(end_tokens(lm, tokenizer)), **settings)
 
     @property
     def dated(self) -> bool:
@@ -291,7 +286,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, now: dat
     try:
         text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **settings)
     except (TemplateError, ValueError, TypeError) as error:
-        raise ValueError(f"the chat template fails: {error}") from error
+        raise ValueError(f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} fails: {error}") from error
     place = 0
     for role, content in ((message["role"], message["content"].strip()) for message in messages):
         if (place := text.find(content, place)) < 0:
@@ -351,6 +346,16 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
         raise ValueError(
             f"token id {largest} is outside the tokenizer's vocabulary of {last + 1}; the ids were made with another "
             "tokenizer"
+        )
+
+
+def check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError if the tokenizer has ids that the model has no row for."""
+    last, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    if last >= rows:
+        ours, theirs = tokenizer.name_or_path or "the tokenizer", model.config.name_or_path or type(model).__name__
+        raise ValueError(
+            f"{ours} has token ids up to {last}, and {theirs} has {rows} rows: they do not belong together"
         )
 
 

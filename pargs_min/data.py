@@ -84,7 +84,10 @@ def encode_texts(
 
 def _check_end(tokenizer: PreTrainedTokenizerBase) -> None:
     if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end token; set its eos_token, or train with append_eos=False")
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path} has no end token; set its eos_token, or train with "
+            "append_eos=False"
+        )
 
 
 def records_form(records: Iterable[Record]) -> str:

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from pargs_min.codec import FORMS
+from pargs_min.codec import FORMS, check_fits
 from pargs_min.memory import is_out_of_memory
 
 Name = str | os.PathLike
@@ -111,7 +111,8 @@ def load_reward_model(
     if head not in (None, "scalar", "vocab"):
         raise ValueError(f'head must be "scalar" or "vocab", got {head!r}')
     config = load_config(name)
-    trained = is_classifier(config)
+    with _loading(name):
+        trained = is_classifier(config)
     if not trained and head is None:
         raise ValueError(
             f"{name} is a language model ({_architecture(config)}), which gives no rewards; train a reward model from "
@@ -124,9 +125,9 @@ def load_reward_model(
         )
     if trained and head == "vocab" and config.num_labels == 1:
         raise ValueError(f"{name} has a scalar head; start a vocabulary head from a language model")
-    _check_record(name, config)
     model = _load(AutoModelForSequenceClassification, name, dtype, device, fresh_head=not trained)
     if tokenizer is not None:
+        check_fits(model, tokenizer)
         separate_pad_token(model, tokenizer)
     if head == "vocab" and not trained:
         _give_vocabulary_head(model)
@@ -137,6 +138,7 @@ def _load(kind: Any, name: Name, dtype: torch.dtype | str, device: str, fresh_he
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     default_device(device)
+    _check_record(name, load_config(name))
     with _loading(name):
         model, report = kind.from_pretrained(name, dtype=dtype, **({"num_labels": 1} if fresh_head else {}), **WHOLE)
     _check_weights(name, report, model.base_model_prefix, fresh_head)
@@ -233,13 +235,15 @@ def _first_line(error: BaseException) -> str:
 def _loading(name: Name) -> Iterator[None]:
     """Context manager: whatever a damaged folder makes transformers raise becomes a ValueError that names the model,
     and the file where one cannot be read by itself."""
+    if damage := _damage(Path(name)):
+        raise ValueError(f"cannot load {str(name)!r}: {damage}")
     try:
         with _quietly():
             yield
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise ValueError(f"cannot load {str(name)!r}: {_damage(Path(name)) or _first_line(error)}") from error
+        raise ValueError(f"cannot load {str(name)!r}: {_first_line(error)}") from error
 
 
 @contextmanager
@@ -257,15 +261,22 @@ def _quietly() -> Iterator[None]:
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with the first file of a model's folder that cannot be read."""
-    for file in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+    """What is wrong with the first file of a model's folder that cannot be read, some of which transformers would do
+    without."""
+    for file in sorted([*folder.glob("*config.json"), *folder.glob("tokenizer.json"), *folder.glob("*.safetensors")]):
         try:
-            if file.suffix == ".json":
-                if not isinstance(json.loads(file.read_text("utf-8")), dict):
-                    return f"{file.name} holds no JSON object"
-            else:
+            if file.suffix == ".safetensors":
                 with safe_open(file, "pt"):
-                    pass
+                    continue
+            known = json.loads(file.read_text("utf-8"))
         except Exception as error:
             return f"{file.name} is damaged ({_first_line(error)})"
+        if not isinstance(known, dict):
+            return f"{file.name} holds no JSON object"
+        if file.name == "generation_config.json" and not _are_ids(known.get("eos_token_id")):
+            return f"{file.name}: eos_token_id must not be {known['eos_token_id']!r:.60}"
     return None
+
+
+def _are_ids(value: Any) -> bool:
+    return value is None or all(type(one) is int for one in (value if isinstance(value, list) else [value]))

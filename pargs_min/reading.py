@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pargs_min.codec import Codec, left_pad
+from pargs_min.codec import Codec, check_fits, left_pad
 from pargs_min.records import is_messages
 from pargs_min.reward_model import check_evaluating, context_length, final_rewards, is_causal, recorded
 from pargs_min.scoring import RewardFn
@@ -45,6 +45,7 @@ def record_rewards(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         ValueError: for a text that is longer than the model's context, counted in its own tokens, or that it cannot
             read; if the model is in training mode.
     """
+    check_fits(model, tokenizer)
     settings, limit = recorded(model), context_length(model) or math.inf
     codec = Codec(tokenizer, settings.get("prompt_format"))
     pairs = not (settings or tokenizer.chat_template or is_causal(model))
@@ -60,13 +61,18 @@ def record_rewards(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     @torch.no_grad()
     def rewards(records: Texts) -> list[float]:
         check_evaluating(model)
-        rows = [row(record) for record in records]
-        for record, length in ((record, len(some["input_ids"])) for record, some in zip(records, rows, strict=True)):
-            if length > limit:
-                raise ValueError(
-                    f"prompt number {record['prompt_number']}, sample {record['sample']}: {length} tokens, and "
-                    f"{type(model).__name__} reads at most {limit}; generate shorter texts (--max-new-tokens)"
-                )
+        rows = []
+        for record in records:
+            try:
+                rows.append(row(record))
+                if (length := len(rows[-1]["input_ids"])) > limit:
+                    raise ValueError(
+                        f"{length} tokens, and {type(model).__name__} reads at most {limit}; generate shorter texts "
+                        "(--max-new-tokens)"
+                    )
+            except ValueError as error:
+                at = f"prompt number {record['prompt_number']}, sample {record['sample']}"
+                raise ValueError(f"{at}: {error}") from error
         if pairs:
             return model(**tokenizer.pad(rows, return_tensors="pt").to(model.device)).logits[:, 0].tolist()
         ids, mask = left_pad([some["input_ids"] for some in rows])

@@ -5,6 +5,7 @@ writes the same texts as one that is not. In bfloat16 and float16 it depends on 
 same texts with the same batch size.
 """
 
+import math
 import os
 import threading
 import time
@@ -121,6 +122,8 @@ def generate_texts(
     codec = Codec.of(lm, tokenizer, form, now=now)
     if form is None and codec.form == "chat" and any(isinstance(prompt.get("prompt"), str) for prompt in prompts):
         warnings.warn("prompts of text become messages of a user, for the tokenizer has a chat template", stacklevel=2)
+    if not codec.ends:
+        warnings.warn("the tokenizer has no end token: every text will have max_new_tokens tokens", stacklevel=2)
     reward, final = (reward_model, reward_tokenizer), (final_reward_model, final_reward_tokenizer)
     writer = _Writer(METHODS[method], how, codec, lm, prompts, reward, final, compiled, on_step)
 
@@ -421,6 +424,12 @@ def text_log_probs(lm: PreTrainedModel, codec: Codec, texts: Sequence[dict], bat
         ids, mask = torch.cat([prompt_ids, responses], 1).to(lm.device), torch.cat([mask, written], 1).to(lm.device)
         log_probs = response_log_probs(lm, ids, mask, responses.shape[1])
         totals += (log_probs.double() * written.to(lm.device)).sum(1).tolist()
+    for text, total in zip(texts, totals, strict=True):
+        if not math.isfinite(total):
+            raise FloatingPointError(
+                f"prompt number {text['prompt_number']}, sample {text['sample']}: its log-probability is {total}; the "
+                "weights may be damaged"
+            )
     return totals
 
 

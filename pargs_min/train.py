@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
@@ -163,7 +164,7 @@ def _fit(
     checkpoint = last_checkpoint(args.output_dir) if resume else None
     check_rank(checkpoint, lora_rank)
     with enough_memory(*_asked(args)), low_rank(model, lora_rank), _forward_is_prefix_rewards(model):
-        parts |= dict(train_dataset=data, eval_dataset=eval_data or None, processing_class=tokenizer)
+        parts |= dict(train_dataset=data, eval_dataset=eval_data or None, callbacks=[WithTokenizer(tokenizer)])
         trainer = trainer_class(model, args, **parts)
         if trainer.is_fsdp_enabled:
             raise ValueError(
@@ -267,6 +268,17 @@ def check_finite(when: str, tensors: Iterable[Tensor]) -> None:
     """Raises FloatingPointError if a loss or a weight is not finite."""
     if not all(tensor.isfinite().all() for tensor in tensors):
         raise FloatingPointError(f"training diverged at {when}; lower --learning-rate")
+
+
+class WithTokenizer(TrainerCallback):
+    """Saves the tokenizer with every checkpoint. (Trainer's own way sets the model's special tokens by it.)"""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    def on_save(self, args, state, control, **_):
+        if args.process_index == 0:
+            self.tokenizer.save_pretrained(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class PrefixTrainer(Watched):

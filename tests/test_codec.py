@@ -212,7 +212,7 @@ def test_the_number_of_ids_counts_those_that_are_left_out():
 
 
 def test_a_tokenizer_larger_than_its_model_is_refused():
-    with pytest.raises(ValueError, match="has ids up to 13, and GPT2LMHeadModel has 11 rows"):
+    with pytest.raises(ValueError, match="has token ids up to 13, and GPT2LMHeadModel has 11 rows"):
         Codec.of(tiny_lm(), tiny_tokenizer())
 
 
@@ -254,9 +254,13 @@ def test_prompt_and_response_are_the_ids_of_the_whole_conversation(kind, respons
             "leaves out what 'human' says",
         ),
         (TURNS.replace("m.content", "m.content[:1]"), USER, r"leaves out what 'user' says, or part of it \('a b'\)"),
-        ("{{ raise_exception('roles must take turns') }}", USER, "the chat template fails: roles must take turns"),
-        ("{% for m in messages %}", USER, "the chat template fails"),
-        ("{{ messages[7].content.upper() }}", USER, "the chat template fails"),
+        (
+            "{{ raise_exception('roles must take turns') }}",
+            USER,
+            "the chat template of the tokenizer fails: roles must take turns",
+        ),
+        ("{% for m in messages %}", USER, "the chat template of the tokenizer fails"),
+        ("{{ messages[7].content.upper() }}", USER, "the chat template of the tokenizer fails"),
     ],
 )
 def test_what_a_template_cannot_write_is_said(template, messages, message):

@@ -30,7 +30,7 @@ from pargs_min.models import (
     load_tokenizer,
     save_reward_model,
 )
-from pargs_min.reading import text_rewards
+from pargs_min.reading import record_rewards, text_rewards
 from pargs_min.reward_model import final_rewards, recorded
 from pargs_min.scoring import SiblingScorer, model_rewards
 from pargs_min.texts import choose_scorer
@@ -203,6 +203,15 @@ DAMAGED = {
         lambda folder: change_config(folder, pargs={"prompt_format": 3}),
         r"pargs\.prompt_format must not",
     ),
+    "architectures is a number": (lambda folder: change_config(folder, architectures=3), "cannot load"),
+    "half a generation configuration": (
+        lambda folder: (folder / "generation_config.json").write_text('{"eos'),
+        r"generation_config\.json is damaged",
+    ),
+    "an end that is no id": (
+        lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": [[1]]}'),
+        r"generation_config\.json: eos_token_id must not be \[\[1\]\]",
+    ),
     "unknown end": (lambda folder: change_config(folder, pargs={"append_eos": "no"}), r"pargs\.append_eos must not"),
 }
 
@@ -307,3 +316,19 @@ def test_a_recurrent_language_model_is_refused():
     lm = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ValueError, match="is recurrent"):
         generate(ModelPolicy(lm), None, torch.tensor([[2, 3]]), beta=0.0, top_k=0, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("record", [3, ["partial"], {"objective": ["x"]}, {"prompt_format": {}}])
+def test_what_training_recorded_with_a_language_model_is_checked_too(tmp_path, record):
+    tiny_lm().float().save_pretrained(tmp_path)
+    change_config(tmp_path, pargs=record)
+    with pytest.raises(ValueError, match=r"config\.json: pargs"):
+        load_language_model(tmp_path)
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):
+    tiny_lm("llama", 9).float().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has token ids up to 9, and .* has 9 rows"):
+        load_reward_model(tmp_path, word_tokenizer(), head="scalar")
+    with pytest.raises(ValueError, match=r"has token ids up to 9, and .* has 7 rows"):
+        record_rewards(tiny_reward_model(vocabulary=7), word_tokenizer())
