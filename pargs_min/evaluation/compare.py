@@ -17,6 +17,7 @@ from pargs_min.evaluation.judges import Judge, is_number
 from pargs_min.evaluation.statistics import distinct_n, estimate, outcome, win_rate
 from pargs_min.methods import BOUNDED, METHODS
 from pargs_min.records import has_ids, read_texts
+from pargs_min.store import content
 
 NOTES = json.loads(Path(__file__).with_name("notes.json").read_text("utf-8"))  # templates of what a reader must know
 Files = Mapping[str, list[dict]]  # label -> records of `pargs generate`
@@ -224,10 +225,11 @@ def with_kl_to(reference: str, texts: list[dict], ref_log_probs: Sequence[float]
 
         log pi(y) - log pi_ref(y) = kl + log pi_writer(y) - log pi_ref(y)
 
-    where pi_writer is the language model that a method guided: the records hold `kl` and `ref_log_prob` of it.
+    where pi_writer is the language model that a method guided: the records hold `kl` and `ref_log_prob` of it. Where
+    that has the very weights of the other model, `kl` stays: read again, in another type or batch, it would be blurred.
 
     Args:
-        reference: its name, for the table.
+        reference: its folder or hub id.
         ref_log_probs: log pi_ref of each response, in nats, see `texts.text_log_probs`.
 
     Raises:
@@ -243,9 +245,13 @@ def with_kl_to(reference: str, texts: list[dict], ref_log_probs: Sequence[float]
                 f"prompt number {text['prompt_number']}, sample {text['sample']} has no `{min(missing)}`: only texts "
                 "of `pargs generate` can be taken to another reference (--reference)"
             )
-    kls = [text["kl"] + text["ref_log_prob"] - known for text, known in zip(texts, ref_log_probs, strict=True)]
-    settings = [text.get("settings", {}) | {"model": reference} for text in texts]
-    return [text | {"kl": kl, "settings": given} for text, kl, given in zip(texts, kls, settings, strict=True)]
+    known, found = content(reference), []
+    for text, log_prob in zip(texts, ref_log_probs, strict=True):
+        settings = text.get("settings", {})
+        own = settings.get("contents", {}).get("model") == known
+        kl = text["kl"] if own else text["kl"] + text["ref_log_prob"] - log_prob
+        found.append(text | {"kl": kl, "settings": settings | {"model": reference}})
+    return found
 
 
 def _model(texts: list[dict]) -> str | None:

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from pargs_min.cli import main
-from pargs_min.codec import encode_prompt
+from pargs_min.codec import Codec, encode_prompt
 from pargs_min.evaluation.compare import compare, distinct, file_labels, read_files, rouge_l, with_kl_to
 from pargs_min.evaluation.judges import Judge
 from pargs_min.evaluation.statistics import bootstrap_interval, mean_and_error, wilson, win_rate
 from pargs_min.evaluation.tables import KL, markdown, panels, write_comparison
 from pargs_min.experiments.judging import gold_rewards
 from pargs_min.records import read_texts
-from pargs_min.texts import generate_texts, write_records
+from pargs_min.texts import generate_texts, text_log_probs, write_records
 from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
 
 
@@ -456,3 +456,28 @@ def test_texts_whose_prompts_were_read_in_different_forms_are_not_compared(tmp_p
     files = file_labels([tmp_path / "plain.jsonl", tmp_path / "pargs.jsonl"])
     with pytest.raises(ValueError, match=r"chat in plain, text in pargs.*one --prompt-format"):
         read_files(files)
+
+
+def test_texts_keep_their_kl_to_the_model_that_wrote_them(tmp_path):
+    """Which is 0 for its own samples, in whatever type it wrote them: it is known by its weights, not by its name."""
+    for name in ("lm", "copy"):
+        tiny_lm(vocabulary=14).bfloat16().save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "prompts.txt").write_text("a b\nc\n")
+    asked = [
+        "generate",
+        "--model",
+        str(tmp_path / "lm"),
+        "--method",
+        "plain",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+    ]
+    asked += ["--num-samples", "3", "--max-new-tokens", "9", "--device", "cpu"]
+    assert main([*asked, "--output", str(tmp_path / "texts.jsonl")]) == 0
+    texts = read_texts(tmp_path / "texts.jsonl")
+    again = text_log_probs(tiny_lm(vocabulary=14).float(), Codec(tiny_tokenizer()), texts)
+    assert max(abs(text["ref_log_prob"] - log_prob) for text, log_prob in zip(texts, again, strict=True)) > 1e-3
+    assert max(abs(text["kl"]) for text in with_kl_to(str(tmp_path / "copy"), texts, again)) < 1e-6
+    tiny_lm(vocabulary=14, seed=3).bfloat16().save_pretrained(tmp_path / "copy")
+    assert max(abs(text["kl"]) for text in with_kl_to(str(tmp_path / "copy"), texts, again)) > 1e-3
