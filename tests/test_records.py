@@ -212,7 +212,7 @@ def test_all_else_is_plain_text(tmp_path, name, packed):
     assert len(read_prompts(tmp_path / name)) == 3
 
 
-@pytest.mark.parametrize("data", [JSONL, TEXT, gzip.compress(JSONL)])
+@pytest.mark.parametrize("data", [JSONL, TEXT, gzip.compress(JSONL)], ids=["records", "text", "archive"])
 def test_prompts_are_read_from_a_pipe(data):
     end, pipe = os.pipe()
     os.write(pipe, data)
