@@ -1,8 +1,8 @@
 """Text to token ids and back: the one place where prompts and responses become ids, and that knows what ends a text.
 
 Training, decoding, judging and every reading of a text again get their ids here, so that all of them see the same ones.
-Prompt and response are tokenised apart and joined as ids. A model that decodes continues ids; tokenising the joined
-text can merge tokens across the boundary, into ids that decoding never meets.
+The ids of a prompt do not depend on the response, since a model that decodes continues ids; tokenising the joined text
+could merge tokens across the boundary, into ids that decoding never meets.
 """
 
 import json
@@ -134,7 +134,7 @@ class Codec:
             finished = append_eos and record.get("finished", True)
             prompt_ids, (ids,) = self.encode(record["prompt"], [record["response"]], finished)
         elif record.get("prompt_format") == self.form:
-            prompt_ids, ids = record["prompt_ids"], record["response_ids"]
+            prompt_ids, ids = self.prompt(record), record["response_ids"]
         else:
             prompt_ids, (ids,) = self.encode(record["prompt"], [record["response_ids"]])
         return prompt_ids + ids
@@ -268,9 +268,8 @@ def _encode_messages(
         raise ValueError(f"prompt is a list of messages, but the reward model was trained on {prompt_format} prompts")
     if messages[-1]["role"] == "assistant":
         raise ValueError("prompt ends with a message of the assistant, which a response would follow; leave it out")
-    return tokenizer(render_chat(tokenizer, messages, now, add_generation_prompt=True), add_special_tokens=False)[
-        "input_ids"
-    ]
+    chat = render_chat(tokenizer, messages, now, add_generation_prompt=True)
+    return tokenizer(chat, add_special_tokens=False)["input_ids"]
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, now: datetime | None = None, **settings) -> str:
@@ -287,14 +286,13 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, now: dat
         text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **settings)
     except (TemplateError, ValueError, TypeError) as error:
         raise ValueError(f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} fails: {error}") from error
-    place = 0
-    for role, content in ((message["role"], message["content"].strip()) for message in messages):
-        if (place := text.find(content, place)) < 0:
+    contents = [message["content"].strip() for message in messages]
+    for role, content in ((message["role"], content) for message, content in zip(messages, contents, strict=True)):
+        if text.count(content) < contents.count(content):  # in any order: some put the system's message last
             raise ValueError(
                 f"the chat template leaves out what {role!r} says, or part of it ({content!r:.60}): use the roles that "
                 "it knows (system, user, assistant), and text that it keeps"
             )
-        place += len(content)
     return text
 
 

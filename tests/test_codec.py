@@ -327,3 +327,17 @@ def test_a_text_is_read_as_it_was_written_or_else_anew():
     assert codec.whole(foreign | {"finished": False}) == codec.whole(foreign, append_eos=False) == [*anew, 10]
     assert codec.conversation(own | {"finished": False}) == [*anew, 10]
     assert codec.conversation(own) == [*anew, 10, 0]
+
+
+def test_a_template_may_put_the_system_first_or_last():
+    """As long as every message is there, and as often as it was said."""
+    last = (
+        "{% for m in messages %}{% if m.role == 'user' %}user : {{ m.content }} {% if loop.last %}"
+        "{{ messages[0].content }}{% endif %}{% endif %}{% endfor %}"
+    )
+    system, user = {"role": "system", "content": "c"}, {"role": "user", "content": "a"}
+    assert len(Codec(chat_tokenizer(last)).prompt({"prompt": [system, user, user]})) == 7
+    with pytest.raises(ValueError, match="leaves out what 'system' says"):
+        Codec(chat_tokenizer(last)).prompt({"prompt": [user, system, user]})
+    with pytest.raises(ValueError, match="leaves out what 'human' says"):
+        Codec(chat_tokenizer(last)).prompt({"prompt": [system, user | {"role": "human"}, user]})
