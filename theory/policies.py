@@ -45,15 +45,35 @@ def best_token(world: World, objective: Levels) -> Levels:
     return policy
 
 
-def top_k(world: World, k: int) -> Levels:
-    """ref cut to its k likeliest tokens after each prefix and renormalised; ties go to the lower id."""
-    policy = [np.zeros(1)]
+def likeliest(world: World, k: int) -> Levels:
+    """Whether t is among the k likeliest tokens after a; ties go to the lower id."""
+    levels = [np.ones(1, bool)]
     for i in range(1, world.horizon + 1):
         order = np.lexsort((-world.ref[i], world.parents[i]))
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order)) - world.first_children[i][world.parents[i][order]]
-        cut = np.where(rank < k, world.ref[i], -np.inf)
+        levels.append(rank < k)
+    return levels
+
+
+def top_k(world: World, k: int) -> Levels:
+    """ref cut to its k likeliest tokens after each prefix and renormalised."""
+    policy, candidates = [np.zeros(1)], likeliest(world, k)
+    for i in range(1, world.horizon + 1):
+        cut = np.where(candidates[i], world.ref[i], -np.inf)
         policy.append(cut - world.down(i, world.log_up(i, cut)))
+    return policy
+
+
+def kept(world: World, scores: Levels, beta: float, candidates: Levels) -> Levels:
+    """pi(t | a) = ref(t | a) exp(beta s(at)) ref(C | a) / sum_{c in C} ref(c | a) exp(beta s(ac)) on C, else ref."""
+    policy = [np.zeros(1)]
+    for i in range(1, world.horizon + 1):
+        tilted = world.ref[i] + checked_beta(beta) * scores[i]
+        none = world.down(i, world.up(i, candidates[i].astype(float))) == 0
+        sums = (world.log_up(i, np.where(candidates[i] | none, level, -np.inf)) for level in (world.ref[i], tilted))
+        mass, z = (world.down(i, level) for level in sums)
+        policy.append(np.where(candidates[i], tilted + mass - z, world.ref[i]))
     return policy
 
 

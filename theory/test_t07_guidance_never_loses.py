@@ -49,6 +49,17 @@ def test_the_win_rate_is_a_sum_of_covariances_none_negative(world, beta):
 
 
 @for_all(world=labelled_worlds(), beta=betas())
+def test_it_wins_unless_all_responses_win_alike(world, beta):
+    """Equality only if u is constant; then there is nothing to win."""
+    u, found = win_rates(world)[-1], gain(world, tokenwise(world, partial_reward(world), beta))
+    if np.ptp(u) > 1e-6:
+        verify("T7", "win rate > 1/2 where some response wins more", 1e-13 - found, 0.0, kind="bound")
+    alike = world.with_labels(np.full((len(u), len(u)), 0.5))
+    found = gain(alike, tokenwise(alike, partial_reward(alike), beta))
+    verify("T7", "win rate = 1/2 where all win alike", abs(found))
+
+
+@for_all(world=labelled_worlds(), beta=betas())
 def test_it_holds_for_pairs_compared_up_to_the_longer_response(world, beta):
     q = tokenwise(world, partial_reward_of(world, "extend"), beta)
     verify("T7", "win rate >= 1/2, pairs compared up to the longer length", -gain(world, q), kind="bound")
