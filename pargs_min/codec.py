@@ -6,10 +6,11 @@ could merge tokens across the boundary, into ids that decoding never meets.
 """
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from typing import Self, cast
@@ -102,42 +103,63 @@ class Codec:
         for ids in encoded:
             check_ids(self.tokenizer, ids)
         if finished and self.end is not None:
-            encoded = [ids if ids[-1:] == [self.end] else [*ids, self.end] for ids in encoded]
+            closing = {self.end, *(self.ends or ()), *special_ids(self.tokenizer)}
+            encoded = [ids if ids and ids[-1] in closing else [*ids, self.end] for ids in encoded]
         return prompt_ids, encoded
 
     def _response(self, text: str, prompt_ids: list[int], messages: Messages | None) -> list[int]:
         if not text.strip():
             return []
-        if messages is not None:
-            whole = self._closed(messages, text)
-            if whole[: len(prompt_ids)] == prompt_ids and self.end in whole[len(prompt_ids) :]:
-                return whole[len(prompt_ids) : len(whole) - 1 - whole[::-1].index(cast("int", self.end))]
-        return encode_within(self.tokenizer, text)
+        if messages is None:
+            return encode_within(self.tokenizer, text)
+        asked = render_chat(self.tokenizer, messages, self.now, add_generation_prompt=True)
+        closed = self._closed(messages, text)
+        if not closed.startswith(asked):
+            shared = os.path.commonprefix([asked, closed])  # noqa: RUF071 (characters are meant, not path components)
+            if len(shared) >= len(render_chat(self.tokenizer, messages, self.now)):
+                raise ValueError(
+                    f"the chat template opens an answer with {asked[len(shared) :]!r}, which a chat that it has closed "
+                    "lacks; give token ids, or another template"
+                )
+            return encode_within(self.tokenizer, text)
+        whole, rest = self._ids(closed), closed[len(asked) :]
+        begins = whole[: len(prompt_ids)] == prompt_ids
+        ids = whole[len(prompt_ids) :] if begins else encode_within(self.tokenizer, rest)
+        if self.end in ids:
+            return ids[: len(ids) - 1 - ids[::-1].index(cast("int", self.end))]
+        return encode_within(self.tokenizer, rest[: rest.rindex(text.strip()) + len(text.strip())])
 
-    def _closed(self, messages: Messages, response: str) -> list[int]:
-        """Token ids of a chat whose last message is this response."""
-        chat = render_chat(self.tokenizer, [*messages, {"role": "assistant", "content": response}], self.now)
+    def _closed(self, messages: Messages, response: str) -> str:
+        """A chat whose last message is this response, as the template writes it."""
+        answer = {"role": "assistant", "content": response}
+        chat = _apply_template(self.tokenizer, [*messages, answer], self.now)
+        if response.strip() not in chat:
+            raise ValueError(f"the chat template leaves out part of the response {response!r:.60}")
         if response not in chat:
             warnings.warn("the chat template strips responses of the whitespace around them", stacklevel=2)
+        return chat
+
+    def _ids(self, chat: str) -> list[int]:
         return self.tokenizer(chat, add_special_tokens=False)["input_ids"]
 
     def whole(self, record: dict, append_eos: bool = True) -> list[int]:
         """Token ids of a record's prompt and response, with the end token where the response ended by itself.
 
-        Ids that the codec decodes to the response are its own, and read as they were drawn, behind the `prompt_ids` if
-        these have the codec's form; all others are encoded anew.
+        Ids that the codec decodes to the response are its own, and read as they were drawn; others are encoded anew.
 
         Args:
             append_eos: whether a response that is encoded anew gets an end token.
         """
-        if not self.wrote(record):
-            finished = append_eos and record.get("finished", True)
-            prompt_ids, (ids,) = self.encode(record["prompt"], [record["response"]], finished)
-        elif record.get("prompt_format") == self.form:
-            prompt_ids, ids = self.prompt(record), record["response_ids"]
-        else:
-            prompt_ids, (ids,) = self.encode(record["prompt"], [record["response_ids"]])
+        codec = self.at(record)
+        if self.wrote(record):
+            return codec.prompt({"prompt": record["prompt"]}) + record["response_ids"]
+        finished = append_eos and record.get("finished", True)
+        prompt_ids, (ids,) = codec.encode(record["prompt"], [record["response"]], finished)
         return prompt_ids + ids
+
+    def at(self, record: dict) -> Self:
+        """The codec at the time that a record's chat template was told."""
+        return replace(self, now=datetime.fromisoformat(record["now"])) if "now" in record else self
 
     def wrote(self, record: dict) -> bool:
         """Whether the record's ids are of this tokenizer. An empty response tells less: the special tokens of every
@@ -145,14 +167,20 @@ class Codec:
         ids, response = record.get("response_ids"), record["response"]
         if ids is None or (not response and record.get("finished") and not self.finished(ids)):
             return False
-        return max(ids, default=0) < self.vocabulary and self.text(ids) == response
+        ended = record.get("finished") and self.text(ids[:-1]) == response  # by a token that the codec does not know
+        return max(ids, default=0) < self.vocabulary and (self.text(ids) == response or bool(ended))
 
     def conversation(self, record: dict) -> list[int]:
-        """Token ids of a record as a chat, which its template closes unless the response was cut."""
-        if not record.get("finished", True):
-            prompt_ids, (ids,) = self.encode(record["prompt"], [record["response"]])
-            return prompt_ids + ids
-        return self._closed(_as_messages(record["prompt"]), record["response"])
+        """Token ids of a record as a chat, with all that its template writes behind it, unless the response was cut."""
+        codec, prompt, response = self.at(record), record["prompt"], record["response"]
+        if record.get("finished", True):
+            prompt_ids, (ids,) = codec.encode(prompt, [response])
+            whole = self._ids(codec._closed(_as_messages(prompt), response))
+            if whole[: len(prompt_ids) + len(ids)] == prompt_ids + ids:
+                return whole
+        elif "<think>" in response and "</think>" not in response:  # templates put empty reasoning before an answer
+            return codec.prompt({"prompt": prompt}) + encode_within(self.tokenizer, response)
+        return codec.whole(record)
 
     def text(self, response_ids: list[int]) -> str:
         """The text of a response, without its end token or any other special one."""
@@ -278,34 +306,47 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Messages, now: dat
     Raises:
         ValueError: if there is no template, if it fails, or if it leaves out (part of) a message.
     """
-    if not (template := tokenizer.chat_template):
-        raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; give it as text")
-    if now is not None and isinstance(template, str):
-        template = STRFTIME_NOW.sub(lambda call: json.dumps(now.strftime(call[2])), template)
-    try:
-        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **settings)
-    except (TemplateError, ValueError, TypeError) as error:
-        raise ValueError(f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} fails: {error}") from error
-    contents = [message["content"].strip() for message in messages]
-    for role, content in ((message["role"], content) for message, content in zip(messages, contents, strict=True)):
-        if text.count(content) < contents.count(content):  # in any order: some put the system's message last
+    text = _apply_template(tokenizer, messages, now, **settings)
+    stand_ins = [message | {"content": f"message {number}."} for number, message in enumerate(messages)]
+    roles = _apply_template(tokenizer, stand_ins, now, **settings)  # a content may occur elsewhere, a stand-in does not
+    for message, stand_in in zip(messages, stand_ins, strict=True):
+        if message["content"].strip() not in text or stand_in["content"] not in roles:
             raise ValueError(
-                f"the chat template leaves out what {role!r} says, or part of it ({content!r:.60}): use the roles that "
-                "it knows (system, user, assistant), and text that it keeps"
+                f"the chat template leaves out what {message['role']!r} says, or part of it "
+                f"({message['content']!r:.60}): use the roles that it knows, and text that it keeps"
             )
     return text
 
 
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, now: datetime | None = None, **settings
+) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("prompt is a list of messages, but the tokenizer has no chat template; give it as text")
+    try:
+        template = tokenizer.get_chat_template()  # the default one, where there are several
+        if now is not None:
+            template = STRFTIME_NOW.sub(lambda call: json.dumps(now.strftime(call[2])), template)
+        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, **settings)
+    except (TemplateError, ValueError, TypeError) as error:
+        raise ValueError(f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} fails: {error}") from error
+
+
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that the chat template writes behind a message of the assistant; None where it writes none."""
-    if not tokenizer.chat_template:
-        return None
     said = "pargs"
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
-    closing = render_chat(tokenizer, chat).rpartition(said)[2]
+    try:
+        closing = _apply_template(tokenizer, chat).rpartition(said)[2]
+    except ValueError:  # no template; or it fails, which is said where a chat is read
+        return None
     ids = tokenizer(closing.strip(), add_special_tokens=False)["input_ids"]
-    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
-    return ids[0] if ids and ids[0] in special else None
+    return ids[0] if ids and ids[0] in special_ids(tokenizer) else None
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids of tokens that text does not hold: those that end a text among them."""
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
 
 def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -371,6 +412,15 @@ def check_vocabularies(lm_tokenizer: PreTrainedTokenizerBase, tokenizer: PreTrai
             f"the tokenizers of language model and reward model differ at {len(differ)} ids: {shown}; train the reward "
             "model from the language model's own family, or score decoded texts (ReencodeScorer with text_rewards)"
         )
+
+
+def shares_ids(tokenizer: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase | None) -> bool:
+    """Whether all ids of a language model mean the same to a reward model; None: it has the same tokenizer."""
+    try:
+        check_vocabularies(tokenizer, theirs or tokenizer)
+    except ValueError:
+        return False
+    return True
 
 
 def end_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -54,8 +54,6 @@ def encode_preferences(
     Raises:
         ValueError: naming the record, if it cannot be encoded; if no pair is left, or the tokenizer has no end token.
     """
-    if append_eos:
-        _check_end(tokenizer)
     rows, counts = _encode(preferences, ("chosen", "rejected"), tokenizer, max_length, lambda _: append_eos)
     return [Pair(*row) for row in rows], counts
 
@@ -77,17 +75,8 @@ def encode_texts(
     Raises:
         ValueError: naming the record, if it cannot be encoded; if none is left, or the tokenizer has no end token.
     """
-    _check_end(tokenizer)
     rows, counts = _encode(responses, ("response",), tokenizer, max_length, lambda text: text.finished, form)
     return [Text(prompt_ids, response_ids) for prompt_ids, response_ids in rows], counts
-
-
-def _check_end(tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path} has no end token; set its eos_token, or train with "
-            "append_eos=False"
-        )
 
 
 def records_form(records: Iterable[Record]) -> str:
@@ -115,6 +104,11 @@ def _encode(
     if not records:
         raise ValueError(_nothing_left(records, counts, max_length))
     rows, codec = [], Codec(tokenizer, form or records_form(records))
+    if codec.end is None and any(map(ends, records)):
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path} has no end token; set its eos_token, or train with "
+            "append_eos=False"
+        )
     for record in records:
         try:
             prompt_ids, responses = codec.encode(record.prompt, [getattr(record, side) for side in sides], ends(record))

@@ -7,6 +7,7 @@ names the folder and, where one is damaged, the file.
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +27,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from pargs_min.codec import FORMS, check_fits
+from pargs_min.codec import FORMS, check_fits, turn_end
 from pargs_min.memory import is_out_of_memory
+from pargs_min.store import replacing, saving
 
 Name = str | os.PathLike
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -40,7 +42,13 @@ RECORD: dict[str, Any] = {
     "prompt_format": FORMS,
     "append_eos": (True, False),
 }
+# What `save` may have written.
+WRITTEN = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*")
+WRITTEN += ("special_tokens_map.json", "added_tokens.json", "*chat_template*", "vocab.*", "merges.txt", "*.model")
 HEADS = ("score", "classifier")  # what the families of transformers call theirs
+OLD_MASKS = re.compile(r"\.(attn|attention)\.(masked_)?bias$")  # constants that old checkpoints keep among the weights
+# What is read of a folder.
+FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model*.safetensors")
 
 
 def default_device(asked: str | None = None) -> str:
@@ -115,8 +123,8 @@ def load_reward_model(
         trained = is_classifier(config)
     if not trained and head is None:
         raise ValueError(
-            f"{name} is a language model ({_architecture(config)}), which gives no rewards; train a reward model from "
-            "it with `pargs train`"
+            f"{name} ({_architecture(config)}) is not a sequence-classification model, and gives no rewards; train one "
+            "from a language model with `pargs train`"
         )
     if trained and config.num_labels not in (1, config.get_text_config().vocab_size):
         raise ValueError(
@@ -162,10 +170,14 @@ def save_reward_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Name) -> None:
-    """Write an ordinary folder of transformers: configuration, safetensors, tokenizer."""
-    with _quietly():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    """Write an ordinary folder of transformers: configuration, safetensors, tokenizer; an old model there is replaced.
+
+    Raises:
+        OSError: if it cannot be written, as on a full disk.
+    """
+    with _quietly(), saving(folder), replacing(folder, WRITTEN, last="config.json") as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
 def record(model: PreTrainedModel, **settings) -> None:
@@ -181,8 +193,9 @@ def separate_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     usual for language models, it reads r(response) without its end. The tokenizer's own padding is kept where it
     differs, else its unknown token serves, else one token is added.
     """
-    if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        if tokenizer.unk_token is not None and tokenizer.unk_token_id != tokenizer.eos_token_id:
+    ends = {tokenizer.eos_token_id, turn_end(tokenizer)}
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+        if tokenizer.unk_token is not None and tokenizer.unk_token_id not in ends:
             tokenizer.pad_token = tokenizer.unk_token
         else:
             tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
@@ -205,7 +218,8 @@ def _check_weights(name: Name, report: dict, backbone: str, fresh_head: bool) ->
     missing, misshapen = report["missing_keys"], report["mismatched_keys"]
     wrong = [f"{key} is missing" for key in sorted(missing) if not (fresh_head and key.startswith(HEADS))]
     wrong += [f"{key} is {tuple(there)}, not {tuple(wanted)}" for key, there, wanted in sorted(misshapen)]
-    unexpected = [key for key in sorted(report["unexpected_keys"]) if not fresh_head or key.startswith(f"{backbone}.")]
+    unexpected = [key for key in sorted(report["unexpected_keys"]) if not OLD_MASKS.search(key)]
+    unexpected = [key for key in unexpected if not fresh_head or key.startswith(f"{backbone}.")]
     wrong += [f"{key} has no place" for key in unexpected]
     if wrong:
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
@@ -228,7 +242,7 @@ def _architecture(config: PreTrainedConfig) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 @contextmanager
@@ -263,7 +277,9 @@ def _quietly() -> Iterator[None]:
 def _damage(folder: Path) -> str | None:
     """What is wrong with the first file of a model's folder that cannot be read, some of which transformers would do
     without."""
-    for file in sorted([*folder.glob("*config.json"), *folder.glob("tokenizer.json"), *folder.glob("*.safetensors")]):
+    if (folder / "adapter_config.json").exists():
+        return "it holds an adapter (adapter_config.json): merge that into its model first"
+    for file in [file for name in FILES for file in sorted(folder.glob(name))]:
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pargs_min.codec import Codec, check_fits, left_pad
+from pargs_min.codec import Codec, check_fits, left_pad, shares_ids
 from pargs_min.records import is_messages
 from pargs_min.reward_model import check_evaluating, context_length, final_rewards, is_causal, recorded
 from pargs_min.scoring import RewardFn
@@ -91,11 +91,17 @@ def text_rewards(
 
     Args:
         codec: the language model's.
-        prompts: records of the prompts that the texts continue. A text belongs to the longest that it begins with.
+        prompts: records of the prompts that the texts continue.
+
+    Raises:
+        ValueError: if one prompt begins with another; the reward function raises it for a text that continues none.
     """
     asked = {tuple(codec.prompt(prompt)): prompt for prompt in prompts}
-    lengths = sorted({len(ids) for ids in asked}, reverse=True)
-    rewards = record_rewards(model, tokenizer)
+    lengths, rewards = sorted({len(ids) for ids in asked}), record_rewards(model, tokenizer)
+    own = shares_ids(codec.tokenizer, tokenizer)
+    for prompt, ids in ((prompt, tuple(codec.prompt(prompt))) for prompt in prompts):
+        if asked[ids] != prompt or any(ids[:length] in asked for length in lengths if length < len(ids)):
+            raise ValueError(f"a prompt begins with another one, or has its ids: {prompt!r:.60}; give them in two runs")
 
     def record(row: list[int]) -> dict:
         try:
@@ -105,7 +111,9 @@ def text_rewards(
         prompt, ids = asked[tuple(row[:start])], row[start:]
         text = prompt.get("prompt") or codec.tokenizer.decode(row[:start], skip_special_tokens=True)
         about = {"prompt_number": prompts.index(prompt), "sample": "of the run"}
-        return about | {"prompt": text, "response": codec.text(ids), "finished": codec.finished(ids)}
+        about |= {"prompt": text, "response": codec.text(ids), "finished": codec.finished(ids)}
+        about |= {"response_ids": ids} if own else {}
+        return about | ({"now": codec.now.isoformat()} if codec.now else {})
 
     def reward_fn(ids: Tensor, mask: Tensor) -> Tensor:
         rows = [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]

@@ -195,7 +195,9 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
         prompts = []
         for record, source in _objects(text, path):
             _prompt(record, source)
-            prompts.append({name: value for name, value in record.items() if value is not None})
+            # The ids of a text that was written are those of the model that wrote it.
+            written = {"prompt_ids"} if {"prompt", "response"} <= record.keys() else set()
+            prompts.append({name: record[name] for name in record.keys() - written if record[name] is not None})
     else:
         prompts = [{"prompt": line} for line in re.split(r"\r\n?|\n", text) if line.strip()]
     if not prompts:

@@ -96,6 +96,8 @@ def final_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
         last = (read_at * torch.arange(mask.shape[1], device=mask.device)).argmax(-1, keepdim=True)
         return prefix_rewards(model, ids, mask).gather(1, last)[:, 0]
     order = mask.argsort(dim=1, descending=True, stable=True)  # bidirectional models expect padding on the right
+    pad = model.config.get_text_config().pad_token_id or 0
+    ids = ids.masked_fill(mask == 0, pad)  # by which some tell where a text ends
     logits = model(input_ids=ids.gather(1, order), attention_mask=mask.gather(1, order)).logits
     return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
 

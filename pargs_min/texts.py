@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pargs_min.codec import Codec, check_vocabularies, left_pad
+from pargs_min.codec import Codec, check_vocabularies, left_pad, shares_ids
 from pargs_min.decode import (
     Generation,
     ModelPolicy,
@@ -117,15 +117,17 @@ def generate_texts(
     """
     how = Decoding(**settings)
     counts = dict(num_samples=num_samples, n=how.n, particles=how.particles, batch_size=batch_size)
+    counts["max_new_tokens"] = how.max_new_tokens
     _check(method, prompts, reward_model, final_reward_model, **counts)
-    form = common_form(prompt_format, reward_model, final_reward_model) or recorded(lm).get("prompt_format")
+    guides = ((reward_model, reward_tokenizer), (final_reward_model, final_reward_tokenizer))
+    same = [model for model, theirs in guides if model is not None and shares_ids(tokenizer, theirs)]
+    form = common_form(prompt_format, *same) or recorded(lm).get("prompt_format")
     codec = Codec.of(lm, tokenizer, form, now=now)
     if form is None and codec.form == "chat" and any(isinstance(prompt.get("prompt"), str) for prompt in prompts):
         warnings.warn("prompts of text become messages of a user, for the tokenizer has a chat template", stacklevel=2)
     if not codec.ends:
         warnings.warn("the tokenizer has no end token: every text will have max_new_tokens tokens", stacklevel=2)
-    reward, final = (reward_model, reward_tokenizer), (final_reward_model, final_reward_tokenizer)
-    writer = _Writer(METHODS[method], how, codec, lm, prompts, reward, final, compiled, on_step)
+    writer = _Writer(METHODS[method], how, codec, lm, prompts, *guides, compiled, on_step)
 
     # The batches are those of a run from the beginning, since in half precision the rows of a batch change each other.
     skip, size = dict(done or {}), max(1, batch_size // writer.setup.rows)
@@ -269,8 +271,8 @@ def _check(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 1 <= value <= 1_000_000:
+            raise ValueError(f"{name} must be at least 1, and at most 1,000,000, got {value}")
     if final is not None and METHODS[method].rows != "particles":
         raise ValueError(f"final_reward_model (--final-reward-model) is for method smc alone, not for {method}")
     if not METHODS[method].needs_reward:
@@ -309,13 +311,13 @@ def _longest(encoded: list[list[int]], max_new_tokens: int, *models: PreTrainedM
     return longest
 
 
-def common_form(asked: str | None, *reward_models: PreTrainedModel | None) -> str | None:
+def common_form(asked: str | None, *reward_models: PreTrainedModel) -> str | None:
     """The form of prompts that these models were trained on; None where none says.
 
     Raises:
         ValueError: if they differ, or another was asked for.
     """
-    forms = [asked, *(recorded(model).get("prompt_format") for model in reward_models if model is not None)]
+    forms = [asked, *(recorded(model).get("prompt_format") for model in reward_models)]
     known = sorted({form for form in forms if form not in (None, "ids")})
     if len(known) > 1:
         raise ValueError(
@@ -338,16 +340,28 @@ def _reward(
     """The fastest right way to ask this reward model: of whole texts, and of the candidates of a step."""
     if model is None:
         return None, None
-    if tokenizer is not None:
-        try:
-            check_vocabularies(codec.tokenizer, tokenizer)
-        except ValueError as error:
-            longest = _longest(encoded, max_new_tokens)
-            warnings.warn(f"{error}. Falling back to the latter: {_reencoding(longest)}", stacklevel=3)
-            reward_fn = text_rewards(model, tokenizer, codec, prompts)
-            return reward_fn, ReencodeScorer(reward_fn)
+    tokenizer = tokenizer or codec.tokenizer
+    try:
+        check_vocabularies(codec.tokenizer, tokenizer)
+        form = recorded(model).get("prompt_format", codec.form)
+        _check_prompts(Codec(tokenizer, form, now=codec.now), prompts, encoded)
+    except ValueError as error:
+        longest = _longest(encoded, max_new_tokens)
+        warnings.warn(f"{error}. Falling back to decoded texts: {_reencoding(longest)}", stacklevel=3)
+        reward_fn = text_rewards(model, tokenizer, codec, prompts)
+        return reward_fn, ReencodeScorer(reward_fn)
     longest = _longest(encoded, max_new_tokens, model)
-    return model_rewards(model), choose_scorer(model, longest, codec.ends or ()) if guided else None
+    scorer = choose_scorer(model, longest, codec.ends or ()) if guided else None
+    if tokenizer.chat_template and not recorded(model):
+        return text_rewards(model, tokenizer, codec, prompts), scorer  # whole chats, as its template closes them
+    return model_rewards(model), scorer
+
+
+def _check_prompts(codec: Codec, prompts: list[dict], encoded: list[list[int]]) -> None:
+    """Raises ValueError if a reward model reads a prompt otherwise than the language model does."""
+    for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+        if codec.prompt(prompt) != ids:
+            raise ValueError(f"the reward model reads prompt number {number} otherwise (by another chat template?)")
 
 
 def choose_scorer(model: PreTrainedModel, longest: int, ends: Collection[int] = ()) -> RewardScorer:

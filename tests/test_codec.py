@@ -271,7 +271,7 @@ def test_what_a_template_cannot_write_is_said(template, messages, message):
 def test_a_response_that_a_template_changes_is_refused_and_one_that_it_trims_is_said():
     strip = TURNS.replace("m.content", "m.content.split('</think>')[-1] | trim")
     codec = Codec(chat_tokenizer(strip), "chat")
-    with pytest.raises(ValueError, match="leaves out what 'assistant' says"):
+    with pytest.raises(ValueError, match="leaves out part of the response '<think> c"):
         codec.encode(USER, ["<think> c </think> d"])
     with pytest.warns(UserWarning, match="strips responses of the whitespace"):
         assert codec.encode(USER, ["  c\n"])[1] == [[10]]
@@ -316,16 +316,16 @@ def test_the_time_that_a_template_writes_is_that_of_the_run():
 
 
 def test_a_text_is_read_as_it_was_written_or_else_anew():
-    """Its own ids behind the prompt that was read, where both are of the codec; what was cut has no end."""
+    """Its own ids behind the prompt, read anew; what was cut has no end."""
     codec = Codec(chat_tokenizer(), "chat")
     own = {"prompt": "a", "prompt_ids": [8], "prompt_format": "chat", "response": "c", "response_ids": [10, 0]}
     anew = codec.prompt({"prompt": "a"})
-    assert codec.whole(own) == [8, 10, 0]
-    assert codec.whole(own | {"prompt_format": "text"}) == [*anew, 10, 0]
+    assert codec.whole(own) == [*anew, 10, 0]
+    assert codec.whole(own | {"response_ids": [10, 0, 0][:2], "finished": False}) == [*anew, 10, 0]
     foreign = own | {"response_ids": [1, 1]}
     assert codec.whole(foreign) == codec.whole(own | {"response_ids": None}) == [*anew, 10, 0]
     assert codec.whole(foreign | {"finished": False}) == codec.whole(foreign, append_eos=False) == [*anew, 10]
-    assert codec.conversation(own | {"finished": False}) == [*anew, 10]
+    assert codec.conversation(own | {"finished": False, "response_ids": [10]}) == [*anew, 10]
     assert codec.conversation(own) == [*anew, 10, 0]
 
 
@@ -341,3 +341,76 @@ def test_a_template_may_put_the_system_first_or_last():
         Codec(chat_tokenizer(last)).prompt({"prompt": [user, system, user]})
     with pytest.raises(ValueError, match="leaves out what 'human' says"):
         Codec(chat_tokenizer(last)).prompt({"prompt": [system, user | {"role": "human"}, user]})
+
+
+def test_a_text_that_has_ended_gets_no_second_end():
+    """By whatever special token it ended."""
+    codec = Codec(chat_tokenizer(), "chat")
+    for end in (0, 1, 2):
+        assert codec.encode(USER, [[10, end]], finished=True)[1] == [[10, end]]
+    assert codec.encode(USER, [[10, 11]], finished=True)[1] == [[10, 11, 0]]
+    known = {"prompt": "a", "response": "c", "response_ids": [10, 9], "finished": True}
+    assert codec.whole(known) == [*codec.prompt({"prompt": "a"}), 10, 9]
+
+
+def test_a_template_that_opens_reasoning_trains_answers_behind_it():
+    opened = "{% if add_generation_prompt %}<|start|> assistant : <t>{% endif %}"
+    closed = TURNS.partition("{% if add_generation")[0].replace("{{ m.content }}", "{{ m.content }}")
+    thinking = closed.replace(
+        ": {{ m.content }}", ": {% if m.role == 'assistant' %}<t> </t> {% endif %}{{ m.content }}"
+    )
+    words = "<|end|> <|start|> <eos> <unk> user system assistant : a b c d <t> </t>"
+    prompt_ids, (ids,) = Codec(chat_tokenizer(thinking + opened, words), "chat").encode(USER, ["c"], finished=True)
+    assert prompt_ids[-1] == 12
+    assert ids == [13, 10, 0]
+    with pytest.raises(ValueError, match="opens an answer with '<t>', which a chat that it has closed lacks"):
+        Codec(chat_tokenizer(closed + opened, words), "chat").encode(USER, ["c"])
+
+
+def test_a_template_without_an_end_keeps_the_space_before_an_answer():
+    tokenizer = sentencepiece_tokenizer()
+    turns = "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}a:{% endif %}"
+    user = [{"role": "user", "content": "b"}]
+    prompt_ids, (ids,) = Codec(tokenizer, "chat").encode(user, ["a b"])
+    whole = tokenizer.apply_chat_template([*user, {"role": "assistant", "content": "a b"}], return_dict=False)
+    assert prompt_ids + ids == whole[:-1]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["▁a", "▁b"]
+
+
+def test_a_template_that_drops_the_system_once_an_answer_is_there_still_trains():
+    """As Mistral's does: the prompt is what decoding reads, the answer follows it."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{% if loop.length == 2 %}system : {{ m.content }} "
+        "{% endif %}{% else %}{{ m.role }} : {{ m.content }} <|end|> {% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant :{% endif %}"
+    )
+    codec, asked = Codec(chat_tokenizer(template), "chat"), [{"role": "system", "content": "d"}, *USER]
+    prompt_ids, (ids,) = codec.encode(asked, ["c"], finished=True)
+    assert codec.tokenizer.decode(prompt_ids) == "system : d user : a b <|end|> assistant :"
+    assert ids == [10, 0]
+
+
+def test_of_several_templates_the_default_one_is_used():
+    tokenizer = chat_tokenizer()
+    want = Codec(tokenizer).prompt({"prompt": "a"})
+    tokenizer.chat_template = {"default": TURNS, "tool_use": "{{ raise_exception('no') }}"}
+    assert Codec(tokenizer).prompt({"prompt": "a"}) == want
+
+
+def test_a_template_that_fails_does_not_matter_to_text():
+    codec = Codec.of(tiny_lm(vocabulary=12), chat_tokenizer("{% for %}"), "text")
+    assert codec.ends == (2, 1)
+    assert codec.prompt({"prompt": "a"}) == [8]
+
+
+def test_a_dropped_message_is_noticed_though_its_text_occurs_elsewhere():
+    only_user = "{% for m in messages %}{% if m.role == 'user' %}user : {{ m.content }} {% endif %}{% endfor %}"
+    with pytest.raises(ValueError, match="leaves out what 'system' says"):
+        Codec(chat_tokenizer(only_user)).prompt({"prompt": [{"role": "system", "content": "a"}, *USER]})
+
+
+def test_an_added_token_may_end_a_turn_without_being_called_special():
+    tokenizer = chat_tokenizer(TURNS.replace("<|end|>", "<end_of_turn>"))
+    tokenizer.add_tokens(["<end_of_turn>"])
+    assert tokenizer.convert_ids_to_tokens(Codec(tokenizer, "chat").end) == "<end_of_turn>"

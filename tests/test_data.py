@@ -5,7 +5,16 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pargs_min.data import Pair, Text, at_response_tokens, collate, encode_preferences, encode_texts, split_by_prompt
+from pargs_min.data import (
+    Pair,
+    Text,
+    at_response_tokens,
+    collate,
+    encode_preferences,
+    encode_texts,
+    records_form,
+    split_by_prompt,
+)
 from pargs_min.records import Preference, Response
 
 from .strategies import tiny_tokenizer, token_pairs
@@ -152,3 +161,9 @@ def test_lengths_are_the_responses_own():
     assert batch["chosen_lengths"].tolist() == [3]
     assert batch["rejected_lengths"].tolist() == [1]
     torch.testing.assert_close(batch["input_ids"][1], torch.tensor([5, END, END, END]))
+
+
+def test_texts_that_say_what_they_were_written_for_have_that_form():
+    said = Response([5, 6], [7], True, "t.jsonl:1", "chat")
+    assert records_form([said, said]) == "chat"
+    assert records_form([said, said._replace(form=None)]) == "ids"

@@ -25,7 +25,7 @@ METHOD = {  # what a reader of the method meets, and all that it may import of t
     "decode": {"policy", "reward_model", "scoring"},
     "smc": {"decode", "scoring"},
     "methods": {"decode", "scoring", "smc"},
-    "models": {"codec", "memory"},
+    "models": {"codec", "memory", "store"},
     "records": set(),
     "codec": {"records"},
     "store": {"records"},

@@ -35,6 +35,7 @@ from pargs_min.reward_model import final_rewards, recorded
 from pargs_min.scoring import SiblingScorer, model_rewards
 from pargs_min.texts import choose_scorer
 from tests.strategies import tiny_lm, tiny_reward_model
+from tests.test_codec import chat_tokenizer
 from tests.test_reward_model import word_tokenizer
 
 
@@ -134,7 +135,7 @@ def test_weights_are_float32_unless_asked_otherwise(tmp_path):
 
 def test_a_language_model_gives_no_rewards(tmp_path):
     tiny_lm().float().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is a language model \(GPT2LMHeadModel\), .* `pargs train`"):
+    with pytest.raises(ValueError, match=r"\(GPT2LMHeadModel\) is not a sequence-classification .* `pargs train`"):
         load_reward_model(tmp_path)
 
 
@@ -332,3 +333,45 @@ def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):
         load_reward_model(tmp_path, word_tokenizer(), head="scalar")
     with pytest.raises(ValueError, match=r"has token ids up to 9, and .* has 7 rows"):
         record_rewards(tiny_reward_model(vocabulary=7), word_tokenizer())
+
+
+def test_constants_of_old_checkpoints_are_no_weights(tmp_path):
+    tiny_lm().float().save_pretrained(tmp_path)
+    masks = {f"transformer.h.0.attn.{name}": torch.ones(1) for name in ("bias", "masked_bias")}
+    change_weights(tmp_path, lambda weights: weights | masks)
+    load_language_model(tmp_path)
+    change_weights(tmp_path, lambda weights: weights | {"transformer.h.9.mlp.c_fc.bias": torch.ones(48)})
+    with pytest.raises(ValueError, match=r"c_fc\.bias has no place"):
+        load_language_model(tmp_path)
+
+
+def test_what_lies_beside_a_model_does_not_matter_but_an_adapter(tmp_path):
+    tiny_lm().float().save_pretrained(tmp_path)
+    for name in ("._config.json", "consolidated.safetensors", "trainer_state.json"):
+        (tmp_path / name).write_text("version https://git-lfs")
+    load_language_model(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"adapter_config\.json.*merge"):
+        load_language_model(tmp_path)
+
+
+def test_padding_is_no_token_that_ends_a_text(tmp_path):
+    """Nor a turn of a chat: transformers would read r(response) before it."""
+    tokenizer = chat_tokenizer()
+    tokenizer.pad_token = "<|end|>"
+    tiny_lm(vocabulary=12).float().save_pretrained(tmp_path)
+    model = load_reward_model(tmp_path, tokenizer, head="scalar")
+    assert tokenizer.pad_token == "<unk>"
+    assert model.config.pad_token_id == 3
+
+
+def test_models_that_find_the_end_of_a_text_by_its_padding_are_given_it():
+    config = AutoConfig.for_model(
+        "ctrl", vocab_size=11, n_embd=16, dff=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=3, n_positions=16
+    )
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    rows = [[5, 6], [7, 8, 9, 4], [10]]
+    alone = torch.cat([final_rewards(model, *left_pad([row])) for row in rows])
+    assert_close(final_rewards(model, *left_pad(rows)), alone, rtol=1e-4, atol=1e-6)
+    assert len(set(alone.tolist())) == 3

@@ -346,3 +346,12 @@ def test_without_the_library_the_way_out_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"no file owner/name; .*pip install 'pargs-min\[hub\]'"):
         read_preferences("owner/name")
+
+
+def test_texts_as_prompts_are_read_anew(tmp_path):
+    """Their ids are those of the model that wrote them."""
+    text = {"prompt": "one", "prompt_ids": [1, 2], "response": "two"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(text) + "\n")
+    assert read_prompts(tmp_path / "p.jsonl") == [{"prompt": "one", "response": "two"}]
+    (tmp_path / "p.jsonl").write_text('{"prompt": "one", "prompt_ids": [1, 2]}\n')
+    assert read_prompts(tmp_path / "p.jsonl") == [{"prompt": "one", "prompt_ids": [1, 2]}]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pargs_min import methods, smc
 from pargs_min.codec import Codec, encode_prompt, left_pad
 from pargs_min.memory import is_out_of_memory
-from pargs_min.reading import text_rewards
+from pargs_min.reading import record_rewards, text_rewards
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import ReencodeScorer, SiblingScorer
 from pargs_min.texts import (
@@ -30,6 +30,7 @@ from pargs_min.texts import (
     write_records,
 )
 from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
+from tests.test_codec import TURNS, chat_tokenizer
 from tests.test_reward_model import word_tokenizer
 
 WORDS = "<pad> <end> a b c d e f g h i"
@@ -506,7 +507,10 @@ def test_a_guide_with_another_tokenizer_reads_chats_as_its_own_template_writes_t
     """Closed where they have ended, and counted in its own tokens."""
     theirs, seen, rm = tiny_tokenizer(), [], tiny_reward_model(vocabulary=14)
     theirs.pad_token = None
-    theirs.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
+    theirs.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
     codec, prompt = Codec(tiny_tokenizer(), "chat"), {"prompt": [{"role": "user", "content": "a b"}]}
     forward = rm.base_model.register_forward_hook(lambda _, __, kwargs, ___: seen.append(kwargs), with_kwargs=True)
     ids, mask = left_pad([[*codec.prompt(prompt), 9], [*codec.prompt(prompt), 9, 10, 1]])
@@ -518,3 +522,44 @@ def test_a_guide_with_another_tokenizer_reads_chats_as_its_own_template_writes_t
     assert found.shape == (2,)
     with pytest.raises(ValueError, match=r"tokens, and GPT2For.* reads at most 64"):
         text_rewards(rm, theirs, codec, [prompt])(*left_pad([codec.prompt(prompt) + [9] * 60]))
+
+
+@pytest.mark.parametrize("method", ["best-of-n", "args"])
+def test_the_reward_of_a_text_is_that_of_the_judge(method):
+    """Also of a published model of chats, which reads all that its template writes behind an answer."""
+    tokenizer, lm = chat_tokenizer(TURNS.replace("<|end|> ", "<|end|> : ")), tiny_lm(vocabulary=12)
+    lm.generation_config.eos_token_id = 0
+    for record in ({}, {"objective": "full", "prompt_format": "chat"}):
+        rm = tiny_reward_model(vocabulary=12)
+        rm.config.pargs = record
+        prompts = [{"prompt": "a"}, {"prompt": "b c"}]
+        settings = dict(method=method, reward_model=rm, n=2, num_samples=6, max_new_tokens=4, prompt_format="chat")
+        found = list(generate_texts(lm, tokenizer, prompts, **settings))
+        assert {text["finished"] for text in found} == {True, False}
+        assert record_rewards(rm, tokenizer)(found) == pytest.approx([text["reward"] for text in found], abs=1e-9)
+
+
+def test_a_guide_of_the_same_words_and_another_template_reads_its_own():
+    tokenizer, lm, rm = chat_tokenizer(), tiny_lm(vocabulary=12), tiny_reward_model(vocabulary=12)
+    theirs = chat_tokenizer(TURNS.replace(" {{ m.role }} :", " {{ m.role }}"))
+    rm.config.pargs = {"objective": "full", "prompt_format": "chat"}
+    settings = dict(method="args", reward_model=rm, reward_tokenizer=theirs, top_k=3, max_new_tokens=3)
+    with pytest.warns(UserWarning, match="reads prompt number 0 otherwise"):
+        (text,) = generate_texts(lm, tokenizer, [{"prompt": "a"}], prompt_format="chat", **settings)
+    assert record_rewards(rm, theirs)([text]) == pytest.approx([text["reward"]], abs=1e-9)
+
+
+def test_a_text_of_two_prompts_is_nobodys():
+    codec, rm = Codec(tiny_tokenizer(), "text"), tiny_reward_model(vocabulary=14)
+    with pytest.raises(ValueError, match="a prompt begins with another one"):
+        text_rewards(rm, tiny_tokenizer(), codec, [{"prompt": "a"}, {"prompt": "a b"}])
+    text_rewards(rm, tiny_tokenizer(), codec, [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}])
+
+
+def test_a_file_that_another_run_has_written_since_is_left_alone(tmp_path):
+    path = tmp_path / "out.jsonl"
+    list(write_records(path, texts(num_samples=1), {}, earlier=0))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="another run has written"):
+        list(write_records(path, texts(num_samples=1), {}, earlier=0))
+    assert path.read_bytes() == before
