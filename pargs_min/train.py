@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import NamedTuple
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -23,16 +24,19 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
 from pargs_min.data import Pair, Text, at_response_tokens, collate, collate_texts, from_columns
 from pargs_min.lora import check_rank, low_rank
 from pargs_min.losses import bradley_terry_loss, compared_prefixes, partial_bradley_terry_loss, prefix_value_loss
-from pargs_min.memory import enough_memory
+from pargs_min.memory import enough_memory, is_out_of_memory
+from pargs_min.models import load_config
 from pargs_min.progress import progress
 from pargs_min.reward_model import is_causal, prefix_rewards
 from pargs_min.scoring import RewardFn
+from pargs_min.store import saving
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the longer response of a pair; 1 is the usual accuracy of a reward model
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # in tokens
@@ -221,9 +225,16 @@ def check_settings(args: TrainingArguments, resume: bool) -> None:
         if (value := getattr(args, name)) not in accepted:
             wanted = " or ".join(map(str, accepted))
             raise ValueError(f"{name} (--{name.replace('_', '-')}) must be {wanted}, got {value}: {why}")
-    if args.gradient_accumulation_steps < 1:
-        steps = args.gradient_accumulation_steps
-        raise ValueError(f"gradient_accumulation_steps (--gradient-accumulation-steps) must be at least 1, got {steps}")
+    ranges: dict[str, tuple[bool, str]] = {
+        "max_steps": (args.max_steps >= 1 or args.max_steps == -1, "at least 1, or -1 for whole epochs"),
+        "num_train_epochs": (args.max_steps > 0 or 0 < args.num_train_epochs < math.inf, "a positive number"),
+        "learning_rate": (0 <= args.learning_rate < math.inf, "a number from 0"),
+    }
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        ranges[name] = (getattr(args, name) >= 1, "at least 1")
+    for name, (right, wanted) in ranges.items():
+        if not right:
+            raise ValueError(f"{name} (--{name.replace('_', '-')}) must be {wanted}, got {getattr(args, name)}")
     if not resume:
         return
     if args.save_only_model:
@@ -234,6 +245,21 @@ def check_settings(args: TrainingArguments, resume: bool) -> None:
             f"{checkpoint} holds no optimizer.pt (was it made with --save-only-model?), so resume (--resume) cannot go "
             "on from it; choose another output folder"
         )
+    if checkpoint is not None:
+        _check_whole(Path(checkpoint))
+
+
+def _check_whole(checkpoint: Path) -> None:
+    """Raises ValueError, naming the file, if one of a checkpoint's files cannot be read."""
+    load_config(checkpoint)  # looks at configuration, tokenizer and weights
+    for file in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth"), checkpoint / "trainer_state.json"]:
+        try:
+            if file.suffix == ".json":
+                TrainerState.load_from_json(str(file))
+            elif not is_zipfile(file):
+                raise ValueError("not what torch wrote")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({error}); delete {checkpoint} to go on from an earlier one") from None
 
 
 class Watched(Trainer):
@@ -242,11 +268,16 @@ class Watched(Trainer):
     It reports no `train_loss`: that of transformers is of one process, and of the steps since the last start alone.
     """
 
+    def __init__(self, *arguments, **keywords):
+        with _usable_settings((ImportError, KeyError, RuntimeError)):
+            super().__init__(*arguments, **keywords)
+
     def fit(self, checkpoint: str | None) -> dict[str, float]:
         """Train, from a checkpoint on if there is one, and evaluate: the metrics of both."""
         if self.args.logging_strategy == "no":
             self.remove_callback(PrinterCallback)
-        metrics = self.train(resume_from_checkpoint=checkpoint).metrics
+        with _usable_settings():
+            metrics = self.train(resume_from_checkpoint=checkpoint).metrics
         check_finite(f"step {self.state.global_step}", self.model.parameters())
         return metrics | (self.evaluate() if self.eval_dataset else {})
 
@@ -255,6 +286,10 @@ class Watched(Trainer):
         check_finite(f"step {self.state.global_step + 1}", [loss])
         return loss
 
+    def _save_checkpoint(self, *what, **settings):
+        with saving(self.args.output_dir):
+            super()._save_checkpoint(*what, **settings)
+
     def save_model(self, *where, **settings):
         check_finite(f"step {self.state.global_step}", self.model.parameters())
         super().save_model(*where, **settings)
@@ -262,6 +297,17 @@ class Watched(Trainer):
     def log(self, logs, *start):
         logs.pop("train_loss", None)
         super().log(logs, *start)
+
+
+@contextmanager
+def _usable_settings(wrong: tuple[type[Exception], ...] = (ImportError, KeyError)) -> Iterator[None]:
+    """Context manager: what transformers raises where a setting names what there is not becomes a ValueError."""
+    try:
+        yield
+    except wrong as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"transformers cannot train with these settings: {error}") from error
 
 
 def check_finite(when: str, tensors: Iterable[Tensor]) -> None:
@@ -402,8 +448,13 @@ def _forward_is_prefix_rewards(model: PreTrainedModel) -> Iterator[None]:
 
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest whole checkpoint of a folder; one that was being written when the run was killed does not count."""
-    whole = Path(folder).glob("checkpoint-*/trainer_state.json")  # the file that Trainer writes last
-    return max((str(state.parent) for state in whole), key=lambda name: int(name.rpartition("-")[2]), default=None)
+    whole = [str(one) for one in checkpoints(folder) if (one / "trainer_state.json").exists()]  # Trainer's last file
+    return max(whole, key=lambda name: int(name.rpartition("-")[2]), default=None)
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The folders that Trainer made for checkpoints, whole or not."""
+    return [one for one in Path(folder).glob("checkpoint-*") if one.is_dir() and one.name[11:].isdecimal()]
 
 
 # ---- evaluation ----

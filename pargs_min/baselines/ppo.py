@@ -33,7 +33,7 @@ from pargs_min.decode import ModelPolicy, response_log_probs, response_rewards, 
 from pargs_min.methods import plain
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import RewardFn
-from pargs_min.store import aside
+from pargs_min.store import aside, saving
 from pargs_min.train import check_finite
 
 
@@ -211,7 +211,7 @@ def train_ppo(
         if checkpoint is not None and (done % save_every == 0 or done == settings.updates):
             seen = {name: batch[name].cpu() for name in ("ids", "mask", "scores")}
             state = {name: part.state_dict() for name, part in parts.items()}
-            with aside(checkpoint) as unfinished:
+            with saving(checkpoint), aside(checkpoint) as unfinished:
                 torch.save(state | task | {"seen": seen, "updates": done}, unfinished)
 
 
@@ -288,9 +288,12 @@ def _load(file: str | os.PathLike, parts: dict, task: dict, reward_fn: RewardFn)
 
     Raises:
         ValueError: if they were done with other settings, prompts or ends, or with another reward: one that scores the
-            last texts differently.
+            last texts differently; if the file is damaged.
     """
-    state, device = torch.load(file, weights_only=True, map_location="cpu"), parts["ref"].device
+    try:
+        state, device = torch.load(file, weights_only=True, map_location="cpu"), parts["ref"].device
+    except Exception as error:
+        raise ValueError(f"{file} is damaged ({type(error).__name__}): choose another folder, or delete it") from error
     if state["settings"] | {"updates": task["settings"]["updates"]} != task["settings"]:
         raise ValueError(f"{file} was made with other settings ({state['settings']}): choose another folder")
     if state["asked"] != task["asked"]:

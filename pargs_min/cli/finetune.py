@@ -80,7 +80,7 @@ def ppo(arguments: list[str]) -> None:
     folder, checkpoint = options.output_dir, options.output_dir / "checkpoint.pt"
     if checkpoint.exists() and not (options.resume or options.overwrite):
         raise ValueError(f"{folder} holds the checkpoint of an earlier run: add --resume, or choose another folder")
-    if options.resume and checkpoint.exists():
+    if options.resume:
         check_same(folder, recipe(options))
     prompts, device = read_prompts(options.prompts), default_device(options.device)
 
@@ -94,11 +94,15 @@ def ppo(arguments: list[str]) -> None:
     prompt_ids, often = [codec.prompt(prompt) for prompt in prompts], options.save_every
     scores, ends = model_rewards(reward_model), codec.ends or ()
     model.config.pargs = {"prompt_format": codec.form}
-    sources, replace = (options.model, options.reward_model, options.value_model), options.resume or options.overwrite
+    sources = options.model, options.reward_model, options.value_model
+    goes_on = options.resume and checkpoint.exists()
+    replace = options.overwrite or (goes_on and (folder / KEPT).exists())  # the model of a run that goes on is its own
     with results(folder, "config.json", overwrite=replace, sources=sources):
         log = folder / "log.jsonl"
         logged = [line for line, _ in read_jsonl(log, growing=True)] if log.exists() else []
-        if not (options.resume and checkpoint.exists()):
+        if options.resume:
+            check_same(folder, recipe(options))  # again, now that nobody else writes there
+        if not goes_on:
             checkpoint.unlink(missing_ok=True)
             write_json(folder / KEPT, recipe(options))
         updates = train_ppo(model, value_model, scores, prompt_ids, ends, settings, checkpoint, often)

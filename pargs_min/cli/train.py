@@ -22,18 +22,21 @@ from pargs_min.models import load_reward_model, load_tokenizer, record, save_rew
 from pargs_min.records import Response, read_preferences, read_responses
 from pargs_min.reward_model import context_length, recorded
 from pargs_min.scoring import model_rewards
-from pargs_min.store import content, results, write_json
+from pargs_min.store import content, read_json, results, write_json
 from pargs_min.texts import differences
-from pargs_min.train import check_settings, last_checkpoint, rate, train_reward_model, train_value_model
+from pargs_min.train import check_settings, checkpoints, last_checkpoint, rate, train_reward_model, train_value_model
 
 Records = tuple[list, list]  # to train on, and of --eval-dataset
 KEPT = "pargs.json"  # the options of a run, next to its checkpoints
-# Of transformers' options, those that a resumed run must not change. A batch may be taken in smaller parts.
+# Of transformers' options, those that a resumed run must not change. A batch may be taken in smaller parts: what counts
+# is the `records_per_step` of all of them.
 WEIGHTS_DEPEND_ON = {
     "seed", "data_seed", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs",
     "warmup_steps", "warmup_ratio", "weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon",
-    "max_grad_norm", "bf16", "fp16",
+    "max_grad_norm", "bf16", "fp16", "train_sampling_strategy", "ignore_data_skip", "neftune_noise_alpha",
+    "average_tokens_across_devices",
 }  # fmt: skip
+NOT_IN_THE_WEIGHTS = ("resume", "overwrite", "output_dir", "save_every", "device")  # of our own
 
 
 @dataclass(kw_only=True)
@@ -174,19 +177,17 @@ def begin(command: Callable, arguments: list[str], kind: type, **defaults: Any) 
     """The command's options and transformers' own; `defaults` are those of the latter, besides DEFAULTS.
 
     Raises:
-        ValueError: if --output-dir holds checkpoints, and neither --resume nor --overwrite is given, or their run had
-            other options, data or models; for settings of transformers that `check_settings` refuses.
+        ValueError: if --output-dir holds checkpoints, and neither --resume nor --overwrite is given; if its run had
+            other options, data or models, and is to be resumed; for settings of transformers that `check_settings`
+            refuses.
     """
     defaults = DEFAULTS | dict(dataloader_pin_memory=torch.accelerator.is_available()) | defaults
     options, args = parse(command, arguments, kind, TrainingArguments, defaults=defaults)
     check_settings(args, options.resume)
-    if not (found := last_checkpoint(args.output_dir)):
-        return options, args
-    if options.overwrite:
-        return options, args
-    if not options.resume:
+    if options.resume:
+        check_same(Path(args.output_dir), recipe(options, args))
+    elif not options.overwrite and (found := last_checkpoint(args.output_dir)):
         raise ValueError(f"there are checkpoints ({found}): add --resume or --overwrite, or another --output-dir")
-    check_same(Path(args.output_dir), recipe(options, args))
     return options, args
 
 
@@ -194,15 +195,17 @@ def recipe(options: Any, args: TrainingArguments | None = None) -> dict:
     """What a model is made from, files by their content; kept next to checkpoints, for --resume to compare."""
     files = ("model", "dataset", "eval_dataset", "reward_model", "value_model")
     read = {f"content of {name}": content(file) for name in files if (file := getattr(options, name, None))}
-    ours = {name: value for name, value in vars(options).items() if name not in ("resume", "overwrite")}
+    ours = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_WEIGHTS}
     theirs = args.to_dict() if args else {}
     used = {name: value for name, value in theirs.items() if name in WEIGHTS_DEPEND_ON}
+    if args:
+        used["records_per_step"] = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     return json.loads(json.dumps(ours | read | used, default=str))
 
 
 def check_same(folder: Path, made_from: dict) -> None:
     """Raises ValueError if the folder's run had another `recipe`."""
-    if (kept := folder / KEPT).exists() and (differ := differences(json.loads(kept.read_text("utf-8")), made_from)):
+    if (kept := folder / KEPT).exists() and (differ := differences(read_json(kept), made_from)):
         raise ValueError(
             f"{folder} was made with other options ({differ}): resume with the same, or choose another --output-dir"
         )
@@ -236,12 +239,16 @@ def fit_and_save(
     if not held_out:
         items, held_out = split_by_prompt(items, options.eval_fraction, args.seed)
 
-    sources, replace = (options.model, getattr(options, "reward_model", None)), options.resume or options.overwrite
-    with results(args.output_dir, "config.json", overwrite=replace, sources=sources) if first else nullcontext():
-        if first and not (options.resume and last_checkpoint(args.output_dir)):
-            for old in Path(args.output_dir).glob("checkpoint-*"):
+    folder, sources = Path(args.output_dir), (options.model, getattr(options, "reward_model", None))
+    goes_on = options.resume and last_checkpoint(folder) is not None
+    replace = options.overwrite or (goes_on and (folder / KEPT).exists())  # the model of a run that goes on is its own
+    with results(folder, "config.json", overwrite=replace, sources=sources) if first else nullcontext():
+        if first and options.resume:
+            check_same(folder, recipe(options, args))  # again, now that nobody else writes there
+        if first and not goes_on:
+            for old in checkpoints(folder):
                 shutil.rmtree(old)
-            write_json(Path(args.output_dir) / KEPT, recipe(options, args))
+            write_json(folder / KEPT, recipe(options, args))
         metrics = fit(items, held_out, args=args, resume=options.resume)
         if first:
             save(args.output_dir)

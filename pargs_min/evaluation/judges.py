@@ -9,12 +9,14 @@ as a number.
 """
 
 import importlib
+import json
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from numbers import Real
 from typing import Any
 
@@ -24,6 +26,7 @@ from pargs_min.progress import progress
 from pargs_min.reading import Texts, prompt_text, record_rewards
 
 BATCH = 32  # texts that a reward model reads together
+LARGEST = 1e100  # reward, so that no mean or variance overflows
 
 
 @dataclass(frozen=True)
@@ -56,8 +59,11 @@ def load_judge(name: str, verdicts: str | os.PathLike = "verdicts.jsonl") -> Jud
         if not model:
             raise ValueError("a judge's address names no model; write it behind the address: URL#MODEL")
         return Judge(name, compare=ChatJudge(address, model, verdicts).compare)
-    is_function = ":" in name and not os.path.exists(name)
-    return Judge(name, score=function_judge(name) if is_function else model_judge(name))
+    return Judge(name, score=function_judge(name) if _is_function(name) else model_judge(name))
+
+
+def _is_function(name: str) -> bool:
+    return ":" in name and "://" not in name and not os.path.exists(name)
 
 
 def is_number(value: object) -> bool:
@@ -72,29 +78,51 @@ def is_number(value: object) -> bool:
         return False
 
 
+def judge_code(name: str) -> str | None:
+    """The file of a function's module; None for judges of other kinds. Raises ValueError if there is no such module."""
+    if not _is_function(name):
+        return None
+    with _here_first(), _code_of_others(f"judge {name!r} cannot be loaded; expected MODULE:FUNCTION"):
+        spec = find_spec(name.partition(":")[0])
+        return spec.origin if spec else None
+
+
 def function_judge(name: str) -> Callable[[Texts], list]:
     """`module:function` of (prompts, responses), two lists of strings; the working directory is searched first."""
     module, _, function = name.partition(":")
-    here = os.getcwd()
-    sys.path.insert(0, here)
-    try:
-        with _code_of_others(f"judge {name!r} cannot be loaded; expected MODULE:FUNCTION"):
-            judge = getattr(importlib.import_module(module), function)
-    finally:
-        sys.path.remove(here)
+    with _here_first(), _code_of_others(f"judge {name!r} cannot be loaded; expected MODULE:FUNCTION"):
+        judge = getattr(importlib.import_module(module), function)
 
     def score(texts: Texts) -> list:
         prompts, responses = [prompt_text(text) for text in texts], [text["response"] for text in texts]
         with _code_of_others(f"judge {name!r} fails"):
             answer = judge(prompts, responses)
             answer = answer.tolist() if hasattr(answer, "tolist") else answer
-        if not isinstance(answer, Sequence) or isinstance(answer, str) or len(answer) != len(texts):
-            raise ValueError(
-                f"judge {name!r} must return one number for each of {len(texts)} texts, got {answer!r:.60}"
-            )
-        return list(answer)
+            if isinstance(answer, Sequence) and not isinstance(answer, str) and len(answer) == len(texts):
+                return [_checked(one) for one in answer]
+            raise TypeError(f"it must return one number for each of {len(texts)} texts, got {answer!r:.60}")
 
     return score
+
+
+def _checked(answer: Any) -> Any:
+    """A number as a float, anything else as JSON holds it. Raises ValueError for one too large to take means of."""
+    if not is_number(answer):
+        return json.loads(json.dumps(answer, default=repr))
+    if abs(number := float(answer)) > LARGEST:
+        raise ValueError(f"rewards must lie within ±{LARGEST:g}, got {number:g}")
+    return number
+
+
+@contextmanager
+def _here_first() -> Iterator[None]:
+    """Context manager: modules are searched in the working directory first."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
 
 
 @contextmanager
@@ -105,7 +133,9 @@ def _code_of_others(what: str) -> Iterator[None]:
         yield
         if os.getcwd() != here:
             raise RuntimeError("it changes the working directory")
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise ValueError(f"{what}: {error!r}") from error
     finally:
         os.chdir(here)

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pargs_min.data import Pair, encode_preferences, records_form, split_by_prompt
-from pargs_min.evaluation.judges import Judge, is_number
+from pargs_min.evaluation.judges import Judge, is_number, judge_code
 from pargs_min.experiments.judging import named_judge
 from pargs_min.models import default_device, load_language_model, load_tokenizer
 from pargs_min.progress import progress
 from pargs_min.records import Preference, read_preferences, read_prompts
 from pargs_min.reward_model import context_length
-from pargs_min.store import aside, content, kept, write_lines
+from pargs_min.store import content, kept, once, write_lines
 from pargs_min.texts import generate_texts
 from pargs_min.world.journey import HELD_OUT_PROMPTS, HORIZON, TRAIN_PROMPTS, Journey
 from pargs_min.world.reference import SHIPPED, STEPS, reference, write_pairs
@@ -116,16 +116,16 @@ def embedded(
         steps, pairs, held_out = 60, 200, 20
         sizes = dict(samples=2, plain_samples=40, batch_size=16, epochs=0.6, ppo_updates=2)
     home, world = folder / "reference", world or Journey()
-    if (seed, steps, world) == (0, STEPS, Journey()) and not home.exists():
-        with aside(home) as unfinished:
-            shutil.copytree(SHIPPED, unfinished)
+    if (seed, steps, world) == (0, STEPS, Journey()):
+        once(home, partial(shutil.copytree, SHIPPED))
     lm, tokenizer = reference(home, world, seed=seed, steps=steps)
     files = {name: folder / f"{name}.jsonl" for name in ("pairs", "held_out", "prompts")}
     for name, prompts, count in (("pairs", TRAIN_PROMPTS, pairs), ("held_out", HELD_OUT_PROMPTS, held_out)):
         settings: dict[str, Any] = dict(pairs=count, seed=seed, prompts=prompts)
         source = settings | {"reference": content(home), "world": as_json(world)}
         kept(files[name], source, partial(write_pairs, model=lm, tokenizer=tokenizer, world=world, **settings))
-    write_lines(files["prompts"], [{"prompt": prompt} for prompt in HELD_OUT_PROMPTS])
+    asked = [{"prompt": prompt} for prompt in HELD_OUT_PROMPTS]
+    kept(files["prompts"], {"prompts": asked}, partial(write_lines, records=asked))
     names = {name: str(path) for name, path in {"folder": folder, "model": home, **files}.items()}
     sizes |= names | dict(learning_rate=1e-3, dpo_learning_rate=1e-4, ppo_learning_rate=3e-4, pairs_per_step=64)
     # The world goes without the tables that it has built: labs travel to other processes.
@@ -163,9 +163,8 @@ def material(lab: Lab) -> Material:
 def contents(lab: Lab) -> dict[str, str]:
     """What tells apart the contents of what a lab names, read once per process."""
     named = {name: getattr(lab, name) for name in ("model", "pairs", "held_out", "prompts", "judge")}
-    code = Path(*lab.judge.partition(":")[0].split(".")).with_suffix(".py")
     found = {name: content(file) for name, file in named.items() if file}
-    return found | ({"judge": f"{lab.judge} {content(code)}"} if code.exists() else {})
+    return found | ({"judge": f"{lab.judge} {content(code)}"} if (code := judge_code(lab.judge)) else {})
 
 
 # Settings of a lab that what it makes depends on.

@@ -19,7 +19,7 @@ from pargs_min.codec import encode_prompt
 from pargs_min.decode import ModelPolicy, generate, row_uniforms
 from pargs_min.models import load_config, load_language_model, load_tokenizer
 from pargs_min.progress import progress
-from pargs_min.store import appending, aside
+from pargs_min.store import appending, aside, once
 from pargs_min.world.journey import END, HORIZON, PAD, PROMPTS, TRAIN_PROMPTS, UNKNOWN, Journey
 
 SHIPPED = Path(__file__).with_name("reference_model")  # what `reference` trains at its defaults
@@ -47,15 +47,17 @@ def reference(
     """
     folder, world = Path(folder), world or Journey()
     made_with = dict(luck=str(world.luck), seed=seed, steps=steps, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE)
-    if not folder.exists():
+
+    def make(unfinished: Path) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(load_config(SHIPPED))
         _train(model, world, seed, steps)
         model.config.journey = made_with
-        with aside(folder) as unfinished:
-            model.save_pretrained(unfinished)
-            word_tokenizer(world).save_pretrained(unfinished)
+        model.save_pretrained(unfinished)
+        word_tokenizer(world).save_pretrained(unfinished)
+
+    once(folder, make)
     model = load_language_model(folder)
     if (found := getattr(model.config, "journey", "other code")) != made_with:
         raise ValueError(
