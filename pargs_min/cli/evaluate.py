@@ -41,12 +41,18 @@ REPEATED = ArgumentParser(add_help=False)  # what no field of a dataclass can sa
 REPEATED.add_argument("files", nargs="+", metavar="FILE")
 REPEATED.add_argument("--judge", action="append", default=[])
 
+WRITTEN = ("evaluation.json", "evaluation.md", "evaluation.png", "answers.jsonl", "verdicts.jsonl")
+
 
 def evaluate(arguments: list[str]) -> None:
     """Judge texts of any methods over the same prompts: one table, every number with its standard error."""
     options, repeated = parse(evaluate, arguments, EvaluateOptions, parents=[REPEATED])
     folder, against = options.output_dir, [options.against] if options.against else []
     labels = file_labels([*repeated.files, *against])
+    written = {(folder / name).resolve() for name in WRITTEN}
+    for file in labels:
+        if file.resolve() in written:
+            raise ValueError(f"{file} is read, and would be replaced: choose another --output-dir")
     files = read_files(labels)
     if options.reference:
         lm = load_language_model(options.reference)
@@ -56,8 +62,10 @@ def evaluate(arguments: list[str]) -> None:
     judges = [named_judge(name, folder / "verdicts.jsonl") for name in dict.fromkeys(repeated.judge)]
     with results(folder, "evaluation.json", overwrite=options.overwrite):
         comparison = compare(files, judges, *(labels[Path(file)] for file in against))
-        write_comparison(comparison, folder)
+        for name in ("evaluation.json", "evaluation.png"):  # what is there belongs together
+            (folder / name).unlink(missing_ok=True)
         if shown := panels(comparison):
             save(intervals(shown), folder / "evaluation.png")
+        write_comparison(comparison, folder)
     print(markdown(comparison))
     print(f"saved {folder}")

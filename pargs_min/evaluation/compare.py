@@ -34,15 +34,20 @@ class Comparison(NamedTuple):
 
 
 def file_labels(paths: Sequence[str | os.PathLike]) -> dict[Path, str]:
-    """What to call each file: its name without the suffix, or its whole path where two names are equal.
+    """What to call each file: its name without the suffix, or its whole path where two names are equal; no two alike.
 
     >>> file_labels(["runs/plain.jsonl", "a/pargs.jsonl", "b/pargs.jsonl"])[Path("a/pargs.jsonl")]
     'a/pargs.jsonl'
     """
     files = list(dict.fromkeys(map(Path, paths)))
     names = Counter(file.stem for file in files)
-    labels = {file: file.stem if names[file.stem] == 1 else str(file) for file in files}
-    return {file: os.fsencode(label).decode(errors="backslashreplace") for file, label in labels.items()}
+    labels: dict[Path, str] = {}
+    for file in files:
+        label = os.fsencode(file.stem if names[file.stem] == 1 else file).decode(errors="backslashreplace")
+        while label in labels.values():
+            label += " (2)"
+        labels[file] = label
+    return labels
 
 
 def read_files(labels: Mapping[Path, str]) -> dict[str, list[dict]]:
@@ -100,7 +105,7 @@ def compare(files: Files, judges: Sequence[Judge] = (), against: str | None = No
     for label, texts in files.items():
         verdicts = [(judge, by_file[label]) for judge, by_file in judged]
         row = {"file": label} | _row(texts, verdicts, min(samples))
-        rows.append(row if _model(texts) == _model(files[reference]) else row | {"kl": None})
+        rows.append(row if [*_models(texts)] == [*_models(files[reference])][:1] else row | {"kl": None})
         for i, text in enumerate(texts):
             said = {judge.name: mine[i] for judge, (mine, _) in verdicts}
             answers.append({"file": label, "prompt_number": text["prompt_number"], "sample": text["sample"]} | said)
@@ -202,10 +207,11 @@ def _notes(files: Files, judges: Sequence[Judge], reference: str, samples: set[i
     for judge in judges:
         if guided := [label for label, texts in files.items() if any(_guided_by(text, judge.name) for text in texts)]:
             yield NOTES["guided"].format(judge=judge.name, files=", ".join(guided))
-    ours = _model(files[reference])
+    ours = _models(files[reference])
     for label, texts in files.items():
-        if (theirs := _model(texts)) != ours:
-            yield NOTES["kl"].format(file=label, theirs=theirs, reference=reference, ours=ours)
+        if [*(theirs := _models(texts))] != [*ours][:1]:
+            names = dict(theirs=_named(theirs), ours=_named(ours))
+            yield NOTES["kl"].format(file=label, reference=reference, **names)
     if min(samples) < max(samples):
         yield NOTES["samples"].format(fewest=min(samples), most=max(samples))
     methods = {text.get("method") for texts in files.values() for text in texts}
@@ -250,13 +256,21 @@ def with_kl_to(reference: str, texts: list[dict], ref_log_probs: Sequence[float]
         settings = text.get("settings", {})
         own = settings.get("contents", {}).get("model") == known
         kl = text["kl"] if own else text["kl"] + text["ref_log_prob"] - log_prob
-        found.append(text | {"kl": kl, "settings": settings | {"model": reference}})
+        now = {"model": reference, "contents": settings.get("contents", {}) | {"model": known}}
+        found.append(text | {"kl": kl, "settings": settings | now})
     return found
 
 
-def _model(texts: list[dict]) -> str | None:
-    """Which language model the texts' `kl` is to."""
-    return texts[0].get("settings", {}).get("model")
+def _models(texts: list[dict]) -> dict[str | None, str | None]:
+    """The language models that the texts' `kl` is to: content (the name, where a record does not have it) -> name."""
+    settings = [text.get("settings", {}) for text in texts]
+    return {one.get("contents", {}).get("model", one.get("model")): one.get("model") for one in settings}
+
+
+def _named(models: dict[str | None, str | None]) -> str:
+    """Names, with the content where it is not the name."""
+    both = [f"{name}" if known == name else f"{name} ({known})" for known, name in models.items()]
+    return " and ".join(both)
 
 
 def _prompts(texts: list[dict]) -> dict[int, str]:

@@ -41,7 +41,10 @@ def panels(comparison: Comparison) -> dict[str, dict[str, tuple[float, float, fl
 
 
 def write_comparison(comparison: Comparison, folder: str | os.PathLike) -> None:
-    """evaluation.md, evaluation.json (rows and notes) and answers.jsonl (each judge's answer on each text, raw)."""
+    """evaluation.md, evaluation.json (rows and notes) and answers.jsonl (each judge's answer on each text, raw).
+
+    The JSON comes last: where it is, so are the others.
+    """
     folder = Path(folder)
     (folder / "evaluation.md").write_text(markdown(comparison) + "\n", "utf-8")
     lines = [json.dumps(answer, ensure_ascii=False, default=_plain) + "\n" for answer in comparison.answers]
