@@ -89,6 +89,7 @@ class ChatJudge:
             return self.replies[key]
         if (reply := _message(answer := self._post(request))) is None:
             return answer
+        reply = self._without_key(reply)  # now that its escapes are read
         append({"address": self.address, "request": request, "reply": reply})
         return self.replies.setdefault(key, reply)
 
@@ -112,8 +113,15 @@ class ChatJudge:
                 time.sleep(pause)
 
     def _without_key(self, text: str) -> str:
-        """What a server says may quote the key."""
-        return text.replace(self.key, "OPENAI_API_KEY") if self.key else text
+        """What a server says may quote the key, with JSON's escapes or without."""
+        letters = "".join(map(_escaped, self.key))
+        return re.sub(f"(?i:{letters})", "OPENAI_API_KEY", text) if self.key else text
+
+
+def _escaped(letter: str) -> str:
+    """A pattern of a letter as JSON, or JSON within JSON, may hold it."""
+    slashes = r"\\*" if letter in '/"\\' else ""
+    return rf"(?:{slashes}{re.escape(letter)}|\\+u{ord(letter):04x})"
 
 
 class _NoRedirects(HTTPRedirectHandler):
