@@ -57,7 +57,8 @@ class GenerateOptions(DecodeOptions):
         method: How each token is chosen. The reward model must be trained with --objective partial for pargs and smc,
             full for args and best-of-n, value for cd.
         final_reward_model: Weights whole texts in smc. Default: --reward-model.
-        num_samples: Texts per prompt.
+        num_samples: Texts per prompt. More than a file has continue it with --resume: in float32, as if it had been
+            begun with so many; in half precision texts depend on their batches.
         n: Samples behind each text of best-of-n.
         particles: Particles behind each text of smc.
         batch_size: Texts decoded together; in float32 they do not affect each other.
@@ -103,7 +104,7 @@ class TraceOptions(DecodeOptions):
 # depend on them.
 PASSED = {"method", "beta", "top_k", "max_new_tokens", "temperature", "seed", "n", "particles", "num_samples"}
 PASSED |= {"prompt_format"}
-NOT_IN_THE_TEXT = ("prompts", "output", "batch_size", "device", "compile", "shard", "resume")
+NOT_IN_THE_TEXT = ("prompts", "output", "batch_size", "device", "compile", "shard", "resume", "num_samples")
 
 
 def load(options: DecodeOptions) -> dict:
@@ -138,7 +139,8 @@ def generate(arguments: list[str]) -> None:
     more = dict(batch_size=options.batch_size, compiled=options.compile, shard=shard, done=done, now=now)
     texts = write_records(options.output, generate_texts(prompts=prompts, **more, **load(options)), settings, len(done))
     part = shard_range(len(prompts), shard)
-    total, earlier = len(part) * options.num_samples, sum(number in part for number, _ in done)
+    total = len(part) * options.num_samples
+    earlier = sum(number in part and sample < options.num_samples for number, sample in done)
     for _ in progress(texts, desc="generating", total=total, initial=earlier, unit="text"):
         pass
     print(f"wrote {total - earlier} texts to {options.output}")

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -35,7 +36,7 @@ def sweep(labs: Mapping[str, Lab], cells: Sequence[Cell], file: Path, processes:
     one {"cell": ..., "found": ...}.
 
     Raises:
-        ValueError: if the file was made with other labs, or a cell needs what is not installed.
+        ValueError: if the file was made with other labs, a cell needs what is not installed, or a process is killed.
     """
     if find_spec("trl") is None and any(one.objective in measure.NEED_TRL for cell in cells for one in cell.recipes):
         raise ValueError("these cells train DPO, which is TRL's: pip install -e '.[baselines]' -c constraints.txt")
@@ -53,9 +54,15 @@ def sweep(labs: Mapping[str, Lab], cells: Sequence[Cell], file: Path, processes:
 
 def _run(pool: Executor, jobs: list[tuple], desc: str) -> Iterator[tuple[tuple, Any]]:
     """Each job and what it returned, in the order in which they end."""
-    futures = {pool.submit(*job): job for job in jobs}
-    for future in progress(as_completed(futures), desc=desc, total=len(futures)) if futures else ():
-        yield futures[future], future.result()
+    try:
+        futures = {pool.submit(*job): job for job in jobs}
+        for future in progress(as_completed(futures), desc=desc, total=len(futures)) if futures else ():
+            yield futures[future], future.result()
+    except BrokenProcessPool:
+        raise ValueError(
+            f"a process that made {desc} was killed, perhaps for memory: lower --processes and start again; what is "
+            "made is kept"
+        ) from None
 
 
 def _read(file: Path, labs: Mapping[str, Lab], cells: Sequence[Cell]) -> dict[Cell, dict]:
