@@ -43,10 +43,9 @@ RECORD: dict[str, Any] = {
     "append_eos": (True, False),
 }
 # What `save` may have written.
-WRITTEN = """
-    *.safetensors *.safetensors.index.json config.json generation_config.json tokenizer* special_tokens_map.json
-    added_tokens.json *chat_template* vocab.* merges.txt *.model
-""".split()
+WRITTEN: tuple[str, ...] = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+WRITTEN += ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*chat_template*", "vocab.*", "merges.txt")
+WRITTEN += ("*.model",)  # sentencepiece
 HEADS = ("score", "classifier")  # what the families of transformers call theirs
 OLD_MASKS = re.compile(r"\.(attn|attention)\.(masked_)?bias$")  # constants that old checkpoints keep among the weights
 # What is read of a folder.
