@@ -13,6 +13,7 @@ from pargs_min.cli import main
 from pargs_min.models import load_reward_model, load_tokenizer, save_reward_model
 from pargs_min.reward_model import prefix_rewards, recorded
 from tests.strategies import tiny_lm, tiny_tokenizer
+from tests.test_codec import chat_tokenizer
 
 WORDS = "abcdefg"
 
@@ -467,3 +468,22 @@ def test_two_processes_train_what_one_does(lm, tmp_path, capsys):
     one, two = (AutoModelForSequenceClassification.from_pretrained(folder).state_dict() for folder in out)
     for name in one:
         torch.testing.assert_close(one[name], two[name])
+
+
+def test_chats_are_trained_to_the_end_that_their_template_writes(tmp_path, monkeypatch):
+    """Also where the shorter response of a pair is continued."""
+    tokenizer = chat_tokenizer()
+    tiny_lm(vocabulary=12).float().save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    record = {"prompt": [{"role": "user", "content": "a"}], "chosen": "b c", "rejected": "d"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(record) + "\n")
+    seen = []
+
+    def remember(model, tokenizer, pairs, held_out, **how):
+        seen.append((pairs[0].chosen_ids, how["end"]))
+        return {}
+
+    monkeypatch.setattr("pargs_min.cli.train.train_reward_model", remember)
+    assert train(tmp_path / "lm", tmp_path / "pairs.jsonl", tmp_path / "rm", "--eval-fraction", "0") == 0
+    assert seen == [([9, 10, 0], 0)]
+    assert recorded(load_reward_model(tmp_path / "rm"))["prompt_format"] == "chat"
