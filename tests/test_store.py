@@ -166,6 +166,25 @@ def test_what_is_kept_is_made_once_and_known_by_what_it_was_made_from(tmp_path):
         kept(tmp_path / "x.txt", {"pairs": "abc", "seed": 0}, make)
 
 
+@pytest.mark.parametrize("note", ["", "[]", '{"from": 1}', "{}", '{"from": {'])
+def test_a_damaged_note_is_named(tmp_path, note):
+    kept(tmp_path / "x", {"seed": 0}, lambda path: path.write_text("whole"))
+    (tmp_path / "x.made.json").write_text(note)
+    with pytest.raises(ValueError, match=r"x\.made\.json is damaged: choose another folder, or delete it"):
+        kept(tmp_path / "x", {"seed": 0}, lambda path: path.write_text("whole"))
+
+
+def test_content_of_a_model_is_that_of_its_own_files(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = content(tmp_path)
+    (tmp_path / "texts.jsonl").write_text("{}")
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "config.json").write_text("{}")
+    assert content(tmp_path) == before
+    (tmp_path / "model.safetensors").write_text("1")
+    assert content(tmp_path) != before
+
+
 def test_content_is_that_of_files_and_not_their_place(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name / "deep").mkdir(parents=True)

@@ -108,7 +108,7 @@ def function_judge(name: str) -> Callable[[Texts], list]:
 def _checked(answer: Any) -> Any:
     """A number as a float, anything else as JSON holds it. Raises ValueError for one too large to take means of."""
     if not is_number(answer):
-        return json.loads(json.dumps(answer, default=repr))
+        return json.loads(json.dumps(answer, default=repr, ensure_ascii=False).encode())
     if abs(number := float(answer)) > LARGEST:
         raise ValueError(f"rewards must lie within ±{LARGEST:g}, got {number:g}")
     return number

@@ -235,6 +235,23 @@ def test_a_key_that_the_server_quotes_is_not_shown(serve, tmp_path, monkeypatch)
     assert set(server.keys) == {"Bearer a-secret"}
 
 
+@pytest.mark.parametrize(
+    "quoted", [r"a/se+\"c\\", r"a\/se+\"c\\", r"a\u002fse\u002b\u0022c\u005C", r"a\\\/se+\\\"c\\\\"]
+)
+@pytest.mark.parametrize(
+    "form", ['{"choices": [{"message": {"content": "[[A]] %s"}}]}', '{"error": "no such key: %s"}']
+)
+def test_a_key_that_the_server_quotes_with_escapes_is_not_shown(serve, tmp_path, monkeypatch, quoted, form):
+    monkeypatch.setenv("OPENAI_API_KEY", 'a/se+"c\\')
+    server = serve(lambda content: (form % quoted).encode())
+    server.failures = [401]
+    judge = ChatJudge(server.address, "m", tmp_path / "v.jsonl", workers=1)
+    seen = failing(judge) + str(judge.compare(texts("a"), texts("b"))) + (tmp_path / "v.jsonl").read_text()
+    assert "OPENAI_API_KEY" in seen
+    assert "se+" not in seen
+    assert "u002fse" not in seen
+
+
 @pytest.mark.parametrize("key", ["a-sec\nret", "a-sécret"])
 def test_what_is_no_key_is_refused_and_not_shown(tmp_path, monkeypatch, key):
     monkeypatch.setenv("OPENAI_API_KEY", key)

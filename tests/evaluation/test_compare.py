@@ -193,6 +193,22 @@ def test_kl_to_another_model_is_left_out_and_a_bound_is_marked():
     assert shown[KL]["plain"][1] > 0
 
 
+def test_kl_is_to_weights_and_not_to_names():
+    def by(*models):
+        made = [{"model": name, "contents": {"model": content}} for name, content in models]
+        return [text(number, 0, "a", ref_log_prob=-2.0, settings=settings) for number, settings in enumerate(made)]
+
+    one, moved, retrained = (by((name, key), (name, key)) for name, key in (("lm", "x"), ("./lm", "x"), ("lm", "y")))
+    files = {"one": one, "moved": moved, "retrained": retrained, "mixed": by(("lm", "x"), ("lm", "y"))}
+    result = compare(files)
+    assert [row["kl"] and row["kl"]["mean"] for row in result.rows] == [1.0, 1.0, None, None]
+    assert result.notes[0].startswith("retrained was written by lm (y), one by lm (x): its KL")
+    assert result.notes[1].startswith("mixed was written by lm (x) and lm (y), one by lm (x)")
+    assert compare({name: files[name] for name in ("mixed", "one")}, against="mixed").rows[0]["kl"] is None
+    taken = {name: with_kl_to("base", texts, [-3.0, -3.0]) for name, texts in files.items()}
+    assert None not in [row["kl"] for row in compare(taken).rows]
+
+
 def test_cost_is_reported_where_it_was_recorded():
     paid = [text(n, 0, "a", cost={"seconds": 2.0 + n, "model_calls": 30}) for n in (0, 1)]
     free = [text(n, 0, "a") for n in (0, 1)]
@@ -246,6 +262,12 @@ def test_the_figure_shows_intervals():
     assert set(shown) == {"reward (length)", "share won (length)", KL}
     assert shown["reward (length)"]["two"] == (2.25, *bootstrap_interval([1, 4, 2, 2], [0, 0, 1, 1]))
     assert shown["share won (length)"] == {"two": (0.625, *bootstrap_interval([0, 0.5, 1, 1], [0, 0, 1, 1]))}
+
+
+def test_no_two_files_have_one_label():
+    names = [os.fsdecode(b"q\xff.jsonl"), r"q\xff.jsonl", "x.jsonl", "a/x.jsonl", "x.jsonl.jsonl"]
+    labels = file_labels(names)
+    assert len(set(labels.values())) == len(labels) == 5
 
 
 def test_files_are_read_in_any_order_and_named(tmp_path):

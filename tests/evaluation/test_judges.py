@@ -145,10 +145,16 @@ def test_what_a_function_says_is_handed_on_as_it_came(tmp_path, monkeypatch):
         "def array(prompts, responses): return numpy.array([1.0, 2.0])\n"
         "def one(prompts, responses): return [1.0]\n"
         "def none(prompts, responses): return None\n"
+        "from fractions import Fraction\n"
+        "def thirds(prompts, responses): return Fraction(1, 3), Fraction(2, 3)\n"
     )
     monkeypatch.chdir(tmp_path)
     assert load_judge("odd_judges:words").score([text()] * 2) == ["good", None]
     assert load_judge("odd_judges:array").score([text()] * 2) == [1.0, 2.0]
+    assert [(type(one), one) for one in load_judge("odd_judges:thirds").score([text()] * 2)] == [
+        (float, 1 / 3),
+        (float, 2 / 3),
+    ]
     for name in ("one", "none"):
         with pytest.raises(ValueError, match="must return one number for each of 2 texts, got"):
             load_judge(f"odd_judges:{name}").score([text()] * 2)
@@ -165,6 +171,11 @@ def test_what_a_function_says_is_handed_on_as_it_came(tmp_path, monkeypatch):
         ("def f(prompts): return prompts", "fails: TypeError"),
         ("import sys\ndef f(prompts, responses): sys.exit()", "fails: SystemExit"),
         ("import os\ndef f(prompts, responses): os.chdir('/'); return [1.0]", "fails: .*changes the working directory"),
+        ("def f(prompts, responses): raise GeneratorExit", "fails: GeneratorExit"),
+        ("def f(prompts, responses): return [1.7e308]", "fails: .*must lie within ±1e.100, got 1.7e.308"),
+        ("class A:\n def __repr__(self): 1 / 0\ndef f(prompts, responses): return [A()]", "fails: ZeroDivisionError"),
+        ("class A(list):\n def __iter__(self): 1 / 0\ndef f(prompts, responses): return A([1])", "fails: ZeroDivision"),
+        ("def f(prompts, responses): return ['\\ud800']", "fails: UnicodeEncodeError"),
     ],
 )
 def test_whatever_a_function_does_it_is_named_and_the_working_directory_stays(tmp_path, monkeypatch, code, message):

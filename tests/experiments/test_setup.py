@@ -80,6 +80,29 @@ def test_a_judge_that_gives_no_number_is_named(lab):
         judged(replace(lab, judge="tests.experiments.test_setup:silent"), [{"prompt": "a", "response": "b"}])
 
 
+def test_a_judge_is_known_by_its_code(lab, tmp_path, monkeypatch):
+    """Also in a package, and wherever Python finds it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_judges").mkdir()
+    code = tmp_path / "own_judges" / "__init__.py"
+    code.write_text("def f(prompts, responses): return [1.0] * len(responses)")
+    found = []
+    for _ in range(2):
+        setup.contents.cache_clear()
+        found.append(setup.contents(replace(lab, judge="own_judges:f"))["judge"])
+        code.write_text("def f(prompts, responses): return [2.0] * len(responses)")
+    assert found[0] != found[1]
+    with pytest.raises(ValueError, match=r"'own_judges\.absent\.deeper:f' cannot be loaded"):
+        setup.contents(replace(lab, judge="own_judges.absent.deeper:f"))
+
+
+def test_prompts_of_another_are_not_replaced(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "mine"}\n')
+    with pytest.raises(ValueError, match=r"prompts\.jsonl was made from other prompts"):
+        embedded(tmp_path, pairs=2, held_out=2)
+    assert (tmp_path / "prompts.jsonl").read_text() == '{"prompt": "mine"}\n'
+
+
 def silent(prompts, responses):
     return [None] * len(responses)
 

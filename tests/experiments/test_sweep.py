@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from dataclasses import replace
@@ -98,6 +99,14 @@ def test_an_error_or_an_interrupt_drops_what_has_not_begun(lab, tmp_path, monkey
     with pytest.raises(error):
         sweep.sweep({"": lab}, [Cell(seed, "plain") for seed in range(100)], tmp_path / "grid.jsonl")
     assert len(begun) < 50
+
+
+def test_a_worker_that_is_killed_is_one_error():
+    with (
+        sweep.workers(1) as pool,
+        pytest.raises(ValueError, match="a process that made cells was killed, perhaps for memory: lower --processes"),
+    ):
+        [*sweep._run(pool, [(os._exit, 9)], "cells")]
 
 
 def test_rows_gather_the_seeds_of_a_cell():
