@@ -212,6 +212,7 @@ ACCEPTED: dict[str, tuple[tuple, str]] = {
     "label_names": ((None,), IGNORED),
     "include_for_metrics": (([],), IGNORED),
     "do_predict": ((False,), IGNORED),
+    "push_to_hub": ((False,), "a model that is whole can be pushed from its folder (hf upload)"),
 }
 
 
@@ -230,6 +231,7 @@ def check_settings(args: TrainingArguments, resume: bool) -> None:
         "num_train_epochs": (args.max_steps > 0 or 0 < args.num_train_epochs < math.inf, "a positive number"),
         "learning_rate": (0 <= args.learning_rate < math.inf, "a number from 0"),
     }
+    ranges |= {name: (False, "a number") for name, value in vars(args).items() if value is not None and value != value}
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         ranges[name] = (getattr(args, name) >= 1, "at least 1")
     for name, (right, wanted) in ranges.items():
@@ -269,14 +271,14 @@ class Watched(Trainer):
     """
 
     def __init__(self, *arguments, **keywords):
-        with _usable_settings((ImportError, KeyError, RuntimeError)):
+        with usable_settings((ImportError, KeyError, RuntimeError)):
             super().__init__(*arguments, **keywords)
 
     def fit(self, checkpoint: str | None) -> dict[str, float]:
         """Train, from a checkpoint on if there is one, and evaluate: the metrics of both."""
         if self.args.logging_strategy == "no":
             self.remove_callback(PrinterCallback)
-        with _usable_settings():
+        with usable_settings():
             metrics = self.train(resume_from_checkpoint=checkpoint).metrics
         check_finite(f"step {self.state.global_step}", self.model.parameters())
         return metrics | (self.evaluate() if self.eval_dataset else {})
@@ -300,7 +302,7 @@ class Watched(Trainer):
 
 
 @contextmanager
-def _usable_settings(wrong: tuple[type[Exception], ...] = (ImportError, KeyError)) -> Iterator[None]:
+def usable_settings(wrong: tuple[type[Exception], ...] = (ImportError, KeyError)) -> Iterator[None]:
     """Context manager: what transformers raises where a setting names what there is not becomes a ValueError."""
     try:
         yield

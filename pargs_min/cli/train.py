@@ -24,7 +24,15 @@ from pargs_min.reward_model import context_length, recorded
 from pargs_min.scoring import model_rewards
 from pargs_min.store import content, read_json, results, write_json
 from pargs_min.texts import differences
-from pargs_min.train import check_settings, checkpoints, last_checkpoint, rate, train_reward_model, train_value_model
+from pargs_min.train import (
+    check_settings,
+    checkpoints,
+    last_checkpoint,
+    rate,
+    train_reward_model,
+    train_value_model,
+    usable_settings,
+)
 
 Records = tuple[list, list]  # to train on, and of --eval-dataset
 KEPT = "pargs.json"  # the options of a run, next to its checkpoints
@@ -182,7 +190,8 @@ def begin(command: Callable, arguments: list[str], kind: type, **defaults: Any) 
             refuses.
     """
     defaults = DEFAULTS | dict(dataloader_pin_memory=torch.accelerator.is_available()) | defaults
-    options, args = parse(command, arguments, kind, TrainingArguments, defaults=defaults)
+    with usable_settings():
+        options, args = parse(command, arguments, kind, TrainingArguments, defaults=defaults)
     check_settings(args, options.resume)
     if options.resume:
         check_same(Path(args.output_dir), recipe(options, args))
