@@ -76,6 +76,10 @@ class Codec:
         written = turn_end(self.tokenizer) if self.form == "chat" else None
         return self.tokenizer.eos_token_id if written is None else written
 
+    @cached_property
+    def _ends(self) -> tuple[int | None, ...]:
+        return (self.tokenizer.eos_token_id, turn_end(self.tokenizer)) if self.ends is None else self.ends
+
     def prompt(self, record: dict) -> list[int]:
         """Token ids of a record's prompt (`encode_prompt`): its `prompt_ids` where it has some, else its `prompt`."""
         return encode_prompt(self.tokenizer, record.get("prompt_ids", record.get("prompt")), self.form, now=self.now)
@@ -103,7 +107,7 @@ class Codec:
         for ids in encoded:
             check_ids(self.tokenizer, ids)
         if finished and self.end is not None:
-            closing = {self.end, *(self.ends or ()), *special_ids(self.tokenizer)}
+            closing = {self.end, *self._ends, *special_ids(self.tokenizer)}
             encoded = [ids if ids and ids[-1] in closing else [*ids, self.end] for ids in encoded]
         return prompt_ids, encoded
 
@@ -145,14 +149,16 @@ class Codec:
     def whole(self, record: dict, append_eos: bool = True) -> list[int]:
         """Token ids of a record's prompt and response, with the end token where the response ended by itself.
 
-        Ids that the codec decodes to the response are its own, and read as they were drawn; others are encoded anew.
+        Ids that the codec decodes to the response are its own, and read as they were drawn; others are encoded anew. So
+        are prompts, but by models that were trained on ids.
 
         Args:
             append_eos: whether a response that is encoded anew gets an end token.
         """
         codec = self.at(record)
         if self.wrote(record):
-            return codec.prompt({"prompt": record["prompt"]}) + record["response_ids"]
+            asked = record if self.form == "ids" else {"prompt": record["prompt"]}
+            return codec.prompt(asked) + record["response_ids"]
         finished = append_eos and record.get("finished", True)
         prompt_ids, (ids,) = codec.encode(record["prompt"], [record["response"]], finished)
         return prompt_ids + ids
@@ -189,8 +195,7 @@ class Codec:
 
     def finished(self, response_ids: list[int]) -> bool:
         """Whether a response ended by itself."""
-        ends = (self.end, self.tokenizer.eos_token_id) if self.ends is None else self.ends
-        return bool(response_ids) and response_ids[-1] in ends
+        return bool(response_ids) and response_ids[-1] in self._ends
 
 
 def prompt_format(prompts: Iterable[Prompt]) -> str:

@@ -61,7 +61,7 @@ def default_device(asked: str | None = None) -> str:
     try:
         torch.empty(0, device=asked or "cpu")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {asked!r} cannot be used: {_first_line(error)}") from error
+        raise ValueError(f"device {asked!r} cannot be used: {_one_line(error)}") from error
     return asked or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -242,7 +242,7 @@ def _architecture(config: PreTrainedConfig) -> str:
     return ", ".join(config.architectures or [config.model_type])
 
 
-def _first_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -258,7 +258,7 @@ def _loading(name: Name) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise ValueError(f"cannot load {str(name)!r}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load {str(name)!r}: {_one_line(error)}") from error
 
 
 @contextmanager
@@ -287,7 +287,7 @@ def _damage(folder: Path) -> str | None:
                     continue
             known = json.loads(file.read_text("utf-8"))
         except Exception as error:
-            return f"{file.name} is damaged ({_first_line(error)})"
+            return f"{file.name} is damaged ({_one_line(error)})"
         if not isinstance(known, dict):
             return f"{file.name} holds no JSON object"
         if file.name == "generation_config.json" and not _are_ids(known.get("eos_token_id")):

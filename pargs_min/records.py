@@ -196,8 +196,9 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
         for record, source in _objects(text, path):
             _prompt(record, source)
             # The ids of a text that was written are those of the model that wrote it.
-            written = {"prompt_ids"} if {"prompt", "response"} <= record.keys() else set()
-            prompts.append({name: record[name] for name in record.keys() - written if record[name] is not None})
+            left_out = {"prompt_ids"} if {"prompt", "response"} <= record.keys() else set()
+            kept = {name: value for name, value in record.items() if value is not None and name not in left_out}
+            prompts.append(kept)
     else:
         prompts = [{"prompt": line} for line in re.split(r"\r\n?|\n", text) if line.strip()]
     if not prompts:

@@ -124,7 +124,11 @@ def generate_texts(
     form = common_form(prompt_format, *same) or recorded(lm).get("prompt_format")
     codec = Codec.of(lm, tokenizer, form, now=now)
     if form is None and codec.form == "chat" and any(isinstance(prompt.get("prompt"), str) for prompt in prompts):
-        warnings.warn("prompts of text become messages of a user, for the tokenizer has a chat template", stacklevel=2)
+        warnings.warn(
+            "text prompts become a user's message, because the tokenizer has a chat template; with prompt_format "
+            '(--prompt-format) "text" they are continued as they stand',
+            stacklevel=2,
+        )
     if not codec.ends:
         warnings.warn("the tokenizer has no end token: every text will have max_new_tokens tokens", stacklevel=2)
     writer = _Writer(METHODS[method], how, codec, lm, prompts, *guides, compiled, on_step)
@@ -343,7 +347,7 @@ def _reward(
     tokenizer = tokenizer or codec.tokenizer
     try:
         check_vocabularies(codec.tokenizer, tokenizer)
-        form = recorded(model).get("prompt_format", codec.form)
+        form = common_form(None, model) or codec.form
         _check_prompts(Codec(tokenizer, form, now=codec.now), prompts, encoded)
     except ValueError as error:
         longest = _longest(encoded, max_new_tokens)
@@ -361,7 +365,7 @@ def _check_prompts(codec: Codec, prompts: list[dict], encoded: list[list[int]]) 
     """Raises ValueError if a reward model reads a prompt otherwise than the language model does."""
     for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         if codec.prompt(prompt) != ids:
-            raise ValueError(f"the reward model reads prompt number {number} otherwise (by another chat template?)")
+            raise ValueError(f"the reward model reads prompt number {number} differently (another chat template?)")
 
 
 def choose_scorer(model: PreTrainedModel, longest: int, ends: Collection[int] = ()) -> RewardScorer:
@@ -462,7 +466,9 @@ def write_records(
     first = [*islice(records, 1)]  # what is refused leaves no file
     with appending(path) as append:
         if earlier not in (None, sum(1 for _ in read_jsonl(path, growing=True))):
-            raise ValueError(f"another run has written {path} since this one began: add --resume, or name another file")
+            raise ValueError(
+                f"another run has written {path} since this one began: go on with --resume, or name another file"
+            )
         for record in chain(first, records):
             append(record | {"settings": settings})
             yield record
@@ -497,8 +503,8 @@ def read_done(path: str | os.PathLike, settings: dict, prompts: list[dict]) -> d
 
 def time_of(path: str | os.PathLike) -> datetime | None:
     """The time that the chat template was told in an interrupted run, for the rest of it to read the same prompts."""
-    records = read_jsonl(path, growing=True) if Path(path).exists() else iter(())
-    return next((datetime.fromisoformat(record["now"]) for record, _ in records if "now" in record), None)
+    first, _ = next(read_jsonl(path, growing=True), ({}, "")) if Path(path).exists() else ({}, "")
+    return datetime.fromisoformat(first["now"]) if "now" in first else None
 
 
 def differences(theirs: dict, ours: dict) -> str:

@@ -455,7 +455,7 @@ def test_every_text_says_what_was_read_in_which_form():
         for a, b in zip(plain, weightless, strict=True):
             assert a["prompt_ids"] == b["prompt_ids"] == encode_prompt(tiny_tokenizer(), a["prompt"], form)
             assert a["prompt_format"] == b["prompt_format"] == form
-    with pytest.warns(UserWarning, match="prompts of text become messages of a user"):
+    with pytest.warns(UserWarning, match="text prompts become a user's message"):
         assert chats()[0]["prompt_format"] == "chat"
     lm = tiny_lm(vocabulary=14)
     lm.config.pargs = {"prompt_format": "dialogue"}
@@ -529,7 +529,7 @@ def test_the_reward_of_a_text_is_that_of_the_judge(method):
     """Also of a published model of chats, which reads all that its template writes behind an answer."""
     tokenizer, lm = chat_tokenizer(TURNS.replace("<|end|> ", "<|end|> : ")), tiny_lm(vocabulary=12)
     lm.generation_config.eos_token_id = 0
-    for record in ({}, {"objective": "full", "prompt_format": "chat"}):
+    for record in ({}, {"objective": "full", "prompt_format": "chat"}, {"objective": "full", "prompt_format": "ids"}):
         rm = tiny_reward_model(vocabulary=12)
         rm.config.pargs = record
         prompts = [{"prompt": "a"}, {"prompt": "b c"}]
@@ -544,7 +544,7 @@ def test_a_guide_of_the_same_words_and_another_template_reads_its_own():
     theirs = chat_tokenizer(TURNS.replace(" {{ m.role }} :", " {{ m.role }}"))
     rm.config.pargs = {"objective": "full", "prompt_format": "chat"}
     settings = dict(method="args", reward_model=rm, reward_tokenizer=theirs, top_k=3, max_new_tokens=3)
-    with pytest.warns(UserWarning, match="reads prompt number 0 otherwise"):
+    with pytest.warns(UserWarning, match="reads prompt number 0 differently"):
         (text,) = generate_texts(lm, tokenizer, [{"prompt": "a"}], prompt_format="chat", **settings)
     assert record_rewards(rm, theirs)([text]) == pytest.approx([text["reward"]], abs=1e-9)
 

@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 from pargs_min.codec import Codec
-from pargs_min.experiments import setup
+from pargs_min.experiments import measure, setup
 from pargs_min.experiments.measure import PARTIAL, Cell
-from pargs_min.experiments.setup import SHIPPED, STEPS, as_json, embedded, judged, material
+from pargs_min.experiments.setup import SHIPPED, STEPS, as_json, embedded, generated, judged, material
 from pargs_min.models import load_tokenizer
+from pargs_min.reward_model import recorded
 from pargs_min.texts import text_log_probs
 from pargs_min.world.journey import HORIZON, PROMPTS, Journey
 from pargs_min.world.reference import reference, word_tokenizer
+from tests.strategies import tiny_lm
+from tests.test_codec import chat_tokenizer
 
 
 def test_the_shipped_reference_is_the_one_that_the_defaults_train():
@@ -110,3 +113,20 @@ def silent(prompts, responses):
 def test_a_judge_that_compares_is_refused(lab):
     with pytest.raises(ValueError, match="give one that scores them one by one"):
         judged(replace(lab, judge="http://localhost/v1#model"), [])
+
+
+def test_a_lab_of_chats_is_of_chats_throughout(lab, tmp_path, monkeypatch):
+    """Its texts, its reward models, and the end that the shorter response of a pair is continued by; one of text pairs
+    is of text, though the tokenizer has a chat template."""
+    assert generated(lab, [{"prompt": "a"}], 1)[0]["prompt_format"] == "text"
+    tiny_lm(vocabulary=12).float().save_pretrained(tmp_path / "lm")
+    chat_tokenizer().save_pretrained(tmp_path / "lm")
+    asked = ([{"role": "user", "content": word}] for word in "abcd")
+    pairs = [{"prompt": prompt, "chosen": "b c", "rejected": "d"} for prompt in asked]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    ends = []
+    monkeypatch.setattr(measure, "train_reward_model", lambda *_, end, **__: ends.append(end))
+    lab = replace(lab, held_out=lab.pairs)
+    (text, *_) = generated(lab, [{"prompt": "a"}], 1)
+    assert text["prompt_format"] == recorded(measure.reward_model(lab, measure.PARTIAL, 0))["prompt_format"] == "chat"
+    assert ends == [0]
