@@ -6,14 +6,20 @@ the reward model (`pargs_min.scoring`), and a *draw*. Tables of a tiny world wor
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from pargs_min.policy import guided_log_probs, top_k_candidates
+from pargs_min.policy import guided_log_probs, keep_rest, tempered, top_k_candidates, truncate_rest
 from pargs_min.reward_model import read, token_positions
 from pargs_min.scoring import CachedText, RewardFn
 
@@ -38,12 +44,12 @@ class RewardScorer(Protocol):
     """The reward of prefixes, one step at a time: `score` and `push`, once each, in that order."""
 
     def start(self, prompt_ids: Tensor, mask: Tensor) -> None: ...
-    def score(self, candidates: Tensor) -> Tensor: ...  # (B, K) -> (B, K)
+    def score(self, candidates: Tensor, ref_log_probs: Tensor) -> Tensor: ...  # (B, K) each -> (B, K)
     def push(self, tokens: Tensor) -> None: ...  # (B,)
     def select(self, rows: Tensor) -> None: ...  # (B,)
 
 
-Draw = Callable[[Tensor, Tensor], Tensor]  # (B, K) log-probabilities, (B,) uniforms -> (B,) index of the candidate
+Draw = Callable[[Tensor, Tensor], Tensor]  # (B, V) log-probabilities, (B,) uniforms -> (B,) token ids
 # (B, K) ref_log_probs and rewards of the candidates, (B,) alive -> (B,) the row each row goes on from; None: its own
 Resample = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 
@@ -55,11 +61,13 @@ def sample(log_probs: Tensor, uniforms: Tensor) -> Tensor:
     tensor([0, 1])
     """
     below = log_probs.exp().cumsum(-1)
-    return (below <= uniforms[:, None] * below[:, -1:]).sum(-1).clamp(max=log_probs.shape[-1] - 1)
+    total = below[:, -1:]
+    point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))  # it may round up
+    return (below <= point).sum(-1)
 
 
 def greedy(log_probs: Tensor, uniforms: Tensor) -> Tensor:
-    """The most likely candidate of each row; `uniforms` is not read."""
+    """The most likely token of each row, which is always a candidate; `uniforms` is not read."""
     return log_probs.argmax(-1)
 
 
@@ -93,11 +101,66 @@ class ModelPolicy(CachedText):
         super().__init__(model, model)
         self.vocabulary = vocabulary
 
-    @torch.inference_mode()
     def log_probs(self) -> Tensor:
         """(B, V) log pi_ref of the next token in nats, in float32 or wider."""
-        logits = self.read(logits_to_keep=1).logits[:, -1, : self.vocabulary]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return self.next_log_probs(self.vocabulary)
+
+
+@dataclass(frozen=True)
+class Warp:
+    """How users of a reference sample it, in the order of transformers' own warpers; the defaults change nothing.
+
+    Raises:
+        ValueError: naming the number that is out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "temperature": (
+                0 < self.temperature < float("inf"),
+                "a positive number (for the argmax use a greedy method)",
+            ),
+            "top_k": (self.top_k >= 0, "at least 1, or 0 for all tokens"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+        }
+        for name, (right, wanted) in ranges.items():
+            if not right:
+                raise ValueError(f"ref_{name} must be {wanted}, got {getattr(self, name)}")
+
+    def __call__(self, log_probs: Tensor) -> Tensor:
+        """(N, V) log-probabilities of what the users draw from, normalised, in nats.
+
+        >>> Warp(top_k=2)(torch.tensor([[0.2, 0.5, 0.3]]).log()).exp()
+        tensor([[0.0000, 0.6250, 0.3750]])
+        """
+        warpers = LogitsProcessorList()
+        if self.temperature != 1:
+            warpers.append(TemperatureLogitsWarper(float(self.temperature)))
+        if self.top_k:
+            warpers.append(TopKLogitsWarper(self.top_k))
+        if self.top_p < 1:
+            warpers.append(TopPLogitsWarper(self.top_p))
+        if self.min_p:
+            warpers.append(MinPLogitsWarper(self.min_p))
+        return warpers(torch.empty(0), log_probs).log_softmax(-1) if warpers else log_probs
+
+
+class WarpedPolicy:
+    """A policy stepper, sampled as `warp` says: the reference is then this distribution, and so is that of KLs."""
+
+    def __init__(self, policy: PolicyStepper, warp: Warp):
+        self.policy, self.warp = policy, warp
+        self.start, self.push, self.select = policy.start, policy.push, policy.select
+        self.max_length = getattr(policy, "max_length", None)
+
+    def log_probs(self) -> Tensor:
+        return self.warp(self.policy.log_probs())
 
 
 @dataclass(frozen=True)
@@ -108,7 +171,16 @@ class Generation:
     lengths: Tensor  # (B,) tokens of each response, its end token included
     ref_log_probs: Tensor  # (B, N) log pi_ref of each drawn token, in nats, over the whole vocabulary
     log_probs: Tensor  # (B, N) log-probability of each drawn token under the guided policy, in nats, whatever the draw
-    rewards: Tensor  # (B, N) reward of the prefix that ends in it; 0 without guidance
+    rewards: Tensor  # (B, N) reward of the prefix that ends in it; 0 without guidance, nan if it was no candidate
+
+
+class Drawn(NamedTuple):
+    """The tokens of one step, (B,) each; for the meaning of the numbers see `Generation`."""
+
+    tokens: Tensor
+    ref_log_probs: Tensor
+    log_probs: Tensor
+    rewards: Tensor
 
 
 @dataclass(frozen=True)
@@ -116,11 +188,11 @@ class Step:
     """What one step saw and did, for `on_step`."""
 
     number: int  # from 0
-    candidates: Tensor  # (B, K)
+    candidates: Tensor  # (B, K) the k likeliest tokens
     ref_log_probs: Tensor  # (B, K)
-    rewards: Tensor  # (B, K)
+    rewards: Tensor  # (B, K); nan for those that `min_ref_prob` rules out
     log_probs: Tensor  # (B, K) of the guided policy
-    index: Tensor  # (B,) the candidate that was drawn
+    drawn: Drawn
     alive: Tensor  # (B,) rows that had not ended before this step
 
 
@@ -134,6 +206,8 @@ def generate(
     beta: float,
     top_k: int,
     max_new_tokens: int,
+    min_ref_prob: float = 0.0,
+    truncate: bool = False,
     eos: int | Iterable[int] | None = None,
     pad: int | None = None,
     temperature: float = 1.0,
@@ -154,10 +228,13 @@ def generate(
         beta: weight of the reward, in nats per unit of reward.
         top_k: candidates per step; 0 takes the whole vocabulary.
         max_new_tokens: N, the longest response.
+        min_ref_prob: tokens that the reference finds less likely than this are no candidates.
+        truncate: draw from the candidates alone, as the paper does. By default all other tokens keep the probability
+            that the reference gives them (`keep_rest`).
         eos: the token that ends a response, or several. It is a candidate like any other.
         pad: the id put after the end; by default the (first) end token.
-        temperature: divides the whole sum, see `guided_log_probs`.
-        draw: `sample`, `greedy`, or any other choice of a candidate.
+        temperature: of the guided policy, see `tempered`.
+        draw: `sample`, `greedy`, or any other choice of a token.
         uniforms: (B, N) numbers in [0, 1), one per row and step (`row_uniforms`); by default torch's global stream.
         resample: called before each draw; may let rows continue other rows, which must then share their prompt.
         on_step: called with a `Step` after each draw.
@@ -173,36 +250,50 @@ def generate(
     uniforms = torch.rand(len(prompt_ids), max_new_tokens) if uniforms is None else uniforms
     _check_lengths(policy, reward, prompt_ids, mask, max_new_tokens)
     _check_uniforms(uniforms, len(prompt_ids), max_new_tokens)
+    spread = truncate_rest if truncate else keep_rest
     texts = _Texts(len(prompt_ids), [] if eos is None else [eos] if isinstance(eos, int) else [*eos], pad, prompt_ids)
     uniforms = uniforms.to(prompt_ids.device)
 
     policy.start(prompt_ids, mask)
     reward.start(prompt_ids, mask)
     for number in range(max_new_tokens):
-        # What may come next, what each candidate would be worth, and the equation that joins the two.
-        ref_log_probs, candidates = top_k_candidates(policy.log_probs(), top_k)
-        rewards = reward.score(candidates)
-        log_probs = guided_log_probs(ref_log_probs, rewards, beta, temperature)
+        # What may come next, what each candidate would be worth, the equation that joins the two, and all other tokens.
+        reference = policy.log_probs()
+        ref_log_probs, candidates = top_k_candidates(reference, top_k, min_ref_prob)
+        rewards = reward.score(candidates, ref_log_probs)
+        among = guided_log_probs(ref_log_probs, rewards, beta)
+        log_probs = tempered(spread(reference, candidates, among), temperature)
+        texts.check(number, rewards, among)
 
         # Particles only: rows go on from the rows that were chosen.
         if resample is not None and (rows := resample(ref_log_probs, rewards, texts.alive)) is not None:
             for stepper in (policy, reward, texts):
                 stepper.select(rows)
-            candidates, ref_log_probs, rewards, log_probs = (
-                of_all[rows] for of_all in (candidates, ref_log_probs, rewards, log_probs)
+            reference, candidates, ref_log_probs, rewards, log_probs = (
+                of_all[rows] for of_all in (reference, candidates, ref_log_probs, rewards, log_probs)
             )
 
         # One token for every row; rows that have ended are given padding.
-        index = draw(log_probs, uniforms[:, number])
-        step = Step(number, candidates, ref_log_probs, rewards, log_probs, index, texts.alive)
+        tokens = draw(log_probs, uniforms[:, number])
+        rewards = rewards.masked_fill(ref_log_probs.isneginf(), torch.nan)
+        drawn = _drawn(tokens, reference, log_probs, candidates, rewards)
+        asked = reference.gather(1, candidates), rewards, log_probs.gather(1, candidates)
+        step = Step(number, candidates, *asked, drawn, texts.alive)
         if on_step is not None:
             on_step(step)
-        tokens = texts.append(step)
+        tokens = texts.append(drawn)
         if texts.all_ended(number):
             break
         policy.push(tokens)
         reward.push(tokens)
     return texts.generation()
+
+
+def _drawn(tokens: Tensor, reference: Tensor, log_probs: Tensor, candidates: Tensor, rewards: Tensor) -> Drawn:
+    chosen = candidates == tokens[:, None]
+    reward = rewards.masked_fill(~chosen, 0.0).sum(-1).masked_fill(~chosen.any(-1), torch.nan)
+    ref_log_prob, log_prob = (of_all.gather(1, tokens[:, None])[:, 0] for of_all in (reference, log_probs))
+    return Drawn(tokens, ref_log_prob, log_prob, reward)
 
 
 class NoReward:
@@ -212,8 +303,8 @@ class NoReward:
     def push(self, tokens: Tensor) -> None: ...
     def select(self, rows: Tensor) -> None: ...
 
-    def score(self, candidates: Tensor) -> Tensor:
-        return torch.zeros(candidates.shape, device=candidates.device)
+    def score(self, candidates: Tensor, ref_log_probs: Tensor) -> Tensor:
+        return torch.zeros_like(ref_log_probs)
 
 
 class _Texts:
@@ -231,14 +322,14 @@ class _Texts:
         self.alive, self.broken_at = self.alive[rows], self.broken_at[rows]
         self.written = [tuple(column[rows] for column in columns) for columns in self.written]
 
-    def append(self, step: Step) -> Tensor:
+    def check(self, number: int, rewards: Tensor, log_probs: Tensor) -> None:
+        """Remember the rows of a step with a (B, K) reward that is not finite, or a log-probability that is nan."""
+        broken = self.alive & ~(rewards.isfinite() & ~log_probs.isnan()).all(-1)
+        self.broken_at = self.broken_at.where(~broken, self.broken_at.clamp(max=number))
+
+    def append(self, drawn: Drawn) -> Tensor:
         """Write what a step drew, and return its (B,) tokens."""
-        broken = self.alive & ~(step.rewards.isfinite() & ~step.log_probs.isnan()).all(-1)
-        self.broken_at = self.broken_at.where(~broken, self.broken_at.clamp(max=step.number))
-        tokens, *numbers = (
-            column.gather(1, step.index[:, None])[:, 0]
-            for column in (step.candidates, step.ref_log_probs, step.log_probs, step.rewards)
-        )
+        tokens, *numbers = drawn
         tokens = tokens.where(self.alive, self.padding)
         self.written.append((tokens, *(column.where(self.alive, 0.0) for column in numbers)))
         self.alive = self.alive & ~torch.isin(tokens, self.ends)
@@ -284,16 +375,21 @@ def response_rewards(reward_fn: RewardFn, prompt_ids: Tensor, mask: Tensor, gene
     return rewards
 
 
-def response_log_probs(model: PreTrainedModel, ids: Tensor, mask: Tensor, responses: int) -> Tensor:
+def response_log_probs(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, responses: int, warp: Warp | None = None
+) -> Tensor:
     """(B, N) log pi of each token of the responses in nats, by a model that need not have written them; with gradient.
 
     Args:
         ids, mask: (B, P + N) prompts padded on the left, then responses padded on the right.
         responses: N, the width of the responses.
+        warp: how the model is sampled.
     """
     settings = dict(use_cache=False, logits_to_keep=responses + 1)
     logits = read(model, ids, mask, token_positions(mask), **settings).logits[:, :-1]
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    if warp is not None:
+        log_probs = warp(log_probs.flatten(0, 1)).view_as(log_probs)
     return log_probs.gather(2, ids[:, -responses:, None])[..., 0]
 
 
@@ -328,11 +424,13 @@ def _check_lengths(policy, reward, prompt_ids: Tensor, mask: Tensor, max_new_tok
 class RewardGuidance(LogitsProcessor):
     """The same guidance inside transformers' own `model.generate(logits_processor=[RewardGuidance(...)])`.
 
-    The top_k candidates are scored by their log-probability under the guided policy, all other tokens by -inf;
-    transformers then samples or takes the maximum. What it applies besides changes the policy: its own `top_k` (50 by
-    default), and whatever the model's generation configuration holds, such as temperature, top_p or a penalty (that of
-    Qwen's models leaves 2 candidates of 10). For the policy itself pass `top_k=0`, and give the model a generation
-    configuration that names the end tokens alone.
+    Tokens are scored by their log-probability under the guided policy; transformers then samples or takes the maximum.
+    What it applies behind that changes the policy: its own `top_k` (50 by default), and whatever the model's generation
+    configuration holds, such as temperature, top_p or a penalty. For the policy itself pass `top_k=0`, and give the
+    model a generation configuration that names the end tokens alone.
+
+    Warpers that belong to the reference stand before it in the list, as
+    `[TemperatureLogitsWarper(0.7), TopPLogitsWarper(0.95), RewardGuidance(...)]`: what they leave is what is guided.
 
     Use a new object for each call of `generate`. Greedy decoding and sampling work, with any number of returned
     sequences; beam search and assisted decoding reorder rows behind the processor's back and are refused.
@@ -340,7 +438,7 @@ class RewardGuidance(LogitsProcessor):
     Args:
         scorer: a `RewardScorer`, such as `SiblingScorer(reward_model)`.
         attention_mask: (B, P) mask of the prompts that `generate` is given, padded on the left.
-        beta, top_k: as in `generate` of this module.
+        beta, top_k, min_ref_prob, truncate: as in `generate` of this module.
 
     Raises:
         ValueError: if `attention_mask` is not of those prompts, the running texts are not as said above, or they
@@ -348,8 +446,18 @@ class RewardGuidance(LogitsProcessor):
         FloatingPointError: if a reward is not finite or a log-probability is not a number.
     """
 
-    def __init__(self, scorer: RewardScorer, attention_mask: Tensor, *, beta: float, top_k: int):
-        self.scorer, self.attention_mask, self.beta, self.top_k = scorer, attention_mask, beta, top_k
+    def __init__(
+        self,
+        scorer: RewardScorer,
+        attention_mask: Tensor,
+        *,
+        beta: float,
+        top_k: int,
+        min_ref_prob: float = 0.0,
+        truncate: bool = False,
+    ):
+        self.scorer, self.attention_mask, self.beta = scorer, attention_mask, beta
+        self.candidates, self.spread = (top_k, min_ref_prob), truncate_rest if truncate else keep_rest
         self.seen: Tensor | None = None
 
     @torch.no_grad()
@@ -372,8 +480,9 @@ class RewardGuidance(LogitsProcessor):
         if limit is not None and longest > limit:
             raise ValueError(f"a text of {longest} tokens exceeds the reward model's context of {limit}; write fewer")
         dtype = torch.promote_types(scores.dtype, torch.float32)
-        ref_log_probs, candidates = top_k_candidates(scores.to(dtype).log_softmax(-1), self.top_k)
-        rewards = self.scorer.score(candidates)
+        reference = scores.to(dtype).log_softmax(-1)
+        ref_log_probs, candidates = top_k_candidates(reference, *self.candidates)
+        rewards = self.scorer.score(candidates, ref_log_probs)
         guided = guided_log_probs(ref_log_probs, rewards, self.beta)
         broken = ~(rewards.isfinite() & ~guided.isnan()).all(-1)
         if broken.any():
@@ -381,4 +490,4 @@ class RewardGuidance(LogitsProcessor):
                 f"row {int(broken.nonzero()[0])}, token {input_ids.shape[1]}: a reward is not finite, or a "
                 "log-probability is not a number"
             )
-        return torch.full_like(scores, -torch.inf).scatter(1, candidates, guided.to(scores.dtype))
+        return self.spread(reference, candidates, guided).to(scores.dtype)

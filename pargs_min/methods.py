@@ -22,7 +22,7 @@ from pargs_min.decode import (
     response_rewards,
     sample,
 )
-from pargs_min.scoring import RewardFn
+from pargs_min.scoring import RewardFn, WinTilt
 from pargs_min.smc import smc
 
 
@@ -36,12 +36,12 @@ class Setup:
     """What a method writes with: the same for every batch of a run."""
 
     policy: PolicyStepper
-    settings: dict[str, Any]  # of `generate`: top_k, max_new_tokens, temperature, eos, on_step
+    settings: dict[str, Any]  # of `generate`: the candidates, max_new_tokens, temperature, eos, on_step
     beta: float = 0.0
     scorer: RewardScorer = field(default_factory=NoReward)  # reward of prefixes
     reward_fn: RewardFn = no_reward  # reward of whole texts
     rows: int = 1  # behind each response
-    final: RewardFn | None = None  # what smc weighs whole texts by; None takes the scorer's last reward
+    final: RewardFn | None = None  # what smc weighs whole texts by; None takes reward_fn
 
 
 class Batch(NamedTuple):
@@ -51,6 +51,16 @@ class Batch(NamedTuple):
     mask: Tensor
     uniforms: Tensor  # (B * rows, N), the rows of a prompt together
     choices: Tensor  # (B, N + 1), by which smc chooses among particles
+
+
+def as_is(scorer: RewardScorer, beta: float) -> tuple[RewardScorer, float]:
+    """Most methods tilt the reference by beta times the reward."""
+    return scorer, beta
+
+
+def by_win_rate(scorer: RewardScorer, eta: float) -> tuple[RewardScorer, float]:
+    """`win` tilts by what `WinTilt` makes of the logit of a win rate."""
+    return WinTilt(scorer, eta), 1.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class Method:
     objective: str | None = None  # what its reward model must be trained with; None: any will do
     rows: str | None = None  # the setting that says how many rows are written for each response
     kl: Callable[[Generation, int], Tensor] | None = None  # from the paths of n rows; None: `write` alone knows
+    tilt: Callable[[RewardScorer, float], tuple[RewardScorer, float]] = as_is  # (scorer, beta) -> those of the loop
     bound: str | None = None  # its kl is an upper bound in the mean, by this much; None: it is the divergence itself
 
     @property
@@ -115,16 +126,24 @@ def plain(policy: PolicyStepper, prompt_ids: Tensor, mask: Tensor, **settings) -
 
 
 def guided(
-    method: str, policy: PolicyStepper, reward: RewardScorer, prompt_ids: Tensor, mask: Tensor, **settings
+    method: str,
+    policy: PolicyStepper,
+    reward: RewardScorer,
+    prompt_ids: Tensor,
+    mask: Tensor,
+    *,
+    beta: float,
+    **settings,
 ) -> Generation:
-    """PARGS, ARGS or controlled decoding: what the reward model was trained on tells which, not the loop.
+    """PARGS, ARGS, controlled decoding, ...: what the guide was trained on tells which, not the loop.
 
     Raises:
         ValueError: if `method` is none of these.
     """
     if method not in (names := [name for name in GUIDED if METHODS[name].rows is None]):
         raise ValueError(f"method must be one of {', '.join(names)}, got {method!r}")
-    return generate(policy, reward, prompt_ids, mask, draw=METHODS[method].draw, **settings)
+    reward, beta = METHODS[method].tilt(reward, beta)
+    return generate(policy, reward, prompt_ids, mask, beta=beta, draw=METHODS[method].draw, **settings)
 
 
 def best_of_n(
@@ -168,7 +187,8 @@ def _best_of_n(method: Method, setup: Setup, batch: Batch) -> tuple[Generation, 
 
 
 def _smc(method: Method, setup: Setup, batch: Batch) -> tuple[Generation, Tensor]:
-    settings = setup.settings | dict(n=setup.rows, beta=setup.beta, final=setup.final, uniforms=batch.uniforms)
+    final = setup.final or setup.reward_fn
+    settings = setup.settings | dict(n=setup.rows, beta=setup.beta, final=final, uniforms=batch.uniforms)
     particles = smc(setup.policy, setup.scorer, batch.prompt_ids, batch.mask, choices=batch.choices[:, :-1], **settings)
     return particles.pick(batch.choices[:, -1])
 
@@ -182,6 +202,12 @@ TABLE = (
     Method("args", "guided by a full-sequence reward model, sampled", objective="full", **SAMPLED),
     Method("args-greedy", "the same, always the most likely candidate (arXiv 2402.01694)", objective="full", **GREEDY),
     Method("cd", "guided by a value model: controlled decoding (arXiv 2310.17022)", objective="value", **SAMPLED),
+    Method("soft", "guided by a soft value model, whose optimum is the RLHF policy", objective="soft", **SAMPLED),
+    Method("reweighted", "the same, by a language model of reweighted texts", objective="reweighted", **SAMPLED),
+    Method("win", "guided by a model of win rates; beta is eta", objective="win", tilt=by_win_rate, **SAMPLED),
+    Method("genarm", "autoregressive reward model (arXiv 2410.08193)", objective="autoregressive", **SAMPLED),
+    Method("farma", "vocabulary-headed reward model (arXiv 2502.04517)", objective="farma", **SAMPLED),
+    Method("implicit", "guided by the implicit reward of a model fine-tuned by DPO", objective="dpo", **SAMPLED),
     Method(
         "best-of-n",
         "n samples of the reference, the best by a reward of whole texts",
@@ -204,11 +230,17 @@ GUIDED = tuple(method.name for method in TABLE if method.guided)
 BOUNDED = tuple(method.name for method in TABLE if method.bound)
 FINE_TUNED = ("dpo", "ppo")  # language models of `baselines/`, which write as `plain` does
 
-# What a reward model is, by the objective it was trained with.
+# What a guide is, by the objective it was trained with.
 OBJECTIVES = {
     "partial": "a reward model of prefixes",
     "full": "a reward model of whole responses (whose scores of prefixes mean nothing)",
     "value": "a value model",
+    "soft": "a soft value model",
+    "win": "a model of win rates",
+    "farma": "a vocabulary-headed reward model (FaRMA)",
+    "reweighted": "a language model of reweighted texts",
+    "autoregressive": "an autoregressive reward model (GenARM)",
+    "dpo": "a language model fine-tuned by DPO",
 }
 
 

@@ -19,8 +19,8 @@ Source: A Critical Look At Tokenwise Reward-Guided Text Generation, arXiv 2406.0
 ...     optimizer.step()
 >>> prefix_loss(reward_model, pairs, END) < 0.1
 tensor(True)
->>> token, log_probs = guided_policy(lm, reward_model, prompt, beta=2.0, k=9)
->>> bool(log_probs[token == 7] > log_probs[token == 8])
+>>> log_probs = guided_policy(lm, reward_model, prompt, beta=2.0, k=9)
+>>> bool(log_probs[7] > log_probs[8])
 True
 >>> responses = [generate(lm, reward_model, prompt, END, beta=4.0, k=9, max_new_tokens=1).item() for _ in range(50)]
 >>> responses.count(7) > 3 * responses.count(8)
@@ -68,16 +68,20 @@ def prefix(response: Tensor, i: int, end: int) -> Tensor:
     return torch.cat([response[:i], response.new_full((max(i - len(response), 0),), end)])
 
 
-def guided_policy(lm: nn.Module, reward_model: nn.Module, ids: Tensor, beta: float, k: int) -> tuple[Tensor, Tensor]:
-    """The k tokens that may follow a text (T,), and the log-probability of each.
+def guided_policy(lm: nn.Module, reward_model: nn.Module, ids: Tensor, beta: float, k: int) -> Tensor:
+    """The log-probability of each token of the vocabulary (V,) that may follow a text (T,).
 
         pi(t | ids) = pi_ref(t | ids) exp(beta r(ids + t)) / Z(ids)
 
-    beta weighs the reward, in nats per unit of reward: it is the inverse of the beta of DPO and TRL.
+    beta weighs the reward, in nats per unit of reward: it is the inverse of the beta of DPO and TRL. The k likeliest
+    tokens share the probability that they have together, and all others keep theirs, so that k is a matter of cost.
+    (The paper draws from the k tokens alone.)
     """
-    ref_log_probs, candidates = lm(input_ids=ids[None]).logits[0, -1].log_softmax(-1).topk(k)
+    log_probs = lm(input_ids=ids[None]).logits[0, -1].log_softmax(-1)
+    ref_log_probs, candidates = log_probs.topk(k)
     rewards = torch.stack([reward(reward_model, torch.cat([ids, token[None]])) for token in candidates])
-    return candidates, (ref_log_probs + beta * rewards).log_softmax(-1)
+    guided = (ref_log_probs + beta * rewards).log_softmax(-1) + ref_log_probs.logsumexp(-1)
+    return log_probs.scatter(0, candidates, guided)
 
 
 @torch.no_grad()
@@ -87,8 +91,7 @@ def generate(
     """A response to a prompt (T,), drawn token by token from the guided policy; its end token is its last."""
     ids = prompt
     while len(ids) < len(prompt) + max_new_tokens:
-        candidates, log_probs = guided_policy(lm, reward_model, ids, beta, k)
-        token = candidates[torch.multinomial(log_probs.exp(), 1)]
+        token = torch.multinomial(guided_policy(lm, reward_model, ids, beta, k).exp(), 1)
         ids = torch.cat([ids, token])
         if token == end:
             break

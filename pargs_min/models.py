@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from pargs_min.codec import FORMS, check_fits, turn_end
 from pargs_min.memory import is_out_of_memory
+from pargs_min.reward_model import LANGUAGE_MODELS
 from pargs_min.store import replacing, saving
 
 Name = str | os.PathLike
@@ -38,7 +39,7 @@ SAFE = dict(trust_remote_code=False)
 WHOLE = dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **SAFE)
 # What training records with a reward model, and which values it knows.
 RECORD: dict[str, Any] = {
-    "objective": ("partial", "full", "value"),
+    "objective": ("partial", "full", "value", "soft", "win", "farma", *LANGUAGE_MODELS),
     "prompt_format": FORMS,
     "append_eos": (True, False),
 }
@@ -141,6 +142,17 @@ def load_reward_model(
     if head == "vocab" and not trained:
         _give_vocabulary_head(model)
     return model if hasattr(model, "score") else model.to(torch.promote_types(model.dtype, torch.float32))
+
+
+def load_guide(name: Name, *, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> PreTrainedModel:
+    """Load what guides: a language model where training recorded that it is one, else a reward model.
+
+    Raises:
+        ValueError: if it cannot be loaded.
+    """
+    recorded = getattr(load_config(name), "pargs", None) or {}
+    load = load_language_model if recorded.get("objective") in LANGUAGE_MODELS else load_reward_model
+    return load(name, dtype=dtype, device=device)
 
 
 def _load(kind: Any, name: Name, dtype: torch.dtype | str, device: str, fresh_head: bool = False) -> PreTrainedModel:

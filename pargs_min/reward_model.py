@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+LANGUAGE_MODELS = ("reweighted", "autoregressive", "dpo")  # objectives of guides that are language models themselves
+
 
 def prefix_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """r(ids_1:t) for every t, in one forward pass.
@@ -105,6 +107,11 @@ def final_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
 def recorded(model: PreTrainedModel) -> dict:
     """What training recorded with a reward model (`models.save_reward_model`); nothing for one from elsewhere."""
     return getattr(model.config, "pargs", None) or {}
+
+
+def is_language_model(model: PreTrainedModel) -> bool:
+    """Whether a guide is a causal language model, by the objective that it was trained with."""
+    return recorded(model).get("objective") in LANGUAGE_MODELS
 
 
 def pooled_padding(model: PreTrainedModel) -> int | None:

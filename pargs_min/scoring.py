@@ -1,13 +1,17 @@
 """Rewards of the k candidates of a step, without wasted work.
 
 A *reward scorer* is all that the decoding loop needs from a reward model: `start(prompt_ids, mask)`, then at every step
-`score(candidates) -> rewards` and `push(tokens)`, once each, in that order.
+`score(candidates, ref_log_probs) -> rewards` and `push(tokens)`, once each, in that order. Rewards of a model do not
+depend on the second argument; the guide of a language model does.
 
     SiblingScorer      one pass over one cache for all k candidates; causal reward models with a scalar head
     VocabularyScorer   one query over one cache for the whole vocabulary; those with a vocabulary head
+    LanguageModelScorer  the same, for guides that are language models themselves
     ReencodeScorer     any function of whole texts, at k passes over everything per token
+    WinTilt            what another scorer's rewards are worth to the method `win`
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -75,7 +79,7 @@ class SiblingScorer:
             read(self.body, prompt_ids[:, :-1], self.mask, positions, past_key_values=self.cache, use_cache=True)
 
     @torch.inference_mode()
-    def score(self, candidates: Tensor) -> Tensor:
+    def score(self, candidates: Tensor, ref_log_probs: Tensor | None = None) -> Tensor:
         """(B, K) rewards of the prefixes that end in each of the (B, K) candidates."""
         if self.last is None:
             raise RuntimeError("score() may be called once per step: push() the drawn token first")
@@ -204,6 +208,15 @@ class CachedText:
         self.cache = cache
         return output
 
+    def next_log_probs(self, vocabulary: int | None) -> Tensor:
+        """(B, V) log-probabilities of the next token in nats, in float32 or wider, by a language model; once per step.
+
+        Args:
+            vocabulary: V; None means all rows of the model.
+        """
+        logits = self.read(logits_to_keep=1).logits[:, -1, :vocabulary]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
     def push(self, tokens: Tensor) -> None:
         """Append the (B,) tokens that were drawn."""
         self.ids, self.positions = tokens[:, None], self.positions[:, -1:] + 1
@@ -233,10 +246,69 @@ class VocabularyScorer(CachedText):
         self.weight = head.weight.to(torch.promote_types(head.weight.dtype, torch.float32))
 
     @torch.inference_mode()
-    def score(self, candidates: Tensor) -> Tensor:
+    def score(self, candidates: Tensor, ref_log_probs: Tensor | None = None) -> Tensor:
         """(B, K) rewards of the prefixes that end in each of the (B, K) candidates."""
         hidden = self.read().last_hidden_state[:, -1]
         return F.linear(hidden.to(self.weight.dtype), self.weight).gather(1, candidates)
+
+
+class LanguageModelScorer(CachedText):
+    """The reward that a language model pi_r implies for each next token, by one query per step for all of them.
+
+        relative:      r(prefix + t) = (log pi_r(t | prefix) - log pi_ref(t | prefix)) / beta
+        not relative:  r(prefix + t) = log pi_r(t | prefix)
+
+    Both up to a constant per prefix. Guided by the first at the same beta, the reference becomes pi_r.
+
+    Args:
+        model: a causal language model with the token ids of the reference, in evaluation mode.
+        beta: what pi_r was trained for, in nats per unit of reward, where it approaches the RLHF policy pi_ref exp(beta
+            R): by reweighting (`theory/`, T20) or DPO (T12). None means not relative: an autoregressive reward model
+            (GenARM, arXiv 2410.08193; `theory/`, T19).
+        vocabulary: as for `ModelPolicy`.
+    """
+
+    def __init__(self, model: PreTrainedModel, beta: float | None = None, vocabulary: int | None = None):
+        super().__init__(model, model)
+        self.beta, self.vocabulary = beta, vocabulary
+
+    @torch.inference_mode()
+    def score(self, candidates: Tensor, ref_log_probs: Tensor) -> Tensor:
+        """(B, K) rewards of the prefixes that end in each of the (B, K) candidates; 0 where pi_ref is 0."""
+        log_probs = self.next_log_probs(self.vocabulary).gather(1, candidates)
+        if self.beta is None:
+            return log_probs
+        return ((log_probs - ref_log_probs) / self.beta).masked_fill(ref_log_probs.isneginf(), 0.0)
+
+
+class WinTilt:
+    """What a model of the win rate W is worth as a guide:
+
+        r(prefix + t) = log(1 + (exp(eta) - 1) W(prefix + t)),   decoded with beta = 1
+
+    Every affine function of W is a martingale under the reference, so that its tokenwise tilt is the tilt of whole
+    texts: over the whole vocabulary it samples exactly pi_ref(y) (1 + (exp(eta) - 1) W(y)) / Z.
+
+    Args:
+        scorer: of the logit of W, as `pargs train --objective win` learns it.
+        eta: in nats; its limit is the distribution of the winner of a pair.
+
+    Raises:
+        ValueError: if `eta` is not a number.
+
+    Source: `theory/`, T18.
+    """
+
+    def __init__(self, scorer, eta: float):
+        if not math.isfinite(eta):
+            raise ValueError(f"beta (eta of the method win) must be a finite number, got {eta}")
+        self.scorer, self.eta = scorer, eta
+        self.start, self.push, self.select = scorer.start, scorer.push, scorer.select
+        self.max_length = getattr(scorer, "max_length", None)
+
+    def score(self, candidates: Tensor, ref_log_probs: Tensor) -> Tensor:
+        logits = self.scorer.score(candidates, ref_log_probs)
+        return torch.logaddexp(F.logsigmoid(-logits), self.eta + F.logsigmoid(logits))
 
 
 class ReencodeScorer:
@@ -254,7 +326,7 @@ class ReencodeScorer:
     def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
         self.ids, self.mask = prompt_ids, mask
 
-    def score(self, candidates: Tensor) -> Tensor:
+    def score(self, candidates: Tensor, ref_log_probs: Tensor | None = None) -> Tensor:
         k = candidates.shape[1]
         ids = torch.cat([self.ids.repeat_interleave(k, 0), candidates.reshape(-1, 1)], 1)
         mask = torch.cat([self.mask.repeat_interleave(k, 0), torch.ones_like(ids[:, :1])], 1)

@@ -96,8 +96,10 @@ def smc(
 ) -> Particles:
     """n particles per prompt, which sample pi(y) proportional to pi_ref(y) exp(beta R(y)) as n grows.
 
-    With `top_k`, pi_ref is the reference restricted to the responses all of whose tokens are among the top k; a
-    response that was cut at `max_new_tokens` counts as it stands. A particle that has ended keeps its weight.
+    A token that is no candidate counts as one with the candidates' certainty equivalent (`keep_rest`), which changes
+    the targets along the way and not the last one. With `truncate` pi_ref is the reference restricted to the responses
+    all of whose tokens are candidates. A response that was cut at `max_new_tokens` counts as it stands. A particle that
+    has ended keeps its weight.
 
     The `kl` of a response, beta * R(y) - log_evidence, is in the mean over responses (drawn by weight) an upper bound
     of the divergence of what is written from the untruncated reference. Let h be all that is drawn besides y: the other
@@ -114,7 +116,8 @@ def smc(
     Args:
         n: particles per prompt; one particle is PARGS.
         beta: weight of both rewards, in nats per unit of reward.
-        final: R, reward of whole texts; None takes the partial reward of the finished response.
+        final: R, reward of whole texts; None takes the partial reward of the finished response, which is known if all
+            tokens are candidates, or `truncate` is set.
         threshold: resample the particles of a prompt when their effective number falls below this fraction of n;
             0 never, above 1 at every step.
         choices: (B, N) uniforms for resampling, a prompt and step each; by default torch's global stream.
@@ -123,7 +126,7 @@ def smc(
 
     Raises:
         ValueError: if n < 1, `threshold` is negative, `temperature` is not 1, which has no such target, `draw` is
-            greedy, or `choices` has another shape.
+            greedy, `choices` has another shape, or `final` is None where rewards of finished responses are not known.
         FloatingPointError: as `generate`, or if the weights of a prompt are not numbers.
     """
     if n < 1:
@@ -134,13 +137,16 @@ def smc(
         raise ValueError(f"temperature must be 1 for smc, whose weights are those of temperature 1, got {temperature}")
     if settings.get("draw") is greedy:
         raise ValueError("draw must sample (leave it out), not be greedy: the weights are those of sampled particles")
+    truncate = settings.get("truncate", False)
+    if final is None and not truncate and (settings["top_k"] or settings.get("min_ref_prob")):
+        raise ValueError("final, the reward of whole texts, is needed where some tokens are no candidates")
     shape = len(prompt_ids), settings["max_new_tokens"]
     if choices is None:
         choices = torch.rand(shape)
     if choices.shape != shape:
         raise ValueError(f"choices must be {shape}, a prompt and step each, got {tuple(choices.shape)}")
     prompt_ids, mask = prompt_ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-    weights = _Weights(beta, n, threshold, choices.to(prompt_ids.device), resampler)
+    weights = _Weights(beta, n, threshold, choices.to(prompt_ids.device), resampler, truncate)
 
     def drawn(step: Step) -> None:
         weights.drawn(step)
@@ -149,38 +155,39 @@ def smc(
 
     settings |= dict(beta=beta, resample=weights.resample, on_step=drawn)
     generation = generate(policy, reward, prompt_ids, mask, **settings)
-    rewards = weights.rewards
+    tilts = weights.tilts
     if final is not None:
-        rewards = response_rewards(final, prompt_ids, mask, generation)
-        weights.log_weights += beta * (rewards - weights.rewards).view(-1, n)
+        tilts = beta * response_rewards(final, prompt_ids, mask, generation).double()
+        weights.log_weights += (tilts - weights.tilts).view(-1, n)
     log_evidence = weights.log_evidence + weights.log_weights.logsumexp(-1) - math.log(n)
     if not log_evidence.isfinite().all():
         prompt = int((~log_evidence.isfinite()).nonzero()[0])
         raise FloatingPointError(
             f"prompt {prompt}: the weights of its particles are not numbers; beta may be too large"
         )
-    kl = beta * rewards.view(-1, n) - log_evidence[:, None]
+    kl = tilts.view(-1, n) - log_evidence[:, None]
     return Particles(generation, weights.log_weights.log_softmax(-1), log_evidence, kl)
 
 
 class _Weights:
     """The two hooks of `generate`, in the order of a step: `resample` weighs the prefix a of each particle by Z(a)
-    exp(-beta r(a)), with the r(a) that `drawn` remembered in the step before; then tokens are drawn, and `drawn`
-    remembers the rewards of the longer prefixes.
+    exp(-beta r(a)), with the beta r(a) that `drawn` remembered in the step before; then tokens are drawn, and `drawn`
+    remembers it of the longer prefixes.
 
     log_weights (B, n) are since the last resampling; log_evidence (B,) holds what was resampled away.
     """
 
-    def __init__(self, beta: float, n: int, threshold: float, choices: Tensor, resampler: Resampler):
-        self.beta, self.threshold, self.resampler = beta, threshold, resampler
+    def __init__(self, beta: float, n: int, threshold: float, choices: Tensor, resampler: Resampler, truncate: bool):
+        self.beta, self.threshold, self.resampler, self.truncate = beta, threshold, resampler, truncate
         self.choices = iter(choices.unbind(1))
         self.log_weights = torch.zeros(len(choices), n, dtype=torch.float64, device=choices.device)
         self.log_evidence = torch.zeros_like(self.log_weights[:, 0])
-        self.rewards = torch.zeros_like(self.log_weights).flatten()  # (B * n,) r(a); the empty response counts 0
+        self.tilts = torch.zeros_like(self.log_weights).flatten()  # (B * n,) beta r(a); the empty response counts 0
 
     def resample(self, ref_log_probs: Tensor, rewards: Tensor, alive: Tensor) -> Tensor | None:
         log_z = (ref_log_probs.double() + self.beta * rewards.double()).logsumexp(-1)
-        increments = (log_z - self.beta * self.rewards).where(alive, 0.0)
+        self.log_z = log_z if self.truncate else log_z - ref_log_probs.double().logsumexp(-1)
+        increments = (self.log_z - self.tilts).where(alive, 0.0)
         self.log_weights = self.log_weights + increments.view_as(self.log_weights)
         batch, n = self.log_weights.shape
         uniforms = next(self.choices)
@@ -193,9 +200,10 @@ class _Weights:
         mean = self.log_weights.logsumexp(-1) - math.log(n)
         self.log_evidence = self.log_evidence + mean.where(apart, 0.0)
         self.log_weights = self.log_weights.masked_fill(apart[:, None], 0.0)
-        self.rewards = self.rewards[rows]
+        self.tilts, self.log_z = self.tilts[rows], self.log_z[rows]
         return rows
 
     def drawn(self, step: Step) -> None:
-        rewards = step.rewards.gather(1, step.index[:, None])[:, 0].double()
-        self.rewards = rewards.where(step.alive, self.rewards)
+        tilts = self.beta * step.drawn.rewards.double()
+        tilts = torch.where(tilts.isnan(), self.log_z, tilts)  # of a token that was no candidate
+        self.tilts = tilts.where(step.alive, self.tilts)

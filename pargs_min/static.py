@@ -106,7 +106,7 @@ class StaticScorer:
         self.last, self.text.position = prompt_ids[:, -1:], self.text.position - 1
 
     @torch.no_grad()
-    def score(self, candidates: Tensor) -> Tensor:
+    def score(self, candidates: Tensor, ref_log_probs: Tensor | None = None) -> Tensor:
         """(B, K) rewards of the prefixes that end in each of the (B, K) candidates."""
         rewards = self.step(torch.cat([self.last, candidates], 1), self.text.position, self.text.filled)
         self.text.position = self.text.position + 1

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from pargs_min.decode import (
     PolicyStepper,
     RewardScorer,
     Step,
+    Warp,
+    WarpedPolicy,
     response_log_probs,
     response_rewards,
     row_uniforms,
@@ -39,8 +41,16 @@ from pargs_min.memory import enough_memory
 from pargs_min.methods import METHODS, OBJECTIVES, Batch, Method, Setup, guided_by, no_reward
 from pargs_min.reading import text_rewards
 from pargs_min.records import check_text, read_jsonl
-from pargs_min.reward_model import context_length, has_vocabulary_head, pooled_padding, recorded
-from pargs_min.scoring import MOST, ReencodeScorer, RewardFn, SiblingScorer, VocabularyScorer, model_rewards
+from pargs_min.reward_model import context_length, has_vocabulary_head, is_language_model, pooled_padding, recorded
+from pargs_min.scoring import (
+    MOST,
+    LanguageModelScorer,
+    ReencodeScorer,
+    RewardFn,
+    SiblingScorer,
+    VocabularyScorer,
+    model_rewards,
+)
 from pargs_min.static import StaticPolicy, StaticScorer
 from pargs_min.store import appending
 
@@ -50,18 +60,29 @@ class Decoding:
     """How one text is written; the same for all texts of a run.
 
     Args:
-        beta, max_new_tokens, temperature: as in `generate`.
-        top_k: candidates per step; by default 10 for guided methods and the whole vocabulary (0) for the others.
+        beta, min_ref_prob, truncate, max_new_tokens, temperature: as in `generate`.
+        top_k: candidates per step of guided methods, by default 10; 0 takes the whole vocabulary.
+        ref_temperature, ref_top_k, ref_top_p, ref_min_p: how the reference is sampled (`Warp`).
         n: samples behind each text of best-of-n.
         particles: behind each text of smc.
     """
 
     beta: float = 1.0
     top_k: int | None = None
+    min_ref_prob: float = 0.0
+    truncate: bool = False
     max_new_tokens: int = 64
     temperature: float = 1.0
+    ref_temperature: float = 1.0
+    ref_top_k: int = 0
+    ref_top_p: float = 1.0
+    ref_min_p: float = 0.0
     n: int = 10
     particles: int = 8
+
+    @property
+    def warp(self) -> Warp:
+        return Warp(self.ref_temperature, self.ref_top_k, self.ref_top_p, self.ref_min_p)
 
 
 def generate_texts(
@@ -107,8 +128,8 @@ def generate_texts(
     Yields:
         prompt as given, prompt_ids (what the models read) and prompt_format, prompt_number, sample, response (text),
         response_ids, finished (whether it ended by itself), method, ref_log_prob (nats), kl (nats, `path_kl` or `smc`),
-        cost (this text's share of its batch: seconds, and model_calls, forward passes of one row by any model), and
-        with a reward model `reward` of the whole response.
+        reference (its `Warp`, if any), cost (this text's share of its batch: seconds, and model_calls, forward passes
+        of one row by any model), and with a reward model `reward` of the whole response.
 
     Raises:
         ValueError: for an argument out of range, no prompt, a prompt that leaves no room in a model's context, or
@@ -163,6 +184,12 @@ class _Writer:
         self.method, self.how, self.codec, self.device, self.prompts = method, how, codec, lm.device, prompts
         self.encoded = [_encode(codec, prompt, number) for number, prompt in enumerate(prompts)]
         top_k = (min(10, codec.vocabulary) if method.guided else 0) if how.top_k is None else how.top_k
+        candidates = dict(top_k=top_k, min_ref_prob=how.min_ref_prob, truncate=how.truncate)
+        if not method.guided and any(candidates.values()):
+            raise ValueError(
+                f"top_k, min_ref_prob and truncate are about the candidates of guided methods, and {method.name} has "
+                "none; to sample the reference from its k likeliest tokens use ref_top_k (--ref-top-k)"
+            )
 
         # Whom to ask, and how.
         longest = _longest(self.encoded, how.max_new_tokens, lm)
@@ -178,8 +205,8 @@ class _Writer:
         self.rate = weigh or reward_fn
         settings = dict(max_new_tokens=how.max_new_tokens, temperature=how.temperature, eos=codec.ends, on_step=on_step)
         self.setup = Setup(
-            policy,
-            dict(top_k=top_k, **settings),
+            policy if how.warp == Warp() else WarpedPolicy(policy, how.warp),
+            candidates | settings,
             how.beta,
             scorer or NoReward(),
             self.rate or no_reward,
@@ -236,6 +263,7 @@ class _Writer:
             record |= {"response": self.codec.text(ids), "response_ids": ids}
             record |= {"finished": self.codec.finished(ids), "method": self.method.name}
             record |= {"ref_log_prob": ref_log_probs[i], "kl": kl[i].item(), "cost": cost}
+            record |= {} if self.how.warp == Warp() else {"reference": vars(self.how.warp)}
             record |= {"now": self.codec.now.isoformat()} if self.codec.now and self.codec.dated else {}
             yield record if rewards is None else record | {"reward": rewards[i].item()}
 
@@ -283,6 +311,8 @@ def _check(
         return
     if reward_model is None:
         raise ValueError(f"method {method} needs a reward model (--reward-model)")
+    if METHODS[method].rows and is_language_model(reward_model):
+        raise ValueError(f"method {method} needs rewards of whole texts, and a language model as guide gives none")
     objective, wanted = recorded(reward_model).get("objective", "full"), METHODS[method].objective
     if wanted not in (None, objective):
         what = f"{OBJECTIVES[objective]} is {guided_by(objective)}"
@@ -345,6 +375,10 @@ def _reward(
     if model is None:
         return None, None
     tokenizer = tokenizer or codec.tokenizer
+    if is_language_model(model):
+        check_vocabularies(codec.tokenizer, tokenizer)
+        _longest(encoded, max_new_tokens, model)
+        return None, LanguageModelScorer(model, recorded(model).get("beta"), codec.vocabulary)
     try:
         check_vocabularies(codec.tokenizer, tokenizer)
         form = common_form(None, model) or codec.form
@@ -426,6 +460,8 @@ def counted_passes(*models: PreTrainedModel | None) -> Iterator[Counter]:
 def text_log_probs(lm: PreTrainedModel, codec: Codec, texts: Sequence[dict], batch_size: int = 32) -> list[float]:
     """log pi(response | prompt) in nats of records of `generate_texts`, by a model that need not have written them.
 
+    The model is sampled as the reference of each record was (`Warp`).
+
     Raises:
         ValueError: for a record without ids, or with those of another tokenizer.
     """
@@ -436,11 +472,13 @@ def text_log_probs(lm: PreTrainedModel, codec: Codec, texts: Sequence[dict], bat
                 "model's tokenizer; take the model that wrote it, or one with the same tokenizer"
             )
     totals = []
-    for some in (texts[i : i + batch_size] for i in range(0, len(texts), batch_size)):
+    runs = ((Warp(**dict(how)), [*run]) for how, run in groupby(texts, lambda text: text.get("reference", {})))
+    batches = ((warp, run[i : i + batch_size]) for warp, run in runs for i in range(0, len(run), batch_size))
+    for warp, some in batches:
         prompt_ids, mask = left_pad([codec.prompt(text) for text in some])
         responses, written = (x.flip(1) for x in left_pad([text["response_ids"][::-1] for text in some]))
         ids, mask = torch.cat([prompt_ids, responses], 1).to(lm.device), torch.cat([mask, written], 1).to(lm.device)
-        log_probs = response_log_probs(lm, ids, mask, responses.shape[1])
+        log_probs = response_log_probs(lm, ids, mask, responses.shape[1], warp)
         totals += (log_probs.double() * written.to(lm.device)).sum(1).tolist()
     for text, total in zip(texts, totals, strict=True):
         if not math.isfinite(total):

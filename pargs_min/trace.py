@@ -7,13 +7,14 @@
 A record of a step:
 
     {"step": 3, "candidates": [{"id", "token", "ref_prob", "reward", "prob", "drawn"}, ...],
-     "others": {"count", "ref_prob", "prob"}, "nats": 0.7}
+     "others": {"ref_prob", "prob"}, "nats": 0.7}
 
-ref_prob is the reference's probability over its whole vocabulary, prob the guided one among the candidates of the step;
-`others` adds up the candidates that are not listed. nats is log prob - log ref_prob of the drawn token: how far
-guidance moved it; over a text's tokens the sum is its `path_kl`.
+ref_prob is the reference's probability, prob the guided one, both over the whole vocabulary; reward is null for a
+token that was no candidate. `others` adds up all tokens that are not listed. nats is log prob - log ref_prob of the
+drawn token: how far guidance moved it; over a text's tokens the sum is its `path_kl`.
 """
 
+import math
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
@@ -64,12 +65,16 @@ def records(steps: Sequence[Step], name: Callable[[int], str], *, row: int = 0, 
         ValueError: if `shown` is less than 1.
 
     >>> import torch
+    >>> from pargs_min.decode import Drawn
     >>> log_probs = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    >>> step = Step(0, torch.tensor([[4, 5, 6]]), log_probs, torch.zeros(1, 3), log_probs, torch.tensor([1]),
+    >>> drawn = torch.tensor([5]), log_probs[:, 1], log_probs[:, 1], torch.zeros(1)
+    >>> step = Step(0, torch.tensor([[4, 5, 6]]), log_probs, torch.zeros(1, 3), log_probs, Drawn(*drawn),
     ...             torch.tensor([True]))
     >>> [record] = records([step], str, shown=1)
-    >>> [(c["token"], round(c["prob"], 3), c["drawn"]) for c in record["candidates"]], record["others"]["count"]
-    ([('4', 0.5, False), ('5', 0.3, True)], 1)
+    >>> [(c["token"], round(c["prob"], 3), c["drawn"]) for c in record["candidates"]]
+    [('4', 0.5, False), ('5', 0.3, True)]
+    >>> round(record["others"]["prob"], 3)
+    0.2
     """
     if shown < 1:
         raise ValueError(f"shown must be at least 1 candidate per step, got {shown}")
@@ -77,33 +82,30 @@ def records(steps: Sequence[Step], name: Callable[[int], str], *, row: int = 0, 
 
 
 def _record(step: Step, name: Callable[[int], str], row: int, shown: int) -> dict:
-    log_probs, drawn = step.log_probs[row], int(step.index[row])
-    order = log_probs.argsort(descending=True, stable=True).tolist()
-    listed = [i for place, i in enumerate(order) if place < shown or i == drawn]
-    ids, rewards = step.candidates[row].tolist(), step.rewards[row].tolist()
-    ref_probs, probs = step.ref_log_probs[row].double().exp(), log_probs.double().exp()
-    rest = [i for i in order if i not in set(listed)]
-    return {
-        "step": step.number,
-        "candidates": [
-            {
-                "id": ids[i],
-                "token": name(ids[i]),
-                "ref_prob": float(ref_probs[i]),
-                "reward": rewards[i],
-                "prob": float(probs[i]),
-                "drawn": i == drawn,
-            }
-            for i in listed
-        ],
-        "others": {"count": len(rest), "ref_prob": float(ref_probs[rest].sum()), "prob": float(probs[rest].sum())},
-        "nats": float(log_probs[drawn].double() - step.ref_log_probs[row, drawn].double()),  # exp may be 0
-    }
+    token, *numbers = (column[row].item() for column in step.drawn)
+    asked = step.candidates, step.ref_log_probs, step.log_probs, step.rewards
+    known = {ids: rest for ids, *rest in zip(*(of_all[row].tolist() for of_all in asked), strict=True)}
+    order = sorted(known, key=lambda one: -known[one][1])
+    listed = [one for place, one in enumerate(order) if place < shown or one == token] + [token] * (token not in known)
+    known[token] = numbers
+    candidates = [_candidate(one, name(one), *known[one]) | {"drawn": one == token} for one in listed]
+    others = {sort: max(0.0, 1 - sum(one[sort] for one in candidates)) for sort in ("ref_prob", "prob")}
+    ref_log_prob, log_prob, _ = numbers
+    return {"step": step.number, "candidates": candidates, "others": others, "nats": log_prob - ref_log_prob}
+
+
+def _candidate(token: int, name: str, ref_log_prob: float, log_prob: float, reward: float) -> dict:
+    found = {"id": token, "token": name, "ref_prob": math.exp(ref_log_prob)}
+    return found | {"reward": None if math.isnan(reward) else reward, "prob": math.exp(log_prob)}
 
 
 def drawn(record: Mapping) -> dict:
-    """The candidate of a step that was drawn."""
+    """The token of a step that was drawn."""
     return next(candidate for candidate in record["candidates"] if candidate["drawn"])
+
+
+def _reward(reward: float | None) -> str:
+    return "" if reward is None else f"{reward:.3f}"
 
 
 def _number(probability: float) -> str:
@@ -118,10 +120,10 @@ def to_text(trace: Sequence[Mapping]) -> str:
 
     >>> print(to_text([{"step": 0, "candidates": [
     ...     {"id": 7, "token": "rope", "ref_prob": 0.2, "reward": 1.5, "prob": 0.5, "drawn": True}],
-    ...     "others": {"count": 2, "ref_prob": 0.8, "prob": 0.5}}]))
+    ...     "others": {"ref_prob": 0.8, "prob": 0.5}}]))
     step 1     token   reference    reward  guided
             >  rope        0.200     1.500   0.500  ##########
-               2 more      0.800             0.500  ##########
+               others      0.800             0.500  ##########
     """
     lines = []
     for record in trace:
@@ -140,9 +142,9 @@ def to_text(trace: Sequence[Mapping]) -> str:
 def _rows(record: Mapping) -> list[dict]:
     """What both forms show of a step: its candidates, and the others in one row."""
     kinds = {True: "drawn", False: ""}
-    rows = [c | {"reward": f"{c['reward']:.3f}", "kind": kinds[c["drawn"]]} for c in record["candidates"]]
-    if count := record["others"]["count"]:
-        rows.append(record["others"] | {"token": f"{count} more", "reward": "", "kind": "rest"})
+    rows = [c | {"reward": _reward(c["reward"]), "kind": kinds[c["drawn"]]} for c in record["candidates"]]
+    if max(record["others"].values()) > 1e-6:
+        rows.append(record["others"] | {"token": "others", "reward": "", "kind": "rest"})
     return rows
 
 

@@ -146,7 +146,7 @@ class CopiedScorer(CachedText):
         super().start(prompt_ids.repeat_interleave(self.k, 0), mask.repeat_interleave(self.k, 0))
         self.read()
 
-    def score(self, candidates: Tensor) -> Tensor:
+    def score(self, candidates: Tensor, ref_log_probs: Tensor | None = None) -> Tensor:
         self.candidates = candidates
         super().push(candidates.flatten())
         return token_rewards(self.head, self.read().last_hidden_state).view(candidates.shape)

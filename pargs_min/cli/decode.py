@@ -9,7 +9,7 @@ from pargs_min.codec import FORMS
 from pargs_min.decode import Step
 from pargs_min.memory import enough_memory
 from pargs_min.methods import METHODS
-from pargs_min.models import DTYPES, default_device, load_language_model, load_reward_model, load_tokenizer
+from pargs_min.models import DTYPES, default_device, load_guide, load_language_model, load_tokenizer
 from pargs_min.progress import progress
 from pargs_min.records import read_prompts
 from pargs_min.store import aside, content
@@ -23,11 +23,18 @@ class DecodeOptions:
 
     Args:
         model: Language model, the reference: a folder or a hub id.
-        reward_model: Reward model: a folder or a hub id. plain needs none.
+        reward_model: Reward model, or another guide: a folder or a hub id. plain needs none.
         beta: Weight of the reward, in nats per unit of reward: the inverse of the beta of DPO and TRL.
-        top_k: Candidates per step, 0 for the whole vocabulary. Default: 10 for guided methods, else 0.
+        top_k: Candidates per step of guided methods, 0 for the whole vocabulary. Default: 10.
+        min_ref_prob: Tokens that the reference finds less likely than this are no candidates.
+        truncate: Draw from the candidates alone, as the paper does. Default: all other tokens keep the probability that
+            the reference gives them.
         max_new_tokens: Length limit of a response, in tokens.
-        temperature: Divides log pi_ref + beta * r.
+        temperature: Of the guided policy: divides log pi_ref + beta * r.
+        ref_temperature: Temperature of the reference, before it is guided; KL is to what it then is.
+        ref_top_k: The reference is sampled from so many likeliest tokens, 0 for all.
+        ref_top_p: The same, from the likeliest tokens that make up this probability.
+        ref_min_p: The same, from tokens at least this times as likely as the likeliest.
         seed: Determines each text, together with its prompt and sample number.
         prompt_format: Read prompts of text as they stand (text), as the turn of a human (dialogue), or as a user's
             message (chat). Default: as the reward model was trained; without one, chat where there is a chat template.
@@ -39,8 +46,14 @@ class DecodeOptions:
     reward_model: str | None = None
     beta: float = 1.0
     top_k: int | None = None
+    min_ref_prob: float = 0.0
+    truncate: bool = False
     max_new_tokens: int = 64
     temperature: float = 1.0
+    ref_temperature: float = 1.0
+    ref_top_k: int = 0
+    ref_top_p: float = 1.0
+    ref_min_p: float = 0.0
     seed: int = 0
     prompt_format: str | None = choice(FORMS, None)
     device: str | None = None
@@ -54,8 +67,9 @@ class GenerateOptions(DecodeOptions):
     Args:
         prompts: JSONL records with a `prompt` (text or messages), or plain text, one prompt per line.
         output: JSONL file to write, one record per text, as they come.
-        method: How each token is chosen. The reward model must be trained with --objective partial for pargs and smc,
-            full for args and best-of-n, value for cd.
+        method: How each token is chosen. The guide must be trained with --objective partial for pargs and smc, full
+            for args and best-of-n, value for cd, autoregressive for genarm, by `pargs dpo` for implicit; soft,
+            reweighted, win and farma are named like their objectives.
         final_reward_model: Weights whole texts in smc. Default: --reward-model.
         num_samples: Texts per prompt. More than a file has continue it with --resume: in float32, as if it had been
             begun with so many; in half precision texts depend on their batches.
@@ -103,7 +117,7 @@ class TraceOptions(DecodeOptions):
 # Options that `generate_texts` takes by the same name, and those that may change when a run is resumed: texts do not
 # depend on them.
 PASSED = {"method", "beta", "top_k", "max_new_tokens", "temperature", "seed", "n", "particles", "num_samples"}
-PASSED |= {"prompt_format"}
+PASSED |= {"prompt_format", "min_ref_prob", "truncate", "ref_temperature", "ref_top_k", "ref_top_p", "ref_min_p"}
 NOT_IN_THE_TEXT = ("prompts", "output", "batch_size", "device", "compile", "shard", "resume", "num_samples")
 
 
@@ -121,7 +135,7 @@ def load(options: DecodeOptions) -> dict:
     for role in ("reward", "final_reward"):
         if name := getattr(options, f"{role}_model", None):
             with enough_memory(f"loading {name} beside {options.model}", smaller):
-                loaded |= {f"{role}_tokenizer": load_tokenizer(name), f"{role}_model": load_reward_model(name, **where)}
+                loaded |= {f"{role}_tokenizer": load_tokenizer(name), f"{role}_model": load_guide(name, **where)}
     return loaded | {name: value for name, value in vars(options).items() if name in PASSED}
 
 
