@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from pargs_min.world.automaton import Array, Automaton, expected, occupancy, win_rates
 from theory.bradley_terry import fit_bradley_terry
@@ -40,6 +40,25 @@ def greedy(world: Automaton, scores: Array, beta: float) -> Array:
     best = np.maximum.reduceat(log_weights, world.first_edges, axis=-1)[:, world.sources]
     with np.errstate(divide="ignore"):
         return normalise(world, np.log(log_weights == best))
+
+
+def likeliest(world: Automaton, k: int) -> NDArray[np.bool_]:
+    """Whether an edge is among the k likeliest of its state, (E,); ties go to the first."""
+    order = np.lexsort((-world.log_probs, world.sources))
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order)) - world.first_edges[world.sources[order]]
+    return rank < k
+
+
+def truncated(world: Automaton, scores: Array, beta: float, candidates: NDArray[np.bool_]) -> Array:
+    """`guided` among the candidates (E,) alone, as the paper draws. Result (T, E)."""
+    return normalise(world, np.where(candidates, world.log_probs + beta * scores[1:, world.targets], -np.inf))
+
+
+def kept(world: Automaton, scores: Array, beta: float, candidates: NDArray[np.bool_]) -> Array:
+    """`truncated` times ref(C | a) on the candidates, the reference elsewhere (T17). Result (T, E)."""
+    mass = np.add.reduceat(np.exp(world.log_probs) * candidates, world.first_edges)[world.sources]
+    return np.where(candidates, truncated(world, scores, beta, candidates) + np.log(mass), world.log_probs)
 
 
 # Values --------------------------------------------------------------------------------------------------------------
@@ -106,11 +125,15 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(world: Automaton, policy: Array) -> Evaluation:
-    """Expected reward of a tokenwise policy (T, E), and KL = sum_i E_{a ~ pi}[ KL(pi(. | a) || ref(. | a)) ]."""
-    mass = occupancy(world, policy)
-    flow = mass[:-1, world.sources] * np.exp(policy)
-    ratios = np.subtract(policy, world.reference, where=flow > 0, out=np.zeros_like(flow))
-    return Evaluation(float(mass[-1] @ world.rewards), float((flow * ratios).sum()))
+    """Expected reward of a tokenwise policy (T, E), and its KL to the reference."""
+    return Evaluation(float(occupancy(world, policy)[-1] @ world.rewards), kl(world, policy, world.reference))
+
+
+def kl(world: Automaton, policy: Array, other: Array) -> float:
+    """KL(pi || other) = sum_i E_{a ~ pi}[ KL(pi(. | a) || other(. | a)) ] of two policies (T, E), in nats."""
+    flow = occupancy(world, policy)[:-1, world.sources] * np.exp(policy)
+    ratios = np.subtract(policy, other, where=flow > 0, out=np.zeros_like(flow))
+    return float((flow * ratios).sum())
 
 
 def rlhf_frontier(world: Automaton, betas: Sequence[float]) -> list[Evaluation]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 from transformers.utils import logging
 
 from pargs_min.plots import BLACK, BLUE, GREEN, ORANGE, PINK, RED, SKY, STYLE, save
+from pargs_min.world.automaton import Automaton
 from pargs_min.world.journey import PROMPTS, Journey
 from theory import exact
 from theory.bradley_terry import partial_reward
@@ -21,6 +23,7 @@ from theory.test_t10_exactness_by_reweighting import BETA, WORLD, target
 from theory.test_t11_on_policy_rounds import losses, pair_rounds, value_rounds
 from theory.test_t16_one_family import BETA as FAMILY_BETA
 from theory.test_t16_one_family import SECOND_ROOT, divergence
+from theory.test_t19_autoregressive_reward_models import autoregressive, world_of_sharpness
 from theory.training import exact_policy, trained_policy, training_world
 from theory.world import World, bradley_terry_labels, kl, total_variation
 
@@ -31,7 +34,10 @@ def draw_all() -> list[Path]:
     """Write every figure, the slow one (it trains) last; returns their paths."""
     FOLDER.mkdir(exist_ok=True)
     written = []
-    for draw in (frontier, small_rewards, rounds, particles, one_family, full_length, trained):
+    for draw in (
+        frontier, small_rewards, rounds, particles, one_family, full_length,
+        kept_rest, win_tilt, autoregressive_guides, two_objectives, trained,
+    ):  # fmt: skip
         save(draw(), FOLDER / f"{draw.__name__}.png")
         written.append(FOLDER / f"{draw.__name__}.png")
         print(f"wrote {written[-1]}", flush=True)
@@ -194,6 +200,147 @@ def full_length() -> Figure:
     left.legend(fontsize=8)
     right.legend(fontsize=8)
     return drawing
+
+
+def kept_rest() -> Figure:
+    """T17 in the embedded world: what candidates cost, cut off from the rest and beside it."""
+    automata = list(Journey().automata.values())
+    scores = [exact.partial_rewards(automaton) for automaton in automata]
+    betas = np.append(0.0, np.geomspace(0.25, 3, 12))
+    drawing, (axes,) = panels()
+
+    def curve(policy, k: int) -> np.ndarray:
+        """(betas, 2) reward and KL, the mean over the prompts."""
+        judged = [
+            [exact.evaluate(a, policy(a, s, beta, exact.likeliest(a, k))) for beta in betas]
+            for a, s in zip(automata, scores, strict=True)
+        ]
+        return np.mean(judged, axis=0)
+
+    optimum = np.mean([exact.rlhf_frontier(a, np.geomspace(0.05, 8, 30)) for a in automata], axis=0)
+    axes.plot(optimum[:, 1], optimum[:, 0], color=BLACK, label="RLHF, the optimum")
+    for k, ink, mark in ((10, BLUE, "o"), (5, GREEN, "D"), (3, ORANGE, "s")):
+        rewards, kls = curve(exact.kept, k).T
+        axes.plot(kls, rewards, mark + "-", color=ink, ms=4, label=f"k = {k}, the rest kept")
+        rewards, kls = curve(exact.truncated, k).T
+        axes.plot(kls, rewards, mark + ":", color=ink, ms=5, mfc="none", label=f"k = {k}, truncated")
+    axes.set(xlabel="KL(method || reference), nats per response", ylabel="expected reward", xlim=(-0.1, 6.2))
+    title(axes, "T17  PARGS, beta from 0 to 3: truncation alone costs up to 3 nats")
+    axes.legend(fontsize=8, loc="lower right")
+    return drawing
+
+
+def win_tilt() -> Figure:
+    """T18 in the embedded world: the win tilt and rounds of its limit, against the frontier of the win rate."""
+    automaton = Journey().automata[PROMPTS[0]]
+    win, scores = exact.win_rates(automaton), exact.partial_rewards(automaton)
+    judge = replace(automaton, rewards=win[-1])  # u(y), so that the reward of a policy is its win rate
+    drawing, (axes,) = panels()
+
+    def curve(policies: list[np.ndarray], mark: str, ink: str, label: str, size: int = 5) -> None:
+        rates, kls = zip(*(exact.evaluate(judge, policy) for policy in policies), strict=True)
+        axes.plot(kls, rates, mark, color=ink, label=label, ms=size)
+
+    rounds = [automaton.reference]
+    for _ in range(5):  # the winner of a pair of winners of pairs ..
+        fresh = exact.win_rates(automaton, policy=rounds[-1])
+        rounds.append(exact.normalise(automaton, rounds[-1] + np.log(fresh)[1:, automaton.targets]))
+    tilts = [np.log1p(np.expm1(eta) * win) for eta in (0.5, 1, 1.5, 2, 2.5, 3, 4, 12)]
+    best = [exact.guided(judge, exact.soft_values(judge, beta), beta) for beta in np.geomspace(0.1, 16, 30)]
+    curve(best, "-", BLACK, "RLHF for the win rate, the optimum")
+    curve([exact.guided(automaton, scores, b) for b in np.geomspace(0.05, 3, 14)], "o-", BLUE, "PARGS, beta 0.05 to 3")
+    curve([exact.guided(automaton, tilt, 1.0) for tilt in tilts], "s-", RED, "win tilt, eta 0.5 to 12")
+    curve(rounds[1:], "*", GREEN, "its limit, the winner of a pair: rounds 1 to 5", 11)
+    axes.set(xlabel="KL(method || reference), nats per response", ylabel="win rate against the reference")
+    title(axes, "T18  At 25 tokens: on the frontier, a short way per round")
+    axes.legend(fontsize=8, loc="lower right")
+    return drawing
+
+
+def autoregressive_guides() -> Figure:
+    """T19: where an autoregressive reward model is near the RLHF policy, and where it is not."""
+    drawing, axes = panels(2)
+    sharpnesses, seeds, beta = np.linspace(0, 3, 13), range(40), 1.0
+
+    def distances(sharpness: float, seed: int, eos: int) -> list[float]:
+        world = world_of_sharpness(sharpness, seed, eos)
+        p, s = autoregressive(world), partial_reward(labelled(world))
+        optimum = rlhf(world, world.horizon, world.rewards[-1], beta)
+        guided = [world.paths(tokenwise(world, scores, beta))[-1] for scores in (p, s)]
+        return [kl(optimum, q) for q in (*guided, world.log_ref[-1])]
+
+    texts = ((-1, "T19  All texts of one length"), (2, "T19  Texts that may end early"))
+    for panel, (eos, text) in zip(axes, texts, strict=True):
+        found = np.array([[distances(sharpness, seed, eos) for seed in seeds] for sharpness in sharpnesses])
+        low, middle, high = np.quantile(found, [0.1, 0.5, 0.9], axis=1)
+        marks = ((ORANGE, "s-", "autoregressive (GenARM's optimum)"), (BLUE, "o-", "PARGS"), (BLACK, "--", "no guide"))
+        for n, (ink, line, label) in enumerate(marks):
+            panel.plot(sharpnesses, middle[:, n], line, color=ink, ms=4, label=label)
+            if label != "no guide":
+                panel.fill_between(sharpnesses, low[:, n], high[:, n], color=ink, alpha=0.15, lw=0)
+        panel.set(xlabel="sharpness of the reference (0: uniform)", ylabel="KL(RLHF || guided), nats", ylim=(0, 1.2))
+        title(panel, text)
+    axes[0].legend(fontsize=8)
+    return drawing
+
+
+def two_objectives() -> Figure:
+    """T20: how much the exponent of the soft value matters, and the noise of the reward it is made of."""
+    drawing, (left, right) = panels(2)
+    automata, beta = list(Journey().automata.values()), 2.0
+    frontier = np.mean([exact.rlhf_frontier(a, np.geomspace(0.05, 30, 60)) for a in automata], axis=0)
+    plain = np.mean([exact.evaluate(a, a.reference).reward for a in automata])
+
+    def share(scores: list[np.ndarray]) -> float:
+        """Of what the RLHF policy gains at the same KL."""
+        judged = [exact.evaluate(a, exact.guided(a, s, beta)) for a, s in zip(automata, scores, strict=True)]
+        reward, divergence = np.mean(judged, axis=0)
+        return float((reward - plain) / (np.interp(divergence, frontier[:, 1], frontier[:, 0]) - plain))
+
+    lambdas = beta * np.geomspace(1 / 32, 8, 33)
+    left.semilogx(lambdas / beta, [share([exact.soft_values(a, lam) for a in automata]) for lam in lambdas],
+                  color=BLACK, label="soft value V_lambda")  # fmt: skip
+    marks = ((exact.partial_rewards, BLUE, "-.", "PARGS"), (means, ORANGE, "--", "mean (controlled decoding)"))
+    for scores, ink, line, label in marks:
+        left.axhline(share([scores(a) for a in automata]), color=ink, ls=line, label=label)
+    left.set(xlabel="lambda / beta", ylabel="share of RLHF's gain at equal KL", ylim=(0.85, 1.01))
+    left.set_xticks([1 / 16, 1 / 4, 1, 4], ["1/16", "1/4", "1", "4"])
+    title(left, f"T20(a)  At 25 tokens, beta = {beta:g}: lambda need not be beta")
+    left.legend(fontsize=8, loc="lower left")
+
+    sizes, seeds = np.geomspace(0.03, 2, 13), range(50)
+    found = np.array([[noisy_distances(size, seed, beta) for seed in seeds] for size in sizes]).mean(1)
+    lines = (
+        (BLACK, "D-", "soft value, reweighted likelihood"),
+        (GREEN, "v-", "the same for beta = 1, and so decoded"),
+        (BLUE, "o-", "partial Bradley-Terry (PARGS)"),
+        (ORANGE, "s-", "mean (controlled decoding)"),
+    )
+    for (ink, line, label), distance in zip(lines, found.T, strict=True):
+        right.loglog(sizes, distance, line, color=ink, ms=4, label=label)
+    right.set(xlabel="noise of the reward of each text (sd of the reward: 1)", ylabel="KL(RLHF || guided), nats")
+    title(right, f"T20  {len(seeds)} random worlds, beta = {beta:g}: what noise does")
+    right.legend(fontsize=8)
+    return drawing
+
+
+def means(automaton: Automaton) -> np.ndarray:
+    return exact.expected(automaton, automaton.rewards)
+
+
+def noisy_distances(size: float, seed: int, beta: float) -> list[float]:
+    """KL(pi_T || q) for guides of a reward that is known up to noise on every text."""
+    world = World.random(seed, 3, 4)
+    truth = rlhf(world, world.horizon, world.rewards[-1], beta)
+    noisy = world.rewards[-1] + size * np.random.default_rng([seed, 1]).standard_normal(len(truth))
+    s = partial_reward(world.with_labels(bradley_terry_labels(noisy)))
+    guides = (
+        (soft_value(world, noisy, beta), beta),
+        (soft_value(world, noisy, beta / 2), beta / 2),
+        (s, beta),
+        (world.mean(noisy), beta),
+    )
+    return [kl(truth, world.paths(tokenwise(world, scores, strength))[-1]) for scores, strength in guides]
 
 
 def trained(steps: int = 300, seeds: int = 3) -> Figure:

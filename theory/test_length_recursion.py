@@ -3,10 +3,13 @@
 Prefixes of one length that lead to one state of a finite automaton have the same future, so the values of T4, T6 and
 T7 obey a backward recursion over (time, state): `exact.py`. It is checked against enumeration on
 random automata small enough for both, and then used on the embedded world at its full 25 tokens, in the variant with a
-safe exit (never leaving is worth 0): there T7 holds, more beta wins less (T8c), and on-policy rounds recover what was
-lost (T11).
+safe exit (never leaving is worth 0): there T7 holds, more beta wins less (T8c), on-policy rounds recover what was lost
+(T11), and T17, T18 and T20 hold too.
 Falsified by a state whose value differs from that of an enumerated prefix, or a win rate below 1/2.
 """
+
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from pargs_min.world.journey import HORIZON, PROMPTS, Journey
 from theory import exact
 from theory.bradley_terry import partial_reward, win_rates
 from theory.ledger import verify
-from theory.policies import reward_and_kl, soft_value, tokenwise
+from theory.policies import kept, likeliest, reward_and_kl, soft_value, tokenwise
 from theory.strategies import WORLDS
 from theory.world import Levels, World, bradley_terry_labels
 
@@ -85,6 +88,10 @@ def test_recursion_equals_enumeration():
         for name, (by_state, by_prefix) in pairs.items():
             verify("length", f"recursion = enumeration: {name}", gap(automaton, world, by_state, by_prefix))
         verify("length", "recursion = enumeration: partial reward", gap(automaton, world, scores, s), 1e-9, "fit")
+        found = exact.evaluate(automaton, exact.kept(automaton, scores, beta, exact.likeliest(automaton, 2)))
+        enumerated = reward_and_kl(world, world.paths(kept(world, s, beta, likeliest(world, 2)))[-1], r)
+        verify("length", "recursion = enumeration: reward and KL with the rest kept",
+               float(np.abs(np.subtract(found, enumerated)).max()), 1e-9, "fit")  # fmt: skip
         for name, by_state, by_prefix in (("PARGS", scores, s), ("RLHF", pairs["V*"][0], pairs["V*"][1])):
             judged = exact.evaluate(automaton, exact.guided(automaton, by_state, beta))
             enumerated = reward_and_kl(world, world.paths(tokenwise(world, by_prefix, beta))[-1], r)
@@ -100,6 +107,12 @@ def test_control_a_value_of_another_horizon_is_caught():
 
 
 # ---- at full length -------------------------------------------------------------------------------------------------
+
+
+@cache
+def scores_after(prompt: str) -> np.ndarray:
+    """The partial reward of the world with a safe exit; solved once per prompt."""
+    return exact.partial_rewards(SAFE_EXIT[prompt])
 
 
 def win_rate(automaton: Automaton, policy: np.ndarray) -> float:
@@ -122,8 +135,7 @@ def expected_covariance(automaton: Automaton, scores: np.ndarray, beta: float) -
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_guidance_never_loses_at_full_length(prompt):
-    automaton = SAFE_EXIT[prompt]
-    scores = exact.partial_rewards(automaton)
+    automaton, scores = SAFE_EXIT[prompt], scores_after(prompt)
     assert automaton.horizon == HORIZON == 25
     for beta in (0.5, 2.0, 8.0):
         gain = win_rate(automaton, exact.guided(automaton, scores, beta)) - 0.5
@@ -134,15 +146,52 @@ def test_guidance_never_loses_at_full_length(prompt):
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_rest_kept_never_loses_at_full_length(prompt):
+    """And spends less than the cut, which begins with the KL of the cut reference."""
+    automaton, scores = SAFE_EXIT[prompt], scores_after(prompt)
+    for k in (1, 2, 3, 5, 10):
+        candidates = exact.likeliest(automaton, k)
+        for beta in (0.5, 8.0):
+            q = exact.kept(automaton, scores, beta, candidates)
+            verify("length", "T17 at 25 tokens: win rate >= 1/2", 0.5 - win_rate(automaton, q), kind="bound")
+            cut = exact.truncated(automaton, scores, beta, candidates)
+            saved = exact.evaluate(automaton, cut).kl - exact.evaluate(automaton, q).kl
+            verify("length", "T17 at 25 tokens: KL kept less KL truncated", -saved, 0.0, "example")
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_win_tilt_is_exact_at_full_length(prompt):
+    automaton = SAFE_EXIT[prompt]
+    tilt = np.log1p(np.expm1(3.0) * exact.win_rates(automaton))
+    own = replace(automaton, rewards=tilt[-1])
+    price = exact.kl(own, exact.guided(own, exact.soft_values(own, 1.0), 1.0), exact.guided(automaton, tilt, 1.0))
+    verify("length", "T18 at 25 tokens: KL(pi_T || q)", price)
+
+
+def test_other_exponents_are_nearly_as_good_at_full_length():
+    """T20(a): guided at beta = 2 by V_lambda, the reward lost to RLHF at equal KL, over what that gains."""
+    automaton, beta = SAFE_EXIT[PROMPTS[0]], 2.0
+    frontier = np.array(exact.rlhf_frontier(automaton, np.geomspace(0.1, 30, 100)))
+    plain = exact.evaluate(automaton, automaton.reference).reward
+    for lam in (1.0, 3.0):
+        reward, spent = exact.evaluate(automaton, exact.guided(automaton, exact.soft_values(automaton, lam), beta))
+        best = float(np.interp(spent, frontier[:, 1], frontier[:, 0]))
+        lost = (best - reward) / (best - plain)
+        verify("length", "T20(a) at 25 tokens, lambda / beta = .5, 1.5: gain lost", lost, 0.05, "example")
+    assert exact.kl(automaton, exact.guided(automaton, exact.soft_values(automaton, beta), beta),
+                    exact.guided(automaton, exact.soft_values(automaton, 3.0), beta)) > 0.01  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
 def test_more_beta_wins_less_and_rounds_recover_it(prompt):
     """Strong guidance stays at home, not knowing how well it would travel; its own pairs tell it."""
     automaton = SAFE_EXIT[prompt]
-    first, strong = (exact.guided(automaton, exact.partial_rewards(automaton), beta) for beta in (2.0, 16.0))
+    first, strong = (exact.guided(automaton, scores_after(prompt), beta) for beta in (2.0, 16.0))
     change = win_rate(automaton, strong) - win_rate(automaton, first)
     verify("length", "T8(c) at 25 tokens: win rate at beta = 16 less that at 2", change, -0.05, "example")
 
     beta = 4.0
-    before = exact.guided(automaton, exact.partial_rewards(automaton), beta)
+    before = exact.guided(automaton, scores_after(prompt), beta)
     after = exact.guided(automaton, exact.partial_rewards(automaton, policy=before), beta)
     lost = exact.evaluate(automaton, before).reward - exact.evaluate(automaton, after).reward
     verify("length", "T11(a) at 25 tokens: reward, minus that after one round", lost, -1.0, "example")
@@ -164,7 +213,6 @@ def test_the_exact_rounds_end_at_the_rlhf_policy(prompt):
 
 
 def test_control_the_reward_upside_down_loses_at_full_length():
-    automaton = SAFE_EXIT[PROMPTS[0]]
-    scores = -exact.partial_rewards(automaton)
+    automaton, scores = SAFE_EXIT[PROMPTS[0]], -scores_after(PROMPTS[0])
     assert win_rate(automaton, exact.guided(automaton, scores, 2.0)) < 0.4
     assert expected_covariance(automaton, scores, 2.0)[1] < 0

@@ -53,6 +53,19 @@ def test_its_limit_is_the_winner_of_a_pair(world):
     verify("T18", "eta -> infinity: the law of the winner of a pair", abs(q - winner).max())
 
 
+@for_all(world=labelled_worlds())
+def test_rounds_of_fresh_pairs_go_on(world):
+    """The winner of a pair of winners: each round doubles the density at most."""
+    q = world.ref
+    for n in range(1, 4):
+        win, before = win_rates(world, q), world.paths(q)[-1]
+        q = tokenwise(world, [np.log(level) for level in win], 1.0, ref=q)
+        law = world.paths(q)[-1]
+        verify("T18", "a round from q: the law 2 q(y) u_q(y)", abs(law - np.log(2) - before - np.log(win[-1])).max())
+        spent = kl(law, world.log_ref[-1])
+        verify("T18", "n rounds: KL(q || ref) <= n log 2", spent - n * np.log(2), kind="bound")
+
+
 @for_all(world=labelled_worlds(), eta=etas)
 def test_w_is_a_martingale_that_begins_at_one_half(world, eta):
     win = win_rates(world)

@@ -15,7 +15,7 @@ import numpy as np
 
 from theory.ledger import verify
 from theory.policies import conditionals, log_normalisers, path_sum, rlhf, tokenwise
-from theory.strategies import betas, for_all, worlds
+from theory.strategies import WORLDS, betas, for_all, worlds
 from theory.world import World, kl
 
 
@@ -23,6 +23,20 @@ def autoregressive(world: World) -> list[np.ndarray]:
     """log p(t | a) of the population optimum: p(y) proportional to exp(r*(y)) on the support of ref."""
     last = world.rewards[-1]
     return conditionals(world, last - np.logaddexp.reduce(last))
+
+
+def world_of_sharpness(sharpness: float, seed: int, eos: int, vocabulary: int = 3, horizon: int = 4) -> World:
+    """ref = softmax(sharpness * normal), r = normal; texts of one length where no token is the end token."""
+    rng = np.random.default_rng(seed)
+
+    def conditionals(prefixes: np.ndarray) -> np.ndarray:
+        logits = sharpness * rng.standard_normal((len(prefixes), vocabulary))
+        return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+    def reward(prefixes: np.ndarray) -> np.ndarray:
+        return rng.standard_normal(len(prefixes))
+
+    return World.build(conditionals, reward, vocabulary=vocabulary, horizon=horizon, eos=eos)
 
 
 @for_all(world=worlds(), beta=betas())
@@ -41,6 +55,21 @@ def test_it_is_the_bradley_terry_optimum(world, beta):
     """Differences of log p are those of r*: what the pair loss asks for, and all that it asks for."""
     log_p = world.paths(autoregressive(world))[-1]
     verify("T19", "log p(y) - log p(y') = r*(y) - r*(y')", np.ptp(log_p - world.rewards[-1]), 1e-11)
+
+
+def test_counting_measure_is_the_references_where_that_is_uniform():
+    """Texts of one length, all alike to the reference, at beta = 1; ends break it."""
+    apart = []
+    for seed in range(WORLDS):
+        for eos in (-1, 2):
+            world = world_of_sharpness(0.0, seed, eos)
+            q = world.paths(tokenwise(world, autoregressive(world), 1.0))[-1]
+            optimum = rlhf(world, world.horizon, world.rewards[-1], 1.0)
+            if eos == -1:
+                verify("T19", "ref uniform, one length, beta = 1: q = pi_T", abs(q - optimum).max())
+            else:
+                apart.append(kl(optimum, q))
+    assert min(apart) > 0.1
 
 
 def test_counting_measure_is_not_the_references():

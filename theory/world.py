@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
-from scipy.special import expit, logsumexp
+from scipy.special import expit
 
 from theory.oracle import RationalWorld
 
@@ -96,7 +96,7 @@ class World:
             allowed = rng.random(logits.shape) >= zeros
             allowed[np.arange(len(logits)), logits.argmax(-1)] = True
             logits = np.where(allowed, logits, -np.inf)
-            return logits - logsumexp(logits, axis=-1, keepdims=True)
+            return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
 
         def reward(prefixes: np.ndarray) -> np.ndarray:
             values = reward_scale * rng.standard_normal(len(prefixes))
@@ -296,7 +296,7 @@ def total_variation(log_p: np.ndarray, log_q: np.ndarray) -> float:
 
 
 def _checked_table(table: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
-    off = np.abs(logsumexp(table, axis=-1)) if len(table) else np.zeros(1)
+    off = np.abs(np.logaddexp.reduce(table, axis=-1)) if len(table) else np.zeros(1)
     if not off.max() <= 1e-9:
         worst = int(off.argmax())
         raise ValueError(
