@@ -5,13 +5,14 @@ own samples, labelled with Bradley-Terry noise on the gold reward, which nothing
 TRAIN_PROMPTS alone: a reward model meets the role and the place of each of HELD_OUT_PROMPTS, but never both together.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import expit
+from scipy.special import expit, xlogy
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -23,7 +24,8 @@ from pargs_min.store import appending, aside, once
 from pargs_min.world.journey import END, HORIZON, PAD, PROMPTS, TRAIN_PROMPTS, UNKNOWN, Journey
 
 SHIPPED = Path(__file__).with_name("reference_model")  # what `reference` trains at its defaults
-STEPS, BATCH_SIZE, LEARNING_RATE = 1500, 64, 3e-3  # of the reference; its learning rate at the highest
+STEPS, BATCH_SIZE, LEARNING_RATE = 3000, 64, 3e-3  # of the reference; its learning rate at the highest
+WORST_GAP = 0.1  # nats per text: a reference further from the grammar may not know what decides an ending
 
 
 def word_tokenizer(world: Journey) -> PreTrainedTokenizerFast:
@@ -34,16 +36,19 @@ def word_tokenizer(world: Journey) -> PreTrainedTokenizerFast:
 
 
 def reference(
-    folder: str | Path, world: Journey | None = None, *, seed: int = 0, steps: int = STEPS
+    folder: str | Path, world: Journey | None = None, *, seed: int = 0, steps: int = STEPS, worst_gap: float = WORST_GAP
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Train the reference on journeys for all prompts, each seen once; load it if the folder holds it already.
 
     A GPT-2 of 2 layers, width 64 and 4 heads (about 110,000 parameters), of the configuration of the SHIPPED one, saved
-    with its tokenizer as an ordinary hub folder. About 40 seconds on one core.
+    with its tokenizer as an ordinary hub folder. About 80 seconds on one core.
+
+    Args:
+        worst_gap: the largest `grammar_gap` that is accepted, in nats per text; infinite for an early reference.
 
     Raises:
-        ValueError: if the folder holds a model made with other arguments. What staying home is worth does not count: it
-            changes no text.
+        ValueError: if its gap is larger, or if the folder holds a model made with other arguments. What staying home is
+            worth does not count: it changes no text.
     """
     folder, world = Path(folder), world or Journey()
     made_with = dict(luck=str(world.luck), seed=seed, steps=steps, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE)
@@ -63,13 +68,49 @@ def reference(
         raise ValueError(
             f"{folder} holds a model made with {found}, not with {made_with}: choose another folder, or delete this one"
         )
+    if worst_gap < math.inf and (gap := grammar_gap(model, world)[0]) > worst_gap:
+        raise ValueError(
+            f"the reference in {folder} is {gap:.2f} nats per text from the grammar, and at most {worst_gap:g} are "
+            "accepted: what it has not learned no reward can guide; take another seed or more steps, or pass "
+            "worst_gap=math.inf for an early reference"
+        )
     return model, load_tokenizer(folder)
+
+
+@torch.no_grad()
+def grammar_gap(model: PreTrainedModel, world: Journey, *, journeys: int = 1200, seed: int = 1) -> tuple[float, float]:
+    """KL(grammar || model) in nats per text, and its standard error.
+
+        E_y sum_i KL(p(. | y_<i) || model(. | y_<i))
+
+    Every step's divergence is exact; the mean is over `journeys` of the grammar, in equal parts for all prompts.
+    """
+    ends, gaps = world.vocabulary[END], np.zeros((journeys, HORIZON))
+    tokens, _ = world.write(np.random.default_rng(seed).random(gaps.shape))
+    prompts = np.resize(_prompt_ids(world), (journeys, len(_prompt_ids(world)[0])))
+    logits = model(input_ids=torch.from_numpy(np.hstack([prompts, tokens]))).logits[:, prompts.shape[1] - 1 : -1]
+    log_probs = logits.double().log_softmax(-1).numpy()
+    for number, automaton in enumerate(world.automata[prompt] for prompt in PROMPTS):
+        rows = np.arange(number, journeys, len(PROMPTS))
+        known, then = np.zeros((2, len(automaton.rewards), len(world.vocabulary)))
+        known[automaton.sources, automaton.tokens] = np.exp(automaton.log_probs)
+        then[automaton.sources, automaton.tokens] = automaton.targets
+        states, written = np.full(len(rows), automaton.start), np.full(len(rows), True)
+        for step in range(HORIZON):
+            p, drawn = known[states], tokens[rows, step]
+            gaps[rows, step] = written * (xlogy(p, p) - p * log_probs[rows, step]).sum(1)
+            states, written = then[states, drawn].astype(int), written & (drawn != ends)
+    texts = gaps.sum(1)
+    return float(texts.mean()), float(texts.std(ddof=1) / math.sqrt(journeys))
+
+
+def _prompt_ids(world: Journey) -> list[list[int]]:
+    return [[world.vocabulary[word] for word in prompt.split()] for prompt in PROMPTS]
 
 
 def _train(model: PreTrainedModel, world: Journey, seed: int, steps: int) -> None:
     tokens, _ = world.write(np.random.default_rng(seed).random((steps * BATCH_SIZE, HORIZON)))
-    prompt_ids = [[world.vocabulary[word] for word in prompt.split()] for prompt in PROMPTS]
-    prompts = np.resize(prompt_ids, (len(tokens), len(prompt_ids[0])))
+    prompts = np.resize(_prompt_ids(world), (len(tokens), len(_prompt_ids(world)[0])))
     # The loss ignores the prompt, and end tokens after the first (label -100).
     ends = tokens == world.vocabulary[END]
     labels = torch.from_numpy(np.hstack([np.full_like(prompts, -100), np.where(ends.cumsum(1) > ends, -100, tokens)]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.trains
 
 WORLD = Journey()
 STEPS = 60  # enough for texts that end
+early = partial(toy.reference, worst_gap=math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(folder: Path):
-    return toy.reference(folder, WORLD, steps=STEPS)
+    return early(folder, WORLD, steps=STEPS)
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +68,20 @@ def test_the_reference_is_an_ordinary_hub_folder(folder: Path, trained):
 
 def test_a_reference_that_is_there_is_reused_and_another_is_refused(folder: Path, trained):
     before = (folder / "model.safetensors").stat().st_mtime_ns
-    toy.reference(folder, Journey(stay_home_reward=0.0), steps=STEPS)  # the same texts
+    early(folder, Journey(stay_home_reward=0.0), steps=STEPS)  # the same texts
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="choose another folder"):
         toy.reference(folder, WORLD, steps=STEPS + 1)
 
 
 def test_training_repeats_itself_and_leaves_the_global_stream_alone(tmp_path: Path):
-    one = toy.reference(tmp_path / "a", WORLD, steps=3)[0]
+    one = early(tmp_path / "a", WORLD, steps=3)[0]
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    other = toy.reference(tmp_path / "b", WORLD, steps=3)[0]
+    other = early(tmp_path / "b", WORLD, steps=3)[0]
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    different = toy.reference(tmp_path / "c", WORLD, steps=3, seed=1)[0]
+    different = early(tmp_path / "c", WORLD, steps=3, seed=1)[0]
     assert not torch.equal(one.transformer.wte.weight, different.transformer.wte.weight)
 
 
@@ -88,7 +91,7 @@ def test_the_reference_learns_the_grammar(tmp_path: Path, seed: int):
 
     By how much: 6.5 nats per text, with a standard error of 0.2; and 1.1 nats per token, where half of guessing is 2.1.
     """
-    model, tokenizer = toy.reference(tmp_path / "reference", WORLD, seed=seed, steps=STEPS)
+    model, tokenizer = early(tmp_path / "reference", WORLD, seed=seed, steps=STEPS)
     tokens, log_probs = WORLD.write(np.random.default_rng(5).random((240, HORIZON)))
     rows = [row[: row.index(tokenizer.eos_token_id) + 1] for row in tokens.tolist()]
     codec = Codec(tokenizer)
@@ -97,8 +100,34 @@ def test_the_reference_learns_the_grammar(tmp_path: Path, seed: int):
         for i, row in enumerate(rows)
     ]
     surprisal = -np.array(text_log_probs(model, codec, texts))
-    assert (surprisal + log_probs.sum(1)).mean() > 0
+    gaps = surprisal + log_probs.sum(1)
+    found, error = toy.grammar_gap(model, WORLD)
+    assert abs(gaps.mean() - found) < 5 * (gaps.std() / np.sqrt(len(gaps)) + error)  # fails once in a million
     assert surprisal.sum() < 0.5 * np.log(len(WORLD.vocabulary)) * sum(map(len, rows))
+
+
+def test_the_gap_is_the_kl_of_whole_texts(trained, monkeypatch):
+    """Of a model that knows only how often each token comes: E_y sum_i (log p(y_i | y_<i) - log q(y_i)), its end
+    included and nothing behind it. The prefixes are the same, so the two differ by the noise of the tokens alone."""
+    model = trained[0]
+    logits = torch.randn(len(WORLD.vocabulary), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: logits.expand(*hidden.shape[:2], -1))
+    tokens, log_probs = WORLD.write(np.random.default_rng(1).random((6000, HORIZON)))
+    ended = (tokens == WORLD.vocabulary["<end>"]).cumsum(1) > (tokens == WORLD.vocabulary["<end>"])
+    gaps = (log_probs - logits.double().log_softmax(-1).numpy()[tokens] * ~ended).sum(1)
+    found, error = toy.grammar_gap(model, WORLD, journeys=6000)
+    assert abs(found - gaps.mean()) < 5 * gaps.std() / np.sqrt(6000)
+    assert toy.grammar_gap(model, WORLD, journeys=1500)[1] == pytest.approx(2 * error, rel=0.2)
+
+
+def test_a_reference_far_from_the_grammar_is_refused(folder: Path, trained):
+    """When it is made and when it is found; what has a name for being early is not."""
+    with pytest.raises(ValueError, match=r"reference is [\d.]+ nats per text from the grammar, and at most 0.1 are"):
+        toy.reference(folder, WORLD, steps=STEPS)
+    gap, _ = toy.grammar_gap(trained[0], WORLD)
+    toy.reference(folder, WORLD, steps=STEPS, worst_gap=1.01 * gap)
+    with pytest.raises(ValueError, match="take another seed or more steps"):
+        toy.reference(folder, WORLD, steps=STEPS, worst_gap=0.99 * gap)
 
 
 def test_pairs_are_records_of_training_prompts_in_text_and_ids(pairs, trained):
