@@ -1,10 +1,12 @@
-"""From records to batches: tokenise preference pairs and texts, split them by prompt, collate."""
+"""From records to batches: tokenise preference pairs and texts, split them by prompt, resample and group, collate."""
 
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -167,6 +169,88 @@ def split_by_prompt(pairs: Sequence[Pair], fraction: float, seed: int = 0) -> tu
     return train, [pair for pair in pairs if tuple(pair.prompt_ids) in held_out]
 
 
+# ---- rated samples of the reference ----
+
+
+def by_prompt(texts: Iterable[Text]) -> list[list[Text]]:
+    """The texts of each prompt, in order.
+
+    >>> [len(some) for some in by_prompt([Text([1], [5]), Text([2], [5]), Text([1], [6])])]
+    [2, 1]
+    """
+    found: dict[tuple[int, ...], list[Text]] = {}
+    for text in texts:
+        found.setdefault(tuple(text.prompt_ids), []).append(text)
+    return list(found.values())
+
+
+def reward_weights(texts: Sequence[Text], beta: float) -> Tensor:
+    """softmax(beta r) over the texts of one prompt, in float64."""
+    return (beta * torch.tensor([text.reward for text in texts], dtype=torch.float64)).softmax(0)
+
+
+def effective_texts(texts: Iterable[Text], beta: float) -> Tensor:
+    """(prompts,) effective sample size of each prompt's texts under weights exp(beta r): (sum w)^2 / sum w^2.
+
+    Source: Kish (1965).
+
+    >>> effective_texts([Text([1], [5], 0.0), Text([1], [6], 0.0), Text([2], [5], 0.0), Text([2], [6], 9.0)], beta=9.0)
+    tensor([2., 1.], dtype=torch.float64)
+    """
+    return torch.stack([1 / reward_weights(some, beta).square().sum() for some in by_prompt(texts)])
+
+
+def reweighted(texts: Sequence[Text], beta: float, seed: int = 0) -> list[Text]:
+    """As many texts for each prompt, drawn from its own with probability softmax(beta r): samples of the RLHF policy.
+
+    The draw is systematic: a text of weight w among n comes floor(n w) or ceil(n w) times.
+
+    Raises:
+        ValueError: if beta is not a positive number, or a prompt has a single text, whose weight says nothing.
+
+    Source: Kitagawa (1996), systematic resampling.
+
+    >>> [text.response_ids for text in reweighted([Text([1], [5], 0.0), Text([1], [6], 1.0)], beta=50.0)]
+    [[6], [6]]
+    """
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be a positive number, got {beta}")
+    rng, drawn, groups = np.random.default_rng(seed), [], by_prompt(texts)
+    if alone := sum(len(some) < 2 for some in groups):
+        raise ValueError(
+            f"{alone} of {len(groups)} prompts have one text each: reweighting compares the texts of a prompt; write "
+            "several with `pargs generate --method plain --num-samples N`"
+        )
+    for some in groups:
+        edges = reward_weights(some, beta).cumsum(0)[:-1].numpy()
+        places = np.searchsorted(edges, (rng.random() + np.arange(len(some))) / len(some), side="right")
+        drawn += [some[place] for place in places]
+    return drawn
+
+
+def in_groups(texts: Iterable[Text], size: int) -> list[list[Text]]:
+    """The texts in groups of one prompt, at most `size` in each and about equally many; a text alone is left out.
+
+    Raises:
+        ValueError: if size is below 2, or no prompt has two texts.
+
+    >>> [len(group) for group in in_groups([Text([1], [i]) for i in range(9)] + [Text([2], [5])], size=8)]
+    [5, 4]
+    """
+    if size < 2:
+        raise ValueError(f"size must be at least 2, got {size}")
+    groups = []
+    for some in by_prompt(texts):
+        count = math.ceil(len(some) / size)
+        groups += [some[start::count] for start in range(count)]
+    groups = [group for group in groups if len(group) > 1]
+    if not groups:
+        raise ValueError(
+            "no prompt has two texts to compare; write several with `pargs generate --method plain --num-samples N`"
+        )
+    return groups
+
+
 def collate(pairs: Sequence[Pair], pad_id: int, extend_with: int | None = None) -> dict[str, Tensor]:
     """A batch of B pairs as 2B rows, chosen responses first: one forward pass scores both sides.
 
@@ -183,12 +267,12 @@ def collate(pairs: Sequence[Pair], pad_id: int, extend_with: int | None = None) 
     tensor([[1, 5, 6, 2],
             [1, 2, 2, 2]])
     """
-
-    def row(pair: Pair, response: list[int]) -> list[int]:
-        missing = max(len(pair.chosen_ids), len(pair.rejected_ids)) - len(response)
-        return pair.prompt_ids + response + ([] if extend_with is None else [extend_with] * missing)
-
-    rows = [row(pair, pair.chosen_ids) for pair in pairs] + [row(pair, pair.rejected_ids) for pair in pairs]
+    longest = [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+    rows = [
+        _row(pair.prompt_ids, pair[side], length, extend_with)
+        for side in (1, 2)
+        for pair, length in zip(pairs, longest, strict=True)
+    ]
     prompts, chosen, rejected = torch.tensor([[len(ids) for ids in pair] for pair in pairs]).unbind(1)
     return _right_padded(rows, pad_id) | {
         "prompt_lengths": prompts,
@@ -212,6 +296,48 @@ def collate_texts(texts: Sequence[Text], pad_id: int) -> dict[str, Tensor]:
         "response_lengths": torch.tensor([len(text.response_ids) for text in texts]),
         "rewards": torch.tensor([text.reward for text in texts]),
     }
+
+
+def collate_groups(groups: Sequence[Sequence[Text]], pad_id: int, extend_with: int | None = None) -> dict[str, Tensor]:
+    """A batch of groups of rated texts of one prompt as one row per text, and all P pairs within a group.
+
+    The text with the higher reward is the chosen one.
+
+    Args:
+        extend_with: the end token, to continue every response up to the longest of its group, see `collate`.
+
+    Returns:
+        `input_ids`, `attention_mask`: (texts, T); `rows`: (2P,) the texts of the pairs, chosen ones first;
+        `prompt_lengths`, `chosen_lengths`, `rejected_lengths`: (P,) in tokens; `won`: (P,) sigmoid of the difference of
+        rewards; `group`: (P,) which group a pair is of.
+
+    >>> collate_groups([[Text([1], [5], 0.0), Text([1], [6], 2.0)]], pad_id=0)["rows"]
+    tensor([0, 1])
+    """
+    texts: list[Text] = []
+    pairs, rows = [], []
+    for number, group in enumerate(groups):
+        longest = max(len(text.response_ids) for text in group)
+        pairs += [(number, len(texts) + i, len(texts) + j) for i, j in combinations(range(len(group)), 2)]
+        texts += sorted(group, key=lambda text: -text.reward)
+        rows += [_row(text.prompt_ids, text.response_ids, longest, extend_with) for text in texts[-len(group) :]]
+    batch = collate_texts(texts, pad_id) | _right_padded(rows, pad_id)
+    group_of, chosen, rejected = torch.tensor(pairs).unbind(1)
+    return {
+        "input_ids": batch["input_ids"],
+        "attention_mask": batch["attention_mask"],
+        "rows": torch.cat([chosen, rejected]),
+        "prompt_lengths": batch["prompt_lengths"][chosen],
+        "chosen_lengths": batch["response_lengths"][chosen],
+        "rejected_lengths": batch["response_lengths"][rejected],
+        "won": torch.sigmoid(batch["rewards"][chosen] - batch["rewards"][rejected]),
+        "group": group_of,
+    }
+
+
+def _row(prompt_ids: list[int], response_ids: list[int], length: int, extend_with: int | None) -> list[int]:
+    """Prompt and response; the response continued by end tokens up to so many, if there is an end token."""
+    return prompt_ids + response_ids + ([] if extend_with is None else [extend_with] * (length - len(response_ids)))
 
 
 def _right_padded(rows: Sequence[list[int]], pad_id: int) -> dict[str, Tensor]:

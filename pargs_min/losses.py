@@ -1,4 +1,5 @@
-"""Bradley-Terry losses on whole responses (ARGS) and on every prefix of them (PARGS); the loss of controlled decoding.
+"""Bradley-Terry losses on whole responses (ARGS) and on every prefix of them (PARGS); losses of values, win rates and
+likelihoods of prefixes.
 
 The paper writes the partial loss in one line. An implementation must also decide the following, and the paper's own
 code decides it silently. What is chosen here, and why:
@@ -20,6 +21,8 @@ code decides it silently. What is chosen here, and why:
    one task puts a quotation mark behind it; here a prefix is a slice of token ids.
 7. *Labels.* Every prefix inherits the label of its whole response.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -57,10 +60,14 @@ def partial_bradley_terry_loss(
     tail: str = "extend",
     reduction: str = "prefix",
     lengths: tuple[int, int | None] = (1, None),
+    labels: Tensor | None = None,
 ) -> Tensor:
     """Negative log-likelihood that the chosen response wins, read at every prefix length.
 
         L = -mean_i log sigmoid(r(chosen_1:i) - r(rejected_1:i))
+
+    With soft labels p it is the cross-entropy, -mean_i [p log sigmoid(d_i) + (1 - p) log sigmoid(-d_i)], d_i the
+    difference of rewards.
 
     Args:
         chosen_rewards, rejected_rewards: (B, T) reward at each response token, right padded. With `tail="extend"`
@@ -69,6 +76,7 @@ def partial_bradley_terry_loss(
         tail: "extend" compares up to the longer response, "min" up to the shorter one.
         reduction: "prefix" averages over all prefixes of the batch, "pair" over each pair first.
         lengths: first and last prefix length to compare, in tokens; None for no last one.
+        labels: (B,) probability that the chosen response wins; None means 1.
 
     Returns:
         Scalar, in nats per prefix (or per pair); a pair that compares nothing counts 0.
@@ -84,11 +92,18 @@ def partial_bradley_terry_loss(
     tensor(0.4100)
     >>> partial_bradley_terry_loss(chosen, rejected, torch.tensor([2]), torch.tensor([1]), tail="min")
     tensor(0.6931)
+    >>> partial_bradley_terry_loss(chosen, rejected, torch.tensor([2]), torch.tensor([1]), labels=torch.tensor([0.5]))
+    tensor(0.9100)
     """
-    _check_shapes(chosen_rewards, rejected_rewards, chosen_lengths, rejected_lengths)
+    _check_shapes(
+        chosen_rewards, rejected_rewards, chosen_lengths, rejected_lengths, *[] if labels is None else [labels]
+    )
     compared = compared_prefixes(chosen_lengths, rejected_lengths, chosen_rewards.shape[1], tail, lengths)
     # Masked before the softplus: whatever stands at padding, NaN included, touches neither the loss nor its gradient.
-    losses = F.softplus((rejected_rewards - chosen_rewards).masked_fill(~compared, 0.0)) * compared
+    behind = (rejected_rewards - chosen_rewards).masked_fill(~compared, 0.0)
+    losses = F.softplus(behind) * compared
+    if labels is not None:
+        losses = losses - (1 - labels)[:, None] * behind
     if reduction == "prefix":
         return losses.sum() / compared.sum().clamp(min=1)
     if reduction == "pair":
@@ -119,18 +134,139 @@ def prefix_value_loss(values: Tensor, rewards: Tensor, lengths: Tensor) -> Tenso
     >>> prefix_value_loss(torch.tensor([[1.0, 3.0], [0.0, 9.0]]), torch.tensor([3.0, 1.0]), torch.tensor([2, 1]))
     tensor(1.6667)
     """
-    if not (values.ndim == 2 and rewards.shape == lengths.shape == values.shape[:1]):
-        raise ValueError(
-            f"values must be (B, T), rewards and lengths (B,), got {tuple(values.shape)}, {tuple(rewards.shape)} and "
-            f"{tuple(lengths.shape)}"
-        )
+    written = written_tokens(values, lengths, rewards)
+    return (values - rewards[:, None]).masked_fill(~written, 0.0).square().sum() / written.sum()
+
+
+def soft_value_loss(
+    values: Tensor, rewards: Tensor, lengths: Tensor, lam: float, log_mean: float, highest: float
+) -> Tensor:
+    """Poisson deviance of each prefix's soft value, against the weight of the reward that its whole text received.
+
+        L = mean_i exp(u(y_1:i)) - w u(y_1:i),   u = lam V,   w = exp(lam r(y)) / mean over all texts
+
+    It is convex in u. Over samples of the reference it is least at V(a) = log E_ref[exp(lam r(Y)) | Y begins with a] /
+    lam - log_mean / lam, whose tilt at beta = lam is the RLHF policy. Where V exceeds the highest reward by more than
+    3 / lam, which no soft value does, the exponential goes on as its tangent: gradients stay finite, and the loss
+    bounded below.
+
+    Args:
+        values: (B, T) V at each response token, right padded, in units of reward.
+        rewards: (B,) reward of each whole text.
+        lengths: (B,) number of tokens of each response, its own end token included.
+        lam: weight of the reward, in nats per unit of reward.
+        log_mean, highest: log mean exp(lam r) and max r over all texts trained on, never over a batch, or the optimum
+            moves (`soft_value_scale`).
+
+    Returns:
+        Scalar, per prefix.
+
+    Raises:
+        ValueError: if the shapes do not fit, or for lengths outside 1..T.
+
+    Source: here (`theory/`, T20); of Poisson regression.
+
+    >>> values, rewards = torch.tensor([[0.0, 1.0]]), torch.tensor([2.0])
+    >>> soft_value_loss(values, rewards, torch.tensor([2]), lam=0.5, log_mean=1.0, highest=2.0)  # w = 1
+    tensor(1.0744)
+    """
+    written = written_tokens(values, lengths, rewards)
+    u, top = lam * values.masked_fill(~written, 0.0), 3.0 + lam * highest - log_mean
+    low, weights = u.clamp(max=top), (lam * rewards - log_mean).exp()
+    return ((low.exp() * (1 + u - low) - weights[:, None] * u) * written).sum() / written.sum()
+
+
+def soft_value_scale(rewards: Tensor, lam: float) -> tuple[float, float]:
+    """log mean exp(lam r) and max r of (N,) rewards: the scale of `soft_value_loss`, from all texts trained on.
+
+    Raises:
+        ValueError: if lam is not a positive number.
+
+    >>> soft_value_scale(torch.tensor([-1.0, 1.0, 1.0, 1.0]), lam=math.log(3.0))  # weights 1/3, 3, 3, 3
+    (0.8472978603872037, 1.0)
+    """
+    if not 0 < lam < math.inf:
+        raise ValueError(f"lam (--lambda) must be a positive number, got {lam}")
+    return float((lam * rewards.double()).logsumexp(0)) - math.log(len(rewards)), float(rewards.max())
+
+
+def likelihood_loss(log_probs: Tensor, lengths: Tensor) -> Tensor:
+    """Negative log-likelihood of the response tokens under a language model.
+
+        L = -mean_i log pi(y_i | y_<i)
+
+    On samples of the reference that were drawn again with probability proportional to exp(beta r) (`reweighted`) it is
+    least at the RLHF policy.
+
+    Args:
+        log_probs: (B, T) log pi of each response token, right padded.
+        lengths: (B,) number of tokens of each response, its own end token included.
+
+    Returns:
+        Scalar, in nats per token.
+
+    Raises:
+        ValueError: if the shapes do not fit, or for lengths outside 1..T.
+
+    Source: reward-weighted regression, Peters and Schaal (2007); `theory/`, T20.
+
+    >>> likelihood_loss(torch.tensor([[-1.0, -3.0], [-2.0, 9.0]]), torch.tensor([2, 1]))
+    tensor(2.)
+    """
+    written = written_tokens(log_probs, lengths)
+    return -log_probs.masked_fill(~written, 0.0).sum() / written.sum()
+
+
+def prefix_win_loss(
+    chosen_logits: Tensor, rejected_logits: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
+) -> Tensor:
+    """Cross-entropy of each prefix's win rate: won after a prefix of the chosen response, lost after one of the other.
+
+        L = -mean [log sigmoid(s(chosen_1:i)) for all i, log sigmoid(-s(rejected_1:i)) for all i]
+
+    On pairs of samples of the reference it is least at sigmoid(s(a)) = W(a), the probability that a text that begins
+    with a wins against another sample.
+
+    Args:
+        chosen_logits, rejected_logits: (B, T) s at each response token, right padded.
+        chosen_lengths, rejected_lengths: (B,) number of tokens of each response, its own end token included.
+
+    Returns:
+        Scalar, in nats per prefix.
+
+    Raises:
+        ValueError: if the shapes do not fit, or for lengths outside 1..T.
+
+    Source: here (`theory/`, T6 and T18).
+
+    >>> prefix_win_loss(torch.tensor([[0.0, 2.0]]), torch.tensor([[0.0, 9.0]]), torch.tensor([2]), torch.tensor([1]))
+    tensor(0.5044)
+    """
+    _check_shapes(chosen_logits, rejected_logits, chosen_lengths, rejected_lengths)
+    written = written_tokens(torch.cat([chosen_logits, rejected_logits]), torch.cat([chosen_lengths, rejected_lengths]))
+    behind = torch.cat([-chosen_logits, rejected_logits]).masked_fill(~written, 0.0)
+    return (F.softplus(behind) * written).sum() / written.sum()
+
+
+def written_tokens(values: Tensor, lengths: Tensor, rewards: Tensor | None = None) -> Tensor:
+    """(B, T) mask of the response tokens of right-padded (B, T) values; all True up to each of the (B,) lengths.
+
+    Raises:
+        ValueError: if the shapes do not fit, or for lengths outside 1..T.
+
+    >>> written_tokens(torch.zeros(2, 3), torch.tensor([2, 3]))
+    tensor([[ True,  True, False],
+            [ True,  True,  True]])
+    """
+    if values.ndim != 2 or {lengths.shape, (lengths if rewards is None else rewards).shape} != {values.shape[:1]}:
+        shapes = [tuple(values.shape), *(tuple(of.shape) for of in (rewards, lengths) if of is not None)]
+        raise ValueError(f"values must be (B, T), rewards and lengths (B,), got {', '.join(map(str, shapes))}")
     if lengths.min() < 1 or lengths.max() > values.shape[1]:
         raise ValueError(
             f"lengths must lie in 1..{values.shape[1]} (the width of values), "
             f"got {int(lengths.min())}..{int(lengths.max())}"
         )
-    written = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
-    return (values - rewards[:, None]).masked_fill(~written, 0.0).square().sum() / written.sum()
+    return torch.arange(values.shape[1], device=values.device) < lengths[:, None]
 
 
 def compared_prefixes(

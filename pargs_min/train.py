@@ -1,21 +1,23 @@
-"""Train a reward model on preference pairs, on every prefix of the responses or on whole responses only; or a value
-model on rated samples.
+"""Train a reward model on preference pairs, on every prefix of the responses or on whole responses only; on rated
+samples of the reference a reward model, a value model or a language model.
 
 A batch of B pairs is one forward pass of 2B rows, which yields the rewards of all prefixes. The loop, checkpoints,
 precision and processes are those of transformers' `Trainer`; ours are the losses and the metrics.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MethodType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     EvalPrediction,
@@ -27,19 +29,41 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from pargs_min.data import Pair, Text, at_response_tokens, collate, collate_texts, from_columns
+from pargs_min.data import (
+    Pair,
+    Text,
+    at_response_tokens,
+    collate,
+    collate_groups,
+    collate_texts,
+    effective_texts,
+    from_columns,
+    in_groups,
+    reweighted,
+)
 from pargs_min.lora import check_rank, low_rank
-from pargs_min.losses import bradley_terry_loss, compared_prefixes, partial_bradley_terry_loss, prefix_value_loss
+from pargs_min.losses import (
+    bradley_terry_loss,
+    compared_prefixes,
+    likelihood_loss,
+    partial_bradley_terry_loss,
+    prefix_value_loss,
+    prefix_win_loss,
+    soft_value_loss,
+    soft_value_scale,
+)
 from pargs_min.memory import enough_memory, is_out_of_memory
 from pargs_min.models import load_config
 from pargs_min.progress import progress
-from pargs_min.reward_model import is_causal, prefix_rewards
+from pargs_min.reward_model import is_causal, prefix_rewards, takes_positions, token_positions
 from pargs_min.scoring import RewardFn
 from pargs_min.store import saving
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the longer response of a pair; 1 is the usual accuracy of a reward model
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # in tokens
+FEW_TEXTS = 100  # effective ones per prompt, below which reweighting is warned of
 
 
 def train_reward_model(
@@ -65,7 +89,8 @@ def train_reward_model(
         pairs, eval_pairs: from `encode_preferences`; the second are evaluated when training has ended, and whenever
             `args` says so.
         args: of transformers; batch sizes count pairs.
-        objective: "partial" (PARGS) compares every prefix, "full" (ARGS) whole responses only.
+        objective: "partial" (PARGS) compares every prefix, "full" (ARGS) whole responses only; "win" says at every
+            prefix of both responses whether it wins.
         tail, reduction, lengths: of the partial objective, see `partial_bradley_terry_loss`.
         end: what continues the shorter response of a pair (`Codec.end`); None means the tokenizer's end token.
         lora_rank: R >= 1 trains adapters of rank R and the head (`low_rank`) instead of all weights.
@@ -93,7 +118,55 @@ def train_reward_model(
         return tensors | {"labels": items(tensors)}
 
     parts = dict(data_collator=collate_with_items, compute_metrics=prefix_metrics, loss=loss)
-    return _fit(PairTrainer, model, tokenizer, pairs, eval_pairs, args, lora_rank, resume, **parts)
+    return fit(PairTrainer, model, tokenizer, pairs, eval_pairs, args, lora_rank, resume, **parts)
+
+
+def train_partial_on_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    eval_texts: Sequence[Text] = (),
+    *,
+    args: TrainingArguments,
+    tail: str = "extend",
+    end: int | None = None,
+    group_size: int = 8,
+    lora_rank: int | None = None,
+    resume: bool = False,
+) -> dict[str, float]:
+    """Train a reward model of prefixes in place on all pairs of rated texts of one prompt, with soft labels.
+
+    A pair has the label sigmoid(r(y) - r(y')), the probability that y wins by the reward of whole texts. A batch is one
+    forward pass over its texts, whatever the number of pairs.
+
+    Args:
+        texts, eval_texts: samples of the reference, rated (`rate`), several for each prompt.
+        args: of transformers; batch sizes count groups.
+        group_size: texts of a prompt that are compared with each other, at most.
+
+    All other arguments are those of `train_reward_model`.
+
+    Returns:
+        Metrics: as `train_reward_model`; the text with the higher reward is the chosen one.
+
+    Raises:
+        ValueError: as `train_reward_model`, if a text has no finite reward, or no prompt has two texts.
+        FloatingPointError: as `train_reward_model`.
+    """
+    _check_rated(texts, eval_texts)
+    loss, items = objective_functions("partial", tail, "prefix")
+    extend_with = (tokenizer.eos_token_id if end is None else end) if tail == "extend" else None
+    groups, eval_groups = (in_groups(some, group_size) if some else [] for some in (texts, eval_texts))
+
+    def collate_with_items(batch: Sequence[Sequence[Text]]) -> dict[str, Tensor]:
+        tensors = collate_groups(batch, tokenizer.pad_token_id or 0, extend_with)
+        return tensors | {"labels": items(tensors)}
+
+    def soft_loss(*terms: Tensor) -> Tensor:
+        return loss(*terms[:-1], labels=terms[-1])
+
+    parts = dict(data_collator=collate_with_items, compute_metrics=prefix_metrics, loss=soft_loss)
+    return fit(GroupTrainer, model, tokenizer, groups, eval_groups, args, lora_rank, resume, **parts)
 
 
 def train_value_model(
@@ -103,35 +176,102 @@ def train_value_model(
     eval_texts: Sequence[Text] = (),
     *,
     args: TrainingArguments,
+    objective: str = "value",
+    lam: float = 1.0,
     lora_rank: int | None = None,
     resume: bool = False,
 ) -> dict[str, float]:
-    """Train a value model in place: every prefix of a text predicts the reward of the whole (controlled decoding).
+    """Train a value model in place: every prefix of a text predicts what the reward of the whole will be.
 
     Args:
         texts, eval_texts: samples of the reference, rated (`rate`).
+        objective: "value" (controlled decoding) predicts the mean reward, "soft" the soft value
+            log E[exp(lam r)] / lam, up to a constant (`soft_value_loss`).
+        lam: weight of the reward in the soft value, in nats per unit of reward.
 
     All other arguments are those of `train_reward_model`.
 
     Returns:
-        Metrics: `eval_loss` in squared units of reward per prefix, `value_metrics`, seconds.
+        Metrics: `eval_loss` per prefix, of values in squared units of reward, `value_metrics`, seconds.
 
     Raises:
-        ValueError: as `train_reward_model`, or if a text has no finite reward.
+        ValueError: as `train_reward_model`, if a text has no finite reward, or lam is not a positive number.
         FloatingPointError: as `train_reward_model`.
     """
-    unrated = sum(not math.isfinite(text.reward) for text in (*texts, *eval_texts))
-    if unrated:
+    _check_rated(texts, eval_texts)
+    loss: Callable[..., Tensor] = prefix_value_loss
+    if objective == "soft":
+        log_mean, highest = soft_value_scale(torch.tensor([text.reward for text in texts]), lam)
+        loss = partial(soft_value_loss, lam=lam, log_mean=log_mean, highest=highest)
+    elif objective != "value":
+        raise ValueError(f'objective must be "value" or "soft", got {objective!r}')
+    parts = dict(data_collator=_collate_texts(tokenizer), compute_metrics=value_metrics, loss=loss)
+    return fit(ValueTrainer, model, tokenizer, texts, eval_texts, args, lora_rank, resume, **parts)
+
+
+def train_language_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[Text],
+    eval_texts: Sequence[Text] = (),
+    *,
+    beta: float,
+    args: TrainingArguments,
+    lora_rank: int | None = None,
+    resume: bool = False,
+) -> dict[str, float]:
+    """Train a language model in place on samples of the reference, drawn again in proportion to exp(beta r).
+
+    With enough of them it becomes the RLHF policy at beta, and log pi - log pi_ref a guide (`likelihood_loss`).
+
+    Args:
+        model: a causal language model, the reference before it is trained.
+        texts, eval_texts: samples of the reference, rated (`rate`), several for each prompt; each prompt's are drawn
+            once from its own (`data.reweighted`, by the seed of `args`).
+        beta: weight of the reward, in nats per unit of reward, as in `generate`.
+
+    All other arguments are those of `train_reward_model`.
+
+    Returns:
+        Metrics: `eval_loss` in nats per token, `effective_texts_mean` and `effective_texts_least` per prompt under the
+        weights, seconds.
+
+    Raises:
+        ValueError: as `train_reward_model`, if a text has no finite reward, a prompt has a single text, or beta is not
+            a positive number.
+        FloatingPointError: as `train_reward_model`.
+
+    Warns:
+        UserWarning: if fewer than 100 texts per prompt are effective.
+    """
+    _check_rated(texts, eval_texts)
+    drawn, held_out = (reweighted(some, beta, args.seed) for some in (texts, eval_texts))
+    effective = effective_texts(texts, beta)
+    if effective.mean() < FEW_TEXTS:
+        warnings.warn(
+            f"at beta {beta:g} only {effective.mean():.3g} texts per prompt are effective, fewer than {FEW_TEXTS}: "
+            "write more of them, or choose a lower beta",
+            stacklevel=2,
+        )
+    parts = dict(data_collator=_collate_texts(tokenizer), compute_metrics=likelihood_metrics, loss=likelihood_loss)
+    metrics = fit(LikelihoodTrainer, model, tokenizer, drawn, held_out, args, lora_rank, resume, **parts)
+    return metrics | {"effective_texts_mean": float(effective.mean()), "effective_texts_least": float(effective.min())}
+
+
+def _check_rated(*texts: Sequence[Text]) -> None:
+    if unrated := sum(not math.isfinite(text.reward) for some in texts for text in some):
         raise ValueError(f"texts must have finite rewards, got {unrated} without: call rate() first")
-    pad_id = tokenizer.pad_token_id or 0
+
+
+def _collate_texts(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Text]], dict[str, Tensor]]:
+    """Texts -> a batch, with labels for Trainer to count."""
 
     def collate_with_items(batch: Sequence[Text]) -> dict[str, Tensor]:
-        tensors = collate_texts(batch, pad_id)
+        tensors = collate_texts(batch, tokenizer.pad_token_id or 0)
         lengths = tensors["response_lengths"]
         return tensors | {"labels": torch.where(torch.arange(int(lengths.max())) < lengths[:, None], 0, -100)}
 
-    parts = dict(data_collator=collate_with_items, compute_metrics=value_metrics, loss=prefix_value_loss)
-    return _fit(ValueTrainer, model, tokenizer, texts, eval_texts, args, lora_rank, resume, **parts)
+    return collate_with_items
 
 
 @torch.no_grad()
@@ -146,8 +286,8 @@ def rate(texts: Sequence[Text], reward_fn: RewardFn, *, batch_size: int = 32, de
     return rated
 
 
-def _fit(
-    trainer_class,
+def fit(
+    trainer_class: "type[PrefixTrainer]",
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data,
@@ -157,8 +297,8 @@ def _fit(
     resume: bool,
     **parts,
 ) -> dict[str, float]:
-    if not is_causal(model):
-        raise ValueError(f"{type(model).__name__} has no reward at every token; train a causal model")
+    """Train a model in place by one of the trainers below; what all objectives share."""
+    trainer_class.check(model)
     if args.n_gpu > 1:
         raise ValueError(
             f"one process sees {args.n_gpu} GPUs: start one process each with `torchrun --nproc-per-node={args.n_gpu} "
@@ -167,7 +307,7 @@ def _fit(
     check_settings(args, resume)
     checkpoint = last_checkpoint(args.output_dir) if resume else None
     check_rank(checkpoint, lora_rank)
-    with enough_memory(*_asked(args)), low_rank(model, lora_rank), _forward_is_prefix_rewards(model):
+    with enough_memory(*_asked(args)), low_rank(model, lora_rank), _forward_is(trainer_class.reads, model):
         parts |= dict(train_dataset=data, eval_dataset=eval_data or None, callbacks=[WithTokenizer(tokenizer)])
         trainer = trainer_class(model, args, **parts)
         if trainer.is_fsdp_enabled:
@@ -251,6 +391,23 @@ def check_settings(args: TrainingArguments, resume: bool) -> None:
         _check_whole(Path(checkpoint))
 
 
+def keep_best(args: TrainingArguments) -> None:
+    """Let training end with the weights of the checkpoint whose held-out loss is least.
+
+    Checkpoints are saved when held-out records are evaluated, and the other way round; where the settings name neither,
+    after every tenth of the steps.
+    """
+    if args.eval_strategy != "no":
+        args.save_strategy, args.save_steps = SaveStrategy(args.eval_strategy.value), args.eval_steps
+    elif (args.save_strategy, args.save_steps) != (SaveStrategy.STEPS, TrainingArguments.save_steps):
+        args.eval_strategy, args.eval_steps = IntervalStrategy(args.save_strategy.value), args.save_steps
+    if args.eval_strategy == "no":
+        args.eval_strategy, args.save_strategy = IntervalStrategy.STEPS, SaveStrategy.STEPS
+        args.eval_steps = args.save_steps = 0.1
+    args.do_eval = args.load_best_model_at_end = True
+    args.metric_for_best_model, args.greater_is_better = "eval_loss", False
+
+
 def _check_whole(checkpoint: Path) -> None:
     """Raises ValueError, naming the file, if one of a checkpoint's files cannot be read."""
     load_config(checkpoint)  # looks at configuration, tokenizer and weights
@@ -329,6 +486,17 @@ class WithTokenizer(TrainerCallback):
             self.tokenizer.save_pretrained(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
+def token_log_probs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """(B, T) log pi(ids_t | ids_1:t-1) in nats under a language model, in float32 or wider; 0 at the first token.
+
+    It calls the forward of the model's class, for a model whose own is replaced by this function.
+    """
+    positions = {"position_ids": token_positions(mask)} if takes_positions(type(model).forward) else {}
+    logits = type(model).forward(model, input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits[:, :-1]
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return F.pad(log_probs.gather(2, ids[:, 1:, None])[..., 0], (1, 0))
+
+
 class PrefixTrainer(Watched):
     """transformers' Trainer, for losses of the rewards at all response tokens; a subclass says where those are.
 
@@ -336,6 +504,14 @@ class PrefixTrainer(Watched):
     (accumulation steps, processes), so that a prefix weighs the same wherever it falls. `terms` are the loss's
     arguments, a row each.
     """
+
+    reads: Callable[..., Any] = staticmethod(prefix_rewards)  # what calling the model gives
+
+    @staticmethod
+    def check(model: PreTrainedModel) -> None:
+        """Raises ValueError if the model cannot be trained so."""
+        if not is_causal(model):
+            raise ValueError(f"{type(model).__name__} has no reward at every token; train a causal model")
 
     def __init__(self, *arguments, loss: Callable[..., Tensor], **keywords):
         super().__init__(*arguments, **keywords)
@@ -369,11 +545,33 @@ class PairTrainer(PrefixTrainer):
         return *at_response_tokens(rewards, inputs), inputs["chosen_lengths"], inputs["rejected_lengths"]
 
     def predictions_and_labels(self, terms, inputs):
-        chosen, rejected, *ends = terms
+        chosen, rejected, *ends = terms[:4]
         longest = torch.maximum(*ends)[:, None]
         lengths = torch.cat([fractions(longest), longest.new_tensor(LENGTHS).expand(len(longest), -1)], 1)
         margins, differ = prefix_margins(chosen, rejected, inputs, lengths)
-        return (margins, differ.long()), longest
+        return (_wins(margins) * differ, differ.double()), longest
+
+
+class GroupTrainer(PairTrainer):
+    """For batches of groups of rated texts (`collate_groups`); what it predicts is summed over the pairs of a group."""
+
+    def terms(self, rewards, inputs):
+        return *super().terms(rewards[inputs["rows"]], inputs), inputs["won"]
+
+    def predictions_and_labels(self, terms, inputs):
+        of_pairs = inputs | {"input_ids": inputs["input_ids"][inputs["rows"]]}
+        return super().predictions_and_labels(terms[:-1], of_pairs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        _, (losses, items, wins, differ), longest = super().prediction_step(model, inputs, prediction_loss_only)
+        group = inputs["group"].to(losses.device)
+
+        def summed(values: Tensor) -> Tensor:
+            return values.new_zeros(int(group.max()) + 1, *values.shape[1:]).index_add(0, group, values)
+
+        counts = summed(items)
+        longest = longest.new_zeros(len(counts)).scatter_reduce(0, group, longest[:, 0], "amax")
+        return None, (summed(losses * items) / counts, counts, summed(wins), summed(differ)), longest
 
 
 class ValueTrainer(PrefixTrainer):
@@ -386,6 +584,24 @@ class ValueTrainer(PrefixTrainer):
     def predictions_and_labels(self, terms, inputs):
         values, rewards, lengths = terms
         return (values.gather(1, fractions(lengths[:, None]) - 1),), rewards
+
+
+class LikelihoodTrainer(ValueTrainer):
+    """For batches of texts, read by a language model."""
+
+    reads = staticmethod(token_log_probs)
+
+    @staticmethod
+    def check(model: PreTrainedModel) -> None:
+        if model.get_output_embeddings() is None:
+            raise ValueError(f"{type(model).__name__} has no probability for the next token; train a language model")
+
+    def terms(self, log_probs, inputs):
+        log_probs, _, lengths = super().terms(log_probs, inputs)
+        return log_probs, lengths
+
+    def predictions_and_labels(self, terms, inputs):
+        return (), inputs["rewards"]
 
 
 def fractions(lengths: Tensor) -> Tensor:
@@ -403,20 +619,23 @@ def objective_functions(
     Raises:
         ValueError: if a name is unknown.
     """
-    known = dict(objective=("partial", "full"), tail=("extend", "min"), reduction=("prefix", "pair"))
+    known = dict(objective=("partial", "full", "win"), tail=("extend", "min"), reduction=("prefix", "pair"))
     for name, value in (("objective", objective), ("tail", tail), ("reduction", reduction)):
         if value not in known[name]:
-            raise ValueError(f'{name} must be "{known[name][0]}" or "{known[name][1]}", got {value!r}')
+            raise ValueError(f"{name} must be one of {', '.join(known[name])}, got {value!r}")
 
     def items(batch: dict[str, Tensor]) -> Tensor:
         chosen, rejected = batch["chosen_lengths"], batch["rejected_lengths"]
+        if objective == "win":
+            both = torch.stack([chosen, rejected], 1)
+            return torch.where(torch.arange(int(both.max())) < both[..., None], 0, -100)
         if objective == "full" or reduction == "pair":
             return torch.zeros_like(chosen)
         compared = compared_prefixes(chosen, rejected, int(torch.maximum(chosen, rejected).max()), tail, lengths)
         return torch.where(compared, 0, -100)
 
-    if objective == "full":
-        return full_loss, items
+    if objective != "partial":
+        return {"full": full_loss, "win": prefix_win_loss}[objective], items
     return partial(partial_bradley_terry_loss, tail=tail, reduction=reduction, lengths=lengths), items
 
 
@@ -434,13 +653,13 @@ def full_loss(
 
 
 @contextmanager
-def _forward_is_prefix_rewards(model: PreTrainedModel) -> Iterator[None]:
-    """Context manager: calling the model gives its rewards at every token.
+def _forward_is(reads: Callable[..., Any], model: PreTrainedModel) -> Iterator[None]:
+    """Context manager: calling the model gives `reads(model, ids, mask)`, such as its rewards at every token.
 
-    The model's own forward pools the last one. Wrappers (DDP, autocast) act on a model that is called, so its
+    The own forward of a reward model pools the last one. Wrappers (DDP, autocast) act on a model that is called, so its
     parts must not be called behind their back.
     """
-    model.forward = MethodType(prefix_rewards, model)
+    model.forward = MethodType(reads, model)
     try:
         yield
     finally:
@@ -527,12 +746,11 @@ def prefix_margins(
 def prefix_metrics(evaluation: EvalPrediction) -> dict[str, float]:
     """For Trainer: `loss`, and pair accuracies: `accuracy` (whole responses), after 25, 50, 75 % and after 1, 2, 4, ...
     tokens."""
-    (losses, items, margins, differ), longest = evaluation.predictions, evaluation.label_ids
+    (losses, items, wins, differ), longest = evaluation.predictions, evaluation.label_ids
     names = _percent_names("accuracy") + [f"accuracy_after_{length}" for length in LENGTHS if length < longest.max()]
-    wins, differ = _wins(torch.from_numpy(margins)), torch.from_numpy(differ).bool()
-    compared = {name: wins[differ[:, column], column] for column, name in enumerate(names)}
-    counts = {"loss": _mean_loss(losses, items), "pairs": len(wins)}
-    return counts | {name: float(won.mean()) for name, won in compared.items() if len(won)}
+    accuracies = {name: (wins[:, n].sum(), count) for n, name in enumerate(names) if (count := differ[:, n].sum())}
+    counts = {"loss": _mean_loss(losses, items), "pairs": int(differ[:, len(FRACTIONS) - 1].sum())}
+    return counts | {name: float(won / count) for name, (won, count) in accuracies.items()}
 
 
 def value_metrics(evaluation: EvalPrediction) -> dict[str, float]:
@@ -543,6 +761,12 @@ def value_metrics(evaluation: EvalPrediction) -> dict[str, float]:
     varied = {name: column for name, column in columns if rewards.std() > 0 and column.std() > 0}
     correlations = {name: float(np.corrcoef(column, rewards)[0, 1]) for name, column in varied.items()}
     return {"loss": _mean_loss(losses, items), "texts": len(rewards)} | correlations
+
+
+def likelihood_metrics(evaluation: EvalPrediction) -> dict[str, float]:
+    """For Trainer: `loss`."""
+    losses, items = evaluation.predictions
+    return {"loss": _mean_loss(losses, items), "texts": len(losses)}
 
 
 def _mean_loss(losses: np.ndarray, items: np.ndarray) -> float:

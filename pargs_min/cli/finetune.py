@@ -42,7 +42,8 @@ def dpo(arguments: list[str]) -> None:
     model, tokenizer = load_language_model(options.model), load_tokenizer(options.model)
     limit = options.max_length or context_length(model)
     encode = partial(encode_preferences, tokenizer=tokenizer, max_length=limit, append_eos=options.append_eos)
-    model.config.pargs = {"prompt_format": records_form([record for some in records for record in some])}
+    form = records_form([record for some in records for record in some])
+    model.config.pargs = dict(objective="dpo", beta=options.beta, prompt_format=form)
     fit = partial(train_dpo, model, tokenizer, beta=options.beta)
     fit_and_save(options, args, records, encode, fit, partial(save, model, tokenizer))
 

@@ -1,13 +1,14 @@
-"""`pargs train`: reward models and value models; and what it shares with `pargs dpo`."""
+"""`pargs train`: what guides, by every objective; and what it shares with `pargs dpo`."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import distributed
@@ -15,20 +16,23 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from pargs_min.cli.options import choice, parse
 from pargs_min.codec import Codec, check_vocabularies
-from pargs_min.data import Text, encode_preferences, encode_texts, records_form, split_by_prompt
+from pargs_min.data import Text, effective_texts, encode_preferences, encode_texts, records_form, split_by_prompt
 from pargs_min.lora import lora_config
-from pargs_min.methods import OBJECTIVES
-from pargs_min.models import load_reward_model, load_tokenizer, record, save_reward_model
+from pargs_min.models import load_language_model, load_reward_model, load_tokenizer, record, save, save_reward_model
 from pargs_min.records import Response, read_preferences, read_responses
 from pargs_min.reward_model import context_length, recorded
 from pargs_min.scoring import model_rewards
 from pargs_min.store import content, read_json, results, write_json
 from pargs_min.texts import differences
 from pargs_min.train import (
+    FEW_TEXTS,
     check_settings,
     checkpoints,
+    keep_best,
     last_checkpoint,
     rate,
+    train_language_model,
+    train_partial_on_texts,
     train_reward_model,
     train_value_model,
     usable_settings,
@@ -44,6 +48,7 @@ WEIGHTS_DEPEND_ON = {
     "max_grad_norm", "bf16", "fp16", "train_sampling_strategy", "ignore_data_skip", "neftune_noise_alpha",
     "average_tokens_across_devices",
 }  # fmt: skip
+BETAS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # at which texts are counted (`few_from`)
 NOT_IN_THE_WEIGHTS = ("resume", "overwrite", "output_dir", "save_every", "device")  # of our own
 
 
@@ -58,6 +63,8 @@ class DataOptions:
         max_length: Tokens per text at most; prompts are cut. Default: the model's context.
         eval_dataset: Records to evaluate on, instead of held-out ones.
         eval_fraction: Share of prompts to hold out, with all their records; 0 for none.
+        load_best: Keep the checkpoint with the least held-out loss, not the last. Evaluates whenever a checkpoint is
+            saved, by default after every tenth of the steps.
         resume: Continue from the last checkpoint in --output-dir, if there is one.
         overwrite: Replace the model and the checkpoints in --output-dir.
 
@@ -71,12 +78,34 @@ class DataOptions:
     max_length: int | None = None
     eval_dataset: str | None = None
     eval_fraction: float = 0.1
+    load_best: bool = False
     resume: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length (--max-length) must be at least 1, got {self.max_length}")
+
+
+class Recipe(NamedTuple):
+    """How an objective is trained."""
+
+    train: Callable  # (model, tokenizer, items, held-out items, args=, lora_rank=, resume=, and `takes`) -> metrics
+    takes: tuple[str, ...] = ()  # options that it is told, and that are recorded with the model
+    on_texts: bool = False  # rated samples of the reference; else preference pairs
+    language_model: bool = False  # else a reward model
+
+
+# Objective -> how it is trained.
+RECIPES = {
+    "partial": Recipe(train_reward_model, ("objective", "tail", "reduction")),
+    "full": Recipe(train_reward_model, ("objective", "tail", "reduction")),
+    "win": Recipe(train_reward_model, ("objective",)),
+    "value": Recipe(train_value_model, ("objective",), on_texts=True),
+    "soft": Recipe(train_value_model, ("objective", "lam"), on_texts=True),
+    "reweighted": Recipe(train_language_model, ("beta",), on_texts=True, language_model=True),
+}
+SOFT_LABELS = Recipe(train_partial_on_texts, ("tail",), on_texts=True)  # "partial" with --soft-labels-from
 
 
 @dataclass(kw_only=True)
@@ -86,10 +115,18 @@ class TrainOptions(DataOptions):
     Args:
         model: Language model or reward model to start from: a folder or a hub id.
         dataset: Preference pairs: a .jsonl or .jsonl.gz file, or a hub data set as owner/name or owner/name:split
-            (needs the extra `hub`). For --objective value: texts written by `pargs generate --method plain`.
-        objective: Compare every prefix (partial: PARGS) or whole responses only (full: ARGS); or let every prefix
-            predict the reward of its whole text (value: controlled decoding).
-        reward_model: For --objective value: full-sequence model to rate the texts.
+            (needs the extra `hub`). With --reward-model or --soft-labels-from: texts of the reference, written by
+            `pargs generate --method plain`.
+        objective: From pairs: compare every prefix (partial: PARGS) or whole responses only (full: ARGS), or predict
+            at every prefix whether its response wins (win). From texts and the rewards of a whole-text model: predict
+            at every prefix the mean reward (value: controlled decoding) or the soft value (soft), or train a language
+            model on the texts, drawn again in proportion to exp(beta * reward) (reweighted).
+        reward_model: Whole-text model to rate the texts, for the objectives that learn from texts.
+        soft_labels_from: For --objective partial: whole-text model to rate texts, all of whose pairs within a prompt
+            are then compared with soft labels.
+        lam: For --objective soft: weight of the reward in the soft value, in nats per unit of reward. Default: 1.
+        beta: For --objective reweighted: weight of the reward, in nats per unit of reward; other values can be asked
+            for when decoding. Default: 1.
         tail: Compare prefixes up to the longer response, with end tokens after the shorter one (extend), or up to the
             shorter one (min). Default: extend, or min with --no-append-eos.
         head: Head given to a language model: one reward per prefix (scalar), or one per next token (vocab), so that
@@ -100,11 +137,14 @@ class TrainOptions(DataOptions):
             --learning-rate, such as 1e-4. With --bf16 the other weights are held in bfloat16.
 
     Raises:
-        ValueError: for options that exclude each other.
+        ValueError: for options that exclude each other, or are out of range.
     """
 
-    objective: str = choice(OBJECTIVES, "partial")
+    objective: str = choice(RECIPES, "partial")
     reward_model: str | None = None
+    soft_labels_from: str | None = None
+    lam: float | None = field(default=None, metadata={"aliases": ["--lambda"]})
+    beta: float | None = None
     tail: Literal["extend", "min"] | None = None
     head: Literal["scalar", "vocab"] = "scalar"
     reduction: Literal["prefix", "pair"] = "prefix"
@@ -115,10 +155,31 @@ class TrainOptions(DataOptions):
         self.tail = self.tail or ("extend" if self.append_eos else "min")
         if self.tail == "extend" and not self.append_eos:
             raise ValueError("--tail extend appends end tokens and --no-append-eos forbids them: drop one of the two")
-        if (self.objective == "value") != (self.reward_model is not None):
-            raise ValueError("--objective value and --reward-model go together: its rewards are what prefixes predict")
+        if self.soft_labels_from is not None and self.objective != "partial":
+            raise ValueError(f"--soft-labels-from is for --objective partial, got {self.objective}")
+        if RECIPES[self.objective].on_texts != (self.reward_model is not None):
+            learners = ", ".join(name for name, recipe in RECIPES.items() if recipe.on_texts)
+            raise ValueError(
+                f"--reward-model goes together with --objective {learners}, got {self.objective}: it rates --dataset, "
+                "texts of the reference (written by `pargs generate --method plain`), and is a whole-text model (made "
+                "by `pargs train --objective full`)"
+            )
+        for name, flag in (("lam", "--lambda"), ("beta", "--beta")):
+            value, takers = getattr(self, name), [one for one in RECIPES if name in RECIPES[one].takes]
+            if self.objective not in takers and value is not None:
+                raise ValueError(f"{flag} is for --objective {', '.join(takers)}, got {self.objective}")
+            if self.objective in takers and value is None:
+                setattr(self, name, 1.0)
+            elif value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} ({flag}) must be a positive number, got {value}")
+        if self.recipe.language_model and self.head != "scalar":
+            raise ValueError(f"--objective {self.objective} trains a language model, which takes no --head")
         if self.lora_rank is not None:
             lora_config(self.lora_rank)  # raises where the rank is below 1, or peft is missing
+
+    @property
+    def recipe(self) -> Recipe:
+        return SOFT_LABELS if self.soft_labels_from else RECIPES[self.objective]
 
 
 # Where we differ from transformers' defaults: one pass, since reward models overfit on the second, and a step size for
@@ -127,29 +188,65 @@ DEFAULTS = dict(num_train_epochs=1, learning_rate=1e-5, warmup_steps=0.05, loggi
 
 
 def train(arguments: list[str]) -> None:
-    """Train a reward model on every prefix of the responses of preference pairs."""
+    """Train a model that guides: by default a reward model on every prefix of the responses of preference pairs."""
     options, args = begin(train, arguments, TrainOptions, output_dir="runs/reward_model")
-    records = read(options, read_responses if options.objective == "value" else read_preferences)
+    recipe, rater = options.recipe, options.reward_model or options.soft_labels_from
+    records = read(options, partial(read_texts, rater) if recipe.on_texts else read_preferences)
     form = records_form([record for some in records for record in some])  # an error now, not after training
 
     set_seed(args.seed)  # draws the new head
     tokenizer = load_tokenizer(options.model)
     dtype = torch.bfloat16 if options.lora_rank and args.bf16 else torch.float32
-    model = load_reward_model(options.model, tokenizer, dtype=dtype, head=options.head)
-
-    made, limit = dict(objective=options.objective), options.max_length or context_length(model)
-    if options.objective == "value":
-        form, encode = rated(options.reward_model, tokenizer, limit, str(args.device), form)
-        method = train_value_model
+    if recipe.language_model:
+        model = load_language_model(options.model, dtype=dtype)
     else:
-        made |= dict(tail=options.tail, reduction=options.reduction)
+        model = load_reward_model(options.model, tokenizer, dtype=dtype, head=options.head)
+
+    limit = options.max_length or context_length(model)
+    if recipe.on_texts:
+        form, encode = rated(rater, tokenizer, limit, str(args.device), form)
+    else:
         encode = partial(encode_preferences, tokenizer=tokenizer, max_length=limit, append_eos=options.append_eos)
-        method = partial(train_reward_model, **made, end=Codec(tokenizer, form).end)
-    made |= dict(append_eos=options.append_eos, prompt_format=form)
+    told = {name: getattr(options, name) for name in recipe.takes}
+    made = dict(objective=options.objective) | told | dict(append_eos=options.append_eos, prompt_format=form)
     made |= {} if options.lora_rank is None else dict(lora_rank=options.lora_rank)
-    record(model, **made)
-    fit = partial(method, model, tokenizer, lora_rank=options.lora_rank)
-    fit_and_save(options, args, records, encode, fit, partial(save_reward_model, model, tokenizer, **made))
+    made |= {} if options.soft_labels_from is None else dict(soft_labels=True)
+    if "tail" in told:
+        told["end"] = Codec(tokenizer, form).end
+
+    def fit(items: list, held_out: list, **settings: Any) -> dict[str, float]:
+        if recipe.on_texts and args.process_index == 0:
+            print(few_from(items))
+        return recipe.train(model, tokenizer, items, held_out, lora_rank=options.lora_rank, **told, **settings)
+
+    if recipe.language_model:
+        model.config.pargs = made
+        write = partial(save, model, tokenizer)
+    else:
+        record(model, **made)
+        write = partial(save_reward_model, model, tokenizer, **made)
+    fit_and_save(options, args, records, encode, fit, write)
+
+
+def read_texts(rater: str, name: str) -> list[Response]:
+    """The texts of a file. Raises ValueError, saying what makes such a file, if it cannot be read."""
+    try:
+        return read_responses(name)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; what {rater} is to rate are texts of the reference, written by `pargs generate --method plain`"
+        ) from None
+
+
+def few_from(texts: Sequence[Text]) -> str:
+    """Says from which beta on so few of each prompt's texts are effective that a larger one cannot be learned."""
+    few = next((beta for beta in BETAS if effective_texts(texts, beta).mean() < FEW_TEXTS), None)
+    if few is None:
+        return f"texts: at beta {BETAS[-1]:g} at least {FEW_TEXTS} per prompt are effective under exp(beta * reward)"
+    return (
+        f"texts: from beta {few:g} on fewer than {FEW_TEXTS} per prompt are effective under exp(beta * reward): too"
+        " few to learn what a larger beta pays"
+    )
 
 
 def rated(
@@ -192,6 +289,8 @@ def begin(command: Callable, arguments: list[str], kind: type, **defaults: Any) 
     defaults = DEFAULTS | dict(dataloader_pin_memory=torch.accelerator.is_available()) | defaults
     with usable_settings():
         options, args = parse(command, arguments, kind, TrainingArguments, defaults=defaults)
+    if options.load_best:
+        keep_best(args)
     check_settings(args, options.resume)
     if options.resume:
         check_same(Path(args.output_dir), recipe(options, args))
@@ -202,7 +301,7 @@ def begin(command: Callable, arguments: list[str], kind: type, **defaults: Any) 
 
 def recipe(options: Any, args: TrainingArguments | None = None) -> dict:
     """What a model is made from, files by their content; kept next to checkpoints, for --resume to compare."""
-    files = ("model", "dataset", "eval_dataset", "reward_model", "value_model")
+    files = ("model", "dataset", "eval_dataset", "reward_model", "soft_labels_from", "value_model")
     read = {f"content of {name}": content(file) for name in files if (file := getattr(options, name, None))}
     ours = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_WEIGHTS}
     theirs = args.to_dict() if args else {}
@@ -247,8 +346,11 @@ def fit_and_save(
     items, held_out = (prepare(some) if some else [] for some in records)
     if not held_out:
         items, held_out = split_by_prompt(items, options.eval_fraction, args.seed)
+    if options.load_best and not held_out:
+        raise ValueError("--load-best needs held-out records: give --eval-dataset, or an --eval-fraction above 0")
 
-    folder, sources = Path(args.output_dir), (options.model, getattr(options, "reward_model", None))
+    named = ("model", "reward_model", "soft_labels_from")
+    folder, sources = Path(args.output_dir), tuple(getattr(options, name, None) for name in named)
     goes_on = options.resume and last_checkpoint(folder) is not None
     replace = options.overwrite or (goes_on and (folder / KEPT).exists())  # the model of a run that goes on is its own
     with results(folder, "config.json", overwrite=replace, sources=sources) if first else nullcontext():

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pargs_min import methods
 from pargs_min.cli import main
+from pargs_min.cli.train import RECIPES
 from pargs_min.models import load_reward_model, load_tokenizer, save_reward_model
 from pargs_min.reward_model import prefix_rewards, recorded
 from tests.strategies import tiny_lm, tiny_tokenizer
@@ -308,7 +309,7 @@ def test_controlled_decoding_from_samples_to_texts(lm, pairs, prompts, tmp_path,
     smc = ["--method", "smc", "--particles", "3", "--final-reward-model", str(tmp_path / "rm"), "--top-k", "4"]
     assert generate(lm, prompts, tmp_path / "smc.jsonl", *guide, *smc) == 0
     assert train(lm, samples, tmp_path / "bad", "--objective", "value") == 2
-    assert "--objective value and --reward-model go together" in capsys.readouterr().err
+    assert "--reward-model goes together with --objective value, soft, reweighted, got value" in capsys.readouterr().err
 
 
 @pytest.mark.trains
@@ -405,7 +406,8 @@ def test_shards_are_joined_by_cat_resumed_each_and_taken_by_evaluate(lm, prompts
     [
         (["--method", "plain", "--shard", "4/4"], "shard (--shard) must be i/n"),
         (["--method", "pargs"], "needs a reward model"),
-        (["--method", "plain", "--top-k", "99"], "top_k must lie between 1 and the vocabulary size"),
+        (["--method", "plain", "--top-k", "9"], "candidates of guided methods, and plain has none"),
+        (["--method", "plain", "--ref-top-p", "1.5"], "ref_top_p must be above 0 and at most 1, got 1.5"),
         (["--method", "plain", "--max-new-tokens", "500"], "exceeds the context"),
         (["--method", "plain", "--model", "nowhere/at-all"], "cannot load 'nowhere/at-all'"),
         (["--method", "plain", "--prompts", "nowhere.txt"], "nowhere.txt"),
@@ -483,7 +485,7 @@ def test_chats_are_trained_to_the_end_that_their_template_writes(tmp_path, monke
         seen.append((pairs[0].chosen_ids, how["end"]))
         return {}
 
-    monkeypatch.setattr("pargs_min.cli.train.train_reward_model", remember)
+    monkeypatch.setitem(RECIPES, "partial", RECIPES["partial"]._replace(train=remember))
     assert train(tmp_path / "lm", tmp_path / "pairs.jsonl", tmp_path / "rm", "--eval-fraction", "0") == 0
     assert seen == [([9, 10, 0], 0)]
     assert recorded(load_reward_model(tmp_path / "rm"))["prompt_format"] == "chat"
