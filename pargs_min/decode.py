@@ -121,10 +121,7 @@ class Warp:
 
     def __post_init__(self) -> None:
         ranges = {
-            "temperature": (
-                0 < self.temperature < float("inf"),
-                "a positive number (for the argmax use a greedy method)",
-            ),
+            "temperature": (0 < self.temperature < float("inf"), "a positive number"),
             "top_k": (self.top_k >= 0, "at least 1, or 0 for all tokens"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),

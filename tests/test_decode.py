@@ -1,16 +1,27 @@
 """The loop: exactly the policy of the equation, row by row, and the same inside transformers' own generate."""
 
 import itertools
+import math
 
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers.generation.logits_process import TopKLogitsWarper
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from pargs_min import minimal
-from pargs_min.decode import ModelPolicy, RewardGuidance, generate, greedy, row_uniforms, sample
+from pargs_min.decode import (
+    ModelPolicy,
+    RewardGuidance,
+    Warp,
+    WarpedPolicy,
+    generate,
+    greedy,
+    response_log_probs,
+    row_uniforms,
+    sample,
+)
 from pargs_min.reward_model import prefix_rewards
-from pargs_min.scoring import ReencodeScorer, SiblingScorer
+from pargs_min.scoring import LanguageModelScorer, ReencodeScorer, SiblingScorer, WinTilt
 from tests.strategies import left_padded, tiny_lm, tiny_reward_model
 
 EXACT = dict(rtol=0, atol=1e-12)
@@ -22,18 +33,12 @@ def models(vocabulary=11, lm="gpt2", rm="llama"):
     return tiny_lm(lm, vocabulary), tiny_reward_model(rm, vocabulary)
 
 
-def enumerated(policy, reward, ids, top_k, steps, **settings):
-    """Every path of candidate choices through `generate`, as one batch: its tokens, lengths and log-probability."""
-    paths = torch.tensor(list(itertools.product(range(top_k), repeat=steps)))
-    numbers, drawn = iter(range(steps)), []
-
-    def follow(log_probs, uniforms):
-        index = paths[:, next(numbers)]
-        drawn.append(log_probs.gather(1, index[:, None])[:, 0])
-        return index
-
+def enumerated(policy, reward, ids, vocabulary, steps, **settings):
+    """Every path of tokens through `generate`, as one batch."""
+    paths = torch.tensor(list(itertools.product(range(vocabulary), repeat=steps)))
+    tokens = iter(paths.T)
     ids = ids.expand(len(paths), -1)
-    return generate(policy, reward, ids, top_k=top_k, max_new_tokens=steps, draw=follow, **settings)
+    return generate(policy, reward, ids, max_new_tokens=steps, draw=lambda *_: next(tokens), **settings)
 
 
 @torch.no_grad()
@@ -42,7 +47,7 @@ def test_the_sequence_distribution_is_the_enumerated_one(lm, rm):
     """Vocabulary 5, all paths of three tokens: at every prefix softmax(ref_log_probs + beta * rewards)."""
     lm, rm = models(VOCABULARY, lm, rm)
     prompt = torch.tensor([[2, 3]])
-    paths = enumerated(ModelPolicy(lm), SiblingScorer(rm), prompt, VOCABULARY, 3, beta=1.7, eos=END)
+    paths = enumerated(ModelPolicy(lm), SiblingScorer(rm), prompt, VOCABULARY, 3, beta=1.7, top_k=0, eos=END)
     checked = set()
     for tokens, length, log_probs, rewards in zip(
         paths.tokens, paths.lengths, paths.log_probs, paths.rewards, strict=True
@@ -61,14 +66,101 @@ def test_the_sequence_distribution_is_the_enumerated_one(lm, rm):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("settings", [dict(top_k=2), dict(top_k=1), dict(top_k=4, min_ref_prob=0.2)])
+def test_tokens_that_are_no_candidates_keep_the_reference(settings):
+    """Enumerated, every next token after every prefix of two: the rest as the reference has it, with rewards nan."""
+    lm, rm = models(VOCABULARY)
+    policy, scorer, prompt = ModelPolicy(lm), SiblingScorer(rm), torch.tensor([[2, 3]])
+    paths = enumerated(policy, scorer, prompt, VOCABULARY, 3, beta=1.7, **settings)
+    total, rest = paths.log_probs.sum(-1).exp().sum(), paths.rewards.isnan()
+    assert total.item() == pytest.approx(1, abs=1e-12)
+    assert 0 < rest.sum() < rest.numel()
+    assert_close(paths.log_probs[rest], paths.ref_log_probs[rest], **EXACT)
+    truncated = enumerated(policy, scorer, prompt, VOCABULARY, 3, beta=1.7, truncate=True, **settings)
+    assert (truncated.log_probs[rest] == -torch.inf).all()
+    # What the candidates share is what the reference gives them: the first 25 paths of each first token tell of it.
+    first = slice(None, None, VOCABULARY**2)
+    inside = ~rest[first, 0]
+    mass = paths.ref_log_probs[first, 0][inside].exp().sum()
+    assert_close(paths.log_probs[first, 0][inside].exp(), mass * truncated.log_probs[first, 0][inside].exp(), **EXACT)
+
+
+@torch.no_grad()
+def test_a_language_model_guides_towards_itself():
+    """Relative to the reference, at the beta it was trained for, over all tokens: the guided policy is that model."""
+    lm, guide = tiny_lm("gpt2", VOCABULARY), tiny_lm("llama", VOCABULARY, seed=3)
+    prompt = torch.tensor([[2, 3]])
+    scorer = LanguageModelScorer(guide, beta=1.5)
+    paths = enumerated(ModelPolicy(lm), scorer, prompt, VOCABULARY, 3, beta=1.5, top_k=0)
+    own = enumerated(ModelPolicy(guide), None, prompt, VOCABULARY, 3, beta=0.0, top_k=0)
+    assert_close(paths.log_probs, own.log_probs, **EXACT)
+    twice = enumerated(ModelPolicy(lm), LanguageModelScorer(guide), prompt, VOCABULARY, 1, beta=0.7, top_k=0)
+    expected = (paths.ref_log_probs[::25, 0] + 0.7 * own.log_probs[::25, 0]).log_softmax(-1)
+    assert_close(twice.log_probs[:, 0], expected, **EXACT)
+
+
+@torch.no_grad()
+def test_the_win_tilt():
+    lm, rm = models(VOCABULARY)
+    scorer, prompt, eta = SiblingScorer(rm), torch.tensor([[2, 3]]), 2.0
+    found = enumerated(ModelPolicy(lm), WinTilt(scorer, eta), prompt, VOCABULARY, 1, beta=1.0, top_k=0)
+    logits = enumerated(ModelPolicy(lm), scorer, prompt, VOCABULARY, 1, beta=0.0, top_k=0).rewards
+    weights = found.ref_log_probs.exp() * (1 + (math.exp(eta) - 1) * logits.sigmoid())
+    assert_close(found.log_probs.exp(), weights / weights.sum(), **EXACT)
+    with pytest.raises(ValueError, match=r"eta of the method win\) must be a finite number, got inf"):
+        WinTilt(scorer, math.inf)
+
+
+@torch.no_grad()
+def test_the_reference_is_the_model_as_its_users_sample_it():
+    """The distribution that transformers' own generate draws from, and it is what is guided, and what KLs are to."""
+    lm, rm = models()
+    ids, mask = left_padded(4, 2)
+    theirs = lm.generate(
+        ids, attention_mask=mask, do_sample=True, max_new_tokens=1, output_scores=True, return_dict_in_generate=True,
+        temperature=0.7, top_k=8, top_p=0.8, min_p=0.05, pad_token_id=0,
+    ).scores[0]  # fmt: skip
+    policy = WarpedPolicy(ModelPolicy(lm), Warp(0.7, 8, 0.8, 0.05))
+    steps = []
+    settings = dict(top_k=0, max_new_tokens=1, on_step=steps.append)
+    generate(policy, None, ids, mask, beta=0.0, **settings)
+    assert_close(steps[0].log_probs.float(), theirs.log_softmax(-1), rtol=0, atol=1e-5)
+    assert 1 < steps[0].log_probs.isfinite().sum(-1).min() < 8
+    found = generate(policy, SiblingScorer(rm), ids, mask, beta=2.0, **settings)
+    out = steps[0].ref_log_probs.isneginf()
+    assert torch.equal(steps[1].rewards.isnan(), out)
+    tilted = (steps[0].ref_log_probs + 2.0 * steps[1].rewards.nan_to_num()).log_softmax(-1)
+    assert_close(steps[1].log_probs, tilted, **EXACT)
+    again = response_log_probs(
+        lm, torch.cat([ids, found.tokens], 1), torch.cat([mask, mask[:, -1:]], 1), 1, policy.warp
+    )
+    assert_close(found.ref_log_probs, again, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (dict(temperature=0.0), "ref_temperature must be a positive number"),
+        (dict(top_k=-1), "ref_top_k must be at least 1, or 0 for all tokens, got -1"),
+        (dict(top_p=0.0), "ref_top_p must be above 0 and at most 1"),
+        (dict(min_p=1.5), "ref_min_p must be between 0 and 1"),
+    ],
+)
+def test_a_warp_out_of_range_is_named(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Warp(**setting)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("top_k", [1, 3, 11])
-def test_beta_zero_is_transformers_own_top_k_sampling(top_k):
+def test_beta_zero_truncated_is_transformers_own_top_k_sampling(top_k):
     lm, rm = models()
     ids, mask = left_padded(4)
     steps = []
     generate(
-        ModelPolicy(lm), SiblingScorer(rm), ids, mask, beta=0.0, top_k=top_k, max_new_tokens=1, on_step=steps.append
-    )
+        ModelPolicy(lm), SiblingScorer(rm), ids, mask, beta=0.0, top_k=top_k, truncate=True, max_new_tokens=1,
+        on_step=steps.append,
+    )  # fmt: skip
     logits = lm(input_ids=ids).logits[:, -1]
     theirs = TopKLogitsWarper(top_k)(ids, logits).softmax(-1)
     ours = torch.zeros_like(theirs).scatter(1, steps[0].candidates, steps[0].log_probs.exp())
@@ -90,15 +182,14 @@ def test_cached_batched_decoding_equals_the_naive_loop(lm, rm, draw):
     for row in range(3):
         text = ids[row][mask[row].bool()]
         for i, (step, u) in enumerate(zip(steps, uniforms[row], strict=False)):
-            candidates, log_probs = minimal.guided_policy(lm, rm, text, beta=2.0, k=4)
-            assert torch.equal(step.candidates[row], candidates)
-            assert_close(step.log_probs[row], log_probs, **EXACT)
-            j = draw(log_probs[None], u[None])[0]
-            assert ours.tokens[row, i] == candidates[j]
-            assert_close(ours.log_probs[row, i], log_probs[j], **EXACT)
+            log_probs = minimal.guided_policy(lm, rm, text, beta=2.0, k=4)
+            assert_close(step.log_probs[row], log_probs[step.candidates[row]], **EXACT)
+            token = draw(log_probs[None], u[None])[0]
+            assert ours.tokens[row, i] == token
+            assert_close(ours.log_probs[row, i], log_probs[token], **EXACT)
             ref_log_probs = lm(input_ids=text[None]).logits[0, -1].log_softmax(-1)
-            assert_close(ours.ref_log_probs[row, i], ref_log_probs[candidates[j]], **EXACT)
-            text = torch.cat([text, candidates[j, None]])
+            assert_close(ours.ref_log_probs[row, i], ref_log_probs[token], **EXACT)
+            text = torch.cat([text, token[None]])
             if text[-1] == END:
                 break
         n = int(ours.lengths[row])
@@ -195,7 +286,7 @@ def test_each_step_calls_log_probs_score_and_push_once_in_that_order():
             calls.append("log_probs")
             return torch.zeros(1, 3).log_softmax(-1)
 
-        def score(self, candidates):
+        def score(self, candidates, ref_log_probs):
             calls.append("score")
             return torch.zeros(1, 3)
 
@@ -216,7 +307,7 @@ class Broken:
     def start(self, ids, mask):
         self.now = 0
 
-    def score(self, candidates):
+    def score(self, candidates, ref_log_probs):
         rewards = torch.zeros(candidates.shape)
         if self.now == self.step:
             rewards[-1, 1] = self.value
@@ -244,13 +335,12 @@ def test_what_becomes_of_a_row_after_its_end_does_not_matter():
     assert len(steps) == 3
 
 
-@pytest.mark.parametrize("setting", [dict(beta=1e38), dict(beta=1.0, temperature=2e-38)])
-def test_a_sum_that_overflows_draws_nothing(setting):
-    """Both numbers are in range, but not what they make of a reward: log-probabilities are nan, of all candidates."""
+def test_a_sum_that_overflows_draws_nothing():
+    """Beta is in range, but not what it makes of a reward: log-probabilities are nan, of all candidates."""
     lm = models()[0].float()
     scorer = ReencodeScorer(lambda ids, mask: 9.0 * ids[:, -1].float())
     with pytest.raises(FloatingPointError, match=r"row 0, step 0: .* a log-probability is not a number"):
-        generate(ModelPolicy(lm), scorer, *left_padded(3), top_k=4, max_new_tokens=2, **setting)
+        generate(ModelPolicy(lm), scorer, *left_padded(3), top_k=4, max_new_tokens=2, beta=1e38)
 
 
 def test_a_language_model_without_numbers_is_caught_too():
@@ -323,22 +413,28 @@ def test_reward_guidance_gives_the_same_scores_at_the_same_ids_when_sampling():
     ids, mask, tokens = ids.repeat_interleave(2, 0), mask.repeat_interleave(2, 0), theirs.sequences[:, 6:]
     replayed, steps = iter(tokens.T), []
 
-    class Remembering(SiblingScorer):
-        def score(self, candidates):
-            self.candidates = candidates
-            return super().score(candidates)
-
-    scorer = Remembering(rm)
-
-    def replay(log_probs, uniforms):  # choose what transformers drew; a finished row may take anything
-        return (scorer.candidates == next(replayed)[:, None]).long().argmax(-1)
-
-    settings = dict(beta=2.0, top_k=4, max_new_tokens=tokens.shape[1], eos=END, pad=0, draw=replay)
-    generate(ModelPolicy(lm), scorer, ids, mask, on_step=steps.append, **settings)
+    settings = dict(beta=2.0, top_k=4, max_new_tokens=tokens.shape[1], eos=END, pad=0)
+    settings |= dict(draw=lambda *_: next(replayed))  # choose what transformers drew
+    generate(ModelPolicy(lm), SiblingScorer(rm), ids, mask, on_step=steps.append, **settings)
     for step, scores in zip(steps, theirs.scores, strict=True):
-        at = scores.gather(1, step.candidates).log_softmax(-1)[step.alive]
+        at = scores.log_softmax(-1).gather(1, step.candidates)[step.alive]
         assert_close(at.double(), step.log_probs[step.alive], rtol=0, atol=1e-5)  # transformers' scores are float32
-        assert (scores.isfinite().sum(-1) == 4).all()
+        assert scores.isfinite().all()
+
+
+def test_reward_guidance_stands_behind_the_warpers_of_the_reference():
+    """Warpers before it are the reference's: what they leave is guided, as a `WarpedPolicy` is."""
+    lm, rm = models()
+    ids, mask = left_padded(6, 2, 4)
+    guidance = RewardGuidance(SiblingScorer(rm), mask, beta=2.0, top_k=0, min_ref_prob=0.01)
+    warpers = [TemperatureLogitsWarper(0.7), TopPLogitsWarper(0.8), guidance]
+    settings = dict(max_new_tokens=1, do_sample=True, top_k=0, output_scores=True, return_dict_in_generate=True)
+    theirs = lm.generate(ids, attention_mask=mask, logits_processor=warpers, pad_token_id=0, **settings).scores[0]
+    policy, steps = WarpedPolicy(ModelPolicy(lm), Warp(temperature=0.7, top_p=0.8)), []
+    settings = dict(beta=2.0, top_k=0, min_ref_prob=0.01, max_new_tokens=1, on_step=steps.append)
+    generate(policy, SiblingScorer(rm), ids, mask, **settings)
+    assert_close(theirs.softmax(-1).double(), steps[0].log_probs.exp(), rtol=0, atol=1e-6)
+    assert (theirs.isneginf().any(-1)).all()
 
 
 @pytest.mark.parametrize(

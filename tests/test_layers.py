@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import pargs_min
-from pargs_min.methods import FINE_TUNED, METHODS
+from pargs_min.methods import FINE_TUNED, METHODS, OBJECTIVES
 
 PACKAGE = Path(pargs_min.__file__).parent
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -25,7 +25,7 @@ METHOD = {  # what a reader of the method meets, and all that it may import of t
     "decode": {"policy", "reward_model", "scoring"},
     "smc": {"decode", "scoring"},
     "methods": {"decode", "scoring", "smc"},
-    "models": {"codec", "memory", "store"},
+    "models": {"codec", "memory", "reward_model", "store"},
     "records": set(),
     "codec": {"records"},
     "store": {"records"},
@@ -104,7 +104,7 @@ def test_models_come_in_by_one_door(name):
 @each_file
 def test_nobody_compares_the_names_of_methods(name):
     """What is to be known of a method stands in the table; a comparison elsewhere would be a second table."""
-    names = {*METHODS, *FINE_TUNED, "-greedy"}
+    names = {*METHODS, *FINE_TUNED, "-greedy"} - {*OBJECTIVES}  # some are named like what their guides are trained with
     for node in ast.walk(ast.parse(FILES[name].read_text("utf-8"))):
         if isinstance(node, ast.Compare):
             sides = [leaf for side in (node.left, *node.comparators) for leaf in ast.walk(side)]

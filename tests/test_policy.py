@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pargs_min.policy import guided_log_probs, top_k_candidates
+from pargs_min.policy import guided_log_probs, keep_rest, tempered, top_k_candidates, truncate_rest
 from tests.strategies import candidates, rows
 
 EXACT = dict(rtol=0, atol=1e-12)
@@ -21,7 +21,8 @@ def test_it_is_the_papers_formula(step):
 
 @given(candidates(), st.floats(0.1, 5.0))
 def test_it_is_normalised_at_every_temperature(step, temperature):
-    assert_close(guided_log_probs(*step, temperature).exp().sum(-1), torch.ones(3, dtype=torch.float64), **EXACT)
+    total = tempered(guided_log_probs(*step), temperature).exp().sum(-1)
+    assert_close(total, torch.ones(3, dtype=torch.float64), **EXACT)
 
 
 @given(candidates(), rows(st.just(1)), rows(st.just(1)))
@@ -62,7 +63,7 @@ def test_candidates_may_come_in_any_order(step, random):
 def test_temperature_divides_the_sum(step, temperature):
     ref, rewards, beta = step
     expected = guided_log_probs(ref / temperature, rewards / temperature, beta)
-    assert_close(guided_log_probs(ref, rewards, beta, temperature), expected, rtol=0, atol=1e-11)
+    assert_close(tempered(guided_log_probs(ref, rewards, beta), temperature), expected, rtol=0, atol=1e-11)
 
 
 def test_half_precision_is_computed_in_float32_and_float64_stays():
@@ -80,13 +81,13 @@ def test_beta_must_be_finite(beta):
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf"), 1e-39, 1e39])
 def test_temperature_must_be_positive(temperature):
     with pytest.raises(ValueError, match="temperature must be a positive number"):
-        guided_log_probs(torch.zeros(1, 2), torch.zeros(1, 2), 1.0, temperature)
+        tempered(torch.zeros(1, 2), temperature)
 
 
 def test_what_is_out_of_range_depends_on_the_dtype():
     ref, rewards = torch.tensor([[0.25, 0.75]]).double().log(), torch.tensor([[1.0, 0.0]])
     assert guided_log_probs(ref, rewards, 1e39).exp().tolist() == [[1, 0]]
-    assert guided_log_probs(ref, rewards, 0.0, 1e-39).exp().tolist() == [[0, 1]]
+    assert tempered(ref, 1e-39).exp().tolist() == [[0, 1]]
 
 
 @given(rows(st.integers(1, 8)), st.data())
@@ -102,6 +103,57 @@ def test_top_k_zero_is_the_whole_vocabulary_in_id_order():
     values, ids = top_k_candidates(ref, 0)
     assert ids.tolist() == [[0, 1, 2]]
     assert_close(values, ref)
+
+
+@given(rows(st.integers(2, 8)), st.data())
+def test_a_floor_leaves_those_above_it_and_always_the_likeliest(ref, data):
+    ref = ref.log_softmax(-1)
+    k, floor = data.draw(st.integers(0, ref.shape[1])), data.draw(st.floats(0, 1))
+    values, ids = top_k_candidates(ref, k, floor)
+    theirs = ref.gather(1, ids)
+    above = (theirs.exp() >= floor) | (theirs == ref.amax(-1, keepdim=True))
+    clear = (theirs.exp() - floor).abs() > 1e-12  # a logarithm may round across the floor
+    assert torch.equal(values.isfinite()[clear], above[clear])
+    assert_close(values[values.isfinite()], theirs[values.isfinite()], **EXACT)
+
+
+@given(rows(st.integers(2, 8)), st.data())
+def test_the_rest_keeps_what_the_reference_gives_it(ref, data):
+    """And the candidates share their mass as the equation says; nothing is lost; the likeliest token is a candidate."""
+    ref = ref.log_softmax(-1)
+    k, floor, beta = data.draw(st.integers(0, ref.shape[1])), data.draw(st.floats(0, 0.5)), data.draw(st.floats(0, 4))
+    candidate_ref, ids = top_k_candidates(ref, k, floor)
+    rewards = data.draw(rows(st.just(ids.shape[1])))
+    policy = keep_rest(ref, ids, guided_log_probs(candidate_ref, rewards, beta))
+    inside = torch.zeros_like(ref, dtype=torch.bool).scatter(1, ids, candidate_ref.isfinite())
+    assert_close(policy[~inside], ref[~inside], **EXACT)
+    tilted = (ref + beta * torch.zeros_like(ref).scatter(1, ids, rewards)).exp() * inside
+    expected = tilted / tilted.sum(-1, keepdim=True) * (ref.exp() * inside).sum(-1, keepdim=True)
+    assert_close(policy.exp()[inside], expected[inside], rtol=0, atol=1e-11)
+    assert (policy.masked_fill(~inside, -torch.inf).amax(-1) >= policy.amax(-1) - 1e-12).all()
+
+
+def test_without_reward_and_without_candidates_it_is_the_reference():
+    ref = torch.tensor([[0.5, 0.3, 0.2]]).double().log()
+    for floor, rewards in ((0.0, [[0.0, 0.0]]), (0.6, [[3.0, -2.0]])):
+        candidate_ref, ids = top_k_candidates(ref, 2, floor)
+        policy = keep_rest(ref, ids, guided_log_probs(candidate_ref, torch.tensor(rewards), 2.0))
+        assert_close(policy, ref, **EXACT)
+
+
+def test_truncation_draws_candidates_alone():
+    ref = torch.tensor([[0.5, 0.3, 0.2]]).double().log()
+    candidate_ref, ids = top_k_candidates(ref, 2)
+    among = guided_log_probs(candidate_ref, torch.tensor([[0.0, 1.0]]), 1.0)
+    policy = truncate_rest(ref, ids, among)
+    assert policy[0, 2] == -torch.inf
+    assert_close(policy.gather(1, ids), among, **EXACT)
+
+
+@pytest.mark.parametrize("floor", [-0.1, 1.1, float("nan")])
+def test_a_floor_is_a_probability(floor):
+    with pytest.raises(ValueError, match="min_ref_prob must be a probability, from 0 to 1"):
+        top_k_candidates(torch.zeros(1, 3), 2, floor)
 
 
 @pytest.mark.parametrize("top_k", [-1, 4])

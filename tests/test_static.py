@@ -13,7 +13,7 @@ from pargs_min.scoring import SiblingScorer
 from pargs_min.static import StaticPolicy, StaticScorer
 from tests.strategies import left_padded, tiny_lm, tiny_reward_model, tiny_tokenizer
 
-EXACT = dict(rtol=0, atol=1e-12)
+EXACT = dict(rtol=0, atol=1e-12, equal_nan=True)
 SETTINGS = dict(beta=2.0, top_k=4, max_new_tokens=10, eos=1, pad=0)
 
 

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from pargs_min import methods, smc
 from pargs_min.codec import Codec, encode_prompt, left_pad
+from pargs_min.decode import Warp
 from pargs_min.memory import is_out_of_memory
+from pargs_min.methods import METHODS
 from pargs_min.reading import record_rewards, text_rewards
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import ReencodeScorer, SiblingScorer
@@ -43,8 +45,8 @@ SETTINGS = dict(max_new_tokens=6, beta=2.0, top_k=4, num_samples=3, seed=5)
 def texts(method="pargs", objective="partial", append_eos=True, prompts=PROMPTS, **changes):
     rm = tiny_reward_model("llama")
     rm.config.pargs = {"objective": objective, "append_eos": append_eos, "prompt_format": "text"}
-    lm = tiny_lm("gpt2")
-    return generate_texts(lm, TOKENIZER, prompts, method=method, reward_model=rm, **{**SETTINGS, **changes})
+    settings = {name: value for name, value in SETTINGS.items() if METHODS[method].guided or name != "top_k"} | changes
+    return generate_texts(tiny_lm("gpt2"), TOKENIZER, prompts, **dict(method=method, reward_model=rm) | settings)
 
 
 @pytest.mark.parametrize("method", ["plain", "pargs", "best-of-n", "smc"])
@@ -59,6 +61,57 @@ def test_a_text_depends_on_its_own_numbers_alone(method):
     for record in alone + rest:
         assert record["response_ids"] == ids[record["prompt_number"], record["sample"]]
     assert len(rest) == 6
+
+
+def test_the_kl_is_to_the_reference_as_it_is_sampled_and_the_record_says_how():
+    """Which `text_log_probs` reads again, for texts of several references at once."""
+    warped = dict(ref_temperature=0.5, ref_top_p=0.9)
+    plain, guided, usual = (
+        list(texts(method, **how)) for method, how in (("plain", warped), ("pargs", warped), ("pargs", {}))
+    )
+    assert [record["kl"] for record in plain] == pytest.approx([0.0] * 9, abs=1e-12)
+    assert [record["reference"] for record in guided] == 9 * [vars(Warp(temperature=0.5, top_p=0.9))]
+    assert not any("reference" in record for record in usual)
+    lm = tiny_lm("gpt2")
+    again = text_log_probs(lm, Codec.of(lm, TOKENIZER, "text"), [*guided, *usual, *plain], batch_size=4)
+    assert again == pytest.approx([record["ref_log_prob"] for record in [*guided, *usual, *plain]], abs=1e-9)
+
+
+@pytest.mark.parametrize("method", ["plain", "best-of-n"])
+@pytest.mark.parametrize("setting", [dict(top_k=2), dict(min_ref_prob=0.1), dict(truncate=True)])
+def test_methods_without_candidates_refuse_settings_of_them(method, setting):
+    with pytest.raises(ValueError, match=f"candidates of guided methods, and {method} has none; .* use ref_top_k"):
+        next(texts(method, **setting))
+
+
+def language_model_guide(objective="reweighted", **more):
+    guide = tiny_lm("llama", seed=3)
+    guide.config.pargs = {"objective": objective, "prompt_format": "text"} | more
+    return guide
+
+
+def test_a_language_model_guides_by_its_recorded_objective():
+    """Reweighted for beta 2: at beta 2 over all tokens the texts are its own. They have no reward."""
+    settings = dict(num_samples=3, seed=5, max_new_tokens=6)
+    guided = texts("reweighted", reward_model=language_model_guide(beta=2.0), top_k=0)
+    own = generate_texts(tiny_lm("llama", seed=3), TOKENIZER, PROMPTS, method="plain", **settings)
+    for ours, theirs in zip(guided, own, strict=True):
+        assert ours["response_ids"] == theirs["response_ids"]
+        assert ours["kl"] == pytest.approx(theirs["ref_log_prob"] - ours["ref_log_prob"])
+        assert "reward" not in ours
+    lm, guide = tiny_lm("gpt2"), language_model_guide("autoregressive")
+    [record] = texts("genarm", reward_model=guide, prompts=PROMPTS[:1], num_samples=1, top_k=0, max_new_tokens=1)
+    codec = Codec.of(lm, TOKENIZER, "text")
+    each = [record | {"response_ids": [token], "response": codec.text([token])} for token in range(11)]
+    refs, theirs = (torch.tensor(text_log_probs(model, codec, each)) for model in (lm, guide))
+    expected = (refs + 2.0 * theirs).log_softmax(-1)[record["response_ids"][0]]
+    assert record["kl"] + record["ref_log_prob"] == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize("method", ["best-of-n", "smc"])
+def test_a_language_model_rates_no_whole_texts(method):
+    with pytest.raises(ValueError, match=f"method {method} needs rewards of whole texts, and a language model"):
+        next(texts(method, reward_model=language_model_guide()))
 
 
 @pytest.mark.parametrize("method", ["pargs", "best-of-n", "smc"])
@@ -245,6 +298,8 @@ def test_ids_beyond_the_tokenizers_vocabulary_are_never_drawn():
         (dict(final_reward_model=tiny_reward_model()), "final_reward_model .* is for method smc alone, not for pargs"),
         (dict(batch_size=0), "batch_size must be at least 1"),
         (dict(method="args", reward_model=None), "method args needs a reward model"),
+        (dict(ref_top_p=0.0), "ref_top_p must be above 0 and at most 1, got 0.0"),
+        (dict(min_ref_prob=2.0), "min_ref_prob must be a probability, from 0 to 1, got 2.0"),
         (dict(top_k=12), "top_k must lie between 1 and the vocabulary size 11"),
         (dict(beta=float("inf")), "beta must be a finite number"),
         (

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pargs_min.cli import main
-from pargs_min.decode import ModelPolicy, Step, generate, row_uniforms
+from pargs_min.decode import Drawn, ModelPolicy, Step, generate, row_uniforms
 from pargs_min.methods import path_kl
 from pargs_min.models import save_reward_model
 from pargs_min.scoring import SiblingScorer
 from pargs_min.trace import drawn, records, to_html, to_text, token_names, visible
 from tests.strategies import left_padded, tiny_lm, tiny_reward_model, tiny_tokenizer
 
-TOP_K, BETA, STEPS = 5, 1.5, 7
+TOP_K, BETA, STEPS = 3, 1.5, 7
 
 
 def run(eos: int | None = None):
@@ -84,12 +84,14 @@ def traced():
 def test_the_records_are_the_generation(traced):
     generation, trace = traced
     assert [record["step"] for record in trace] == list(range(STEPS))
+    assert 0 < generation.rewards[1].isnan().sum() < STEPS, "some drawn tokens were no candidates"
     for i, record in enumerate(trace):
         token = drawn(record)
         assert token["id"] == generation.tokens[1, i]
         assert math.log(token["ref_prob"]) == pytest.approx(float(generation.ref_log_probs[1, i]))
         assert math.log(token["prob"]) == pytest.approx(float(generation.log_probs[1, i]))
-        assert token["reward"] == float(generation.rewards[1, i])
+        reward = float(generation.rewards[1, i])
+        assert token["reward"] == (None if math.isnan(reward) else reward)
     total = sum(record["nats"] for record in trace)
     assert total == pytest.approx(float(path_kl("pargs", generation)[1]))
     assert json.loads(json.dumps(trace)) == trace
@@ -99,19 +101,21 @@ def test_every_step_obeys_the_equation_and_leaves_nothing_out(traced):
     _, trace = traced
     for record in trace:
         listed, others = record["candidates"], record["others"]
-        assert len(listed) + others["count"] == TOP_K
-        assert sum(c["prob"] for c in listed) + others["prob"] == pytest.approx(1)
-        tilted = [c["ref_prob"] * math.exp(BETA * c["reward"]) for c in listed]
-        for a, b in zip(listed, tilted, strict=True):
-            assert a["prob"] / listed[0]["prob"] == pytest.approx(b / tilted[0])
-        assert [c["prob"] for c in listed] == sorted((c["prob"] for c in listed), reverse=True)
+        for sort in ("prob", "ref_prob"):
+            assert sum(c[sort] for c in listed) + others[sort] == pytest.approx(1)
+        asked = [c for c in listed if c["reward"] is not None]
+        assert [c["prob"] for c in listed if c["reward"] is None] == [c["ref_prob"] for c in listed if c not in asked]
+        tilted = [c["ref_prob"] * math.exp(BETA * c["reward"]) for c in asked]
+        for a, b in zip(asked, tilted, strict=True):
+            assert a["prob"] / asked[0]["prob"] == pytest.approx(b / tilted[0])
+        assert [c["prob"] for c in asked] == sorted((c["prob"] for c in asked), reverse=True)
 
 
 def test_a_drawn_token_may_be_next_to_impossible_for_the_reference():
     """Its probability underflows to 0, the logarithm of which is none; its nats are those of the path all the same."""
     ref_log_probs, log_probs = torch.tensor([[0.0, -800.0]]), torch.tensor([[-1.0, -0.5]])
-    one = torch.tensor([1])
-    step = Step(0, torch.tensor([[4, 5]]), ref_log_probs, torch.zeros(1, 2), log_probs, one, one.bool())
+    drawn_one = Drawn(torch.tensor([5]), ref_log_probs[:, 1], log_probs[:, 1], torch.zeros(1))
+    step = Step(0, torch.tensor([[4, 5]]), ref_log_probs, torch.zeros(1, 2), log_probs, drawn_one, torch.tensor([True]))
     trace = records([step], str)
     assert drawn(trace[0])["ref_prob"] == 0
     assert trace[0]["nats"] == 799.5
@@ -122,7 +126,7 @@ def test_the_drawn_token_is_listed_however_few_are_shown():
     _, steps = run()
     for record in records(steps, str, row=0, shown=1):
         assert sum(c["drawn"] for c in record["candidates"]) == 1
-        assert len(record["candidates"]) + record["others"]["count"] == TOP_K
+        assert len(record["candidates"]) <= 2
     with pytest.raises(ValueError, match="shown must be at least 1"):
         records(steps, str, shown=0)
 
@@ -130,7 +134,7 @@ def test_the_drawn_token_is_listed_however_few_are_shown():
 def test_a_row_stops_where_its_text_ended():
     _, steps = run()
     first = int(records(steps, str, row=0)[2]["candidates"][0]["id"])
-    for eos in {first, *(int(step.candidates[0, step.index[0]]) for step in steps)}:
+    for eos in {first, *(int(step.drawn.tokens[0]) for step in steps)}:
         generation, steps = run(eos)
         for row in (0, 1):
             assert len(records(steps, str, row=row)) == generation.lengths[row]
@@ -178,7 +182,7 @@ def candidate(token: str, *, is_drawn: bool = False) -> dict:
 
 def record(tokens: list[str], chosen: int, step: int = 0) -> dict:
     candidates = [candidate(token, is_drawn=i == chosen) for i, token in enumerate(tokens)]
-    others = {"count": 2, "ref_prob": 0.1, "prob": 0.2}
+    others = {"ref_prob": 0.1, "prob": 0.2}
     return {"step": step, "candidates": candidates, "others": others, "nats": math.log(2)}
 
 
@@ -192,7 +196,7 @@ def test_the_page_holds_every_number_of_the_records(traced):
             mark = "drawn" if c["drawn"] else ""
             expected.append((mark, c["token"] + mark, c["ref_prob"], c["reward"], c["prob"]))
         others = step["others"]
-        expected.append(("rest", f"{others['count']} more", others["ref_prob"], None, others["prob"]))
+        expected.append(("rest", "others", others["ref_prob"], None, others["prob"]))
     assert len(body) == len(expected)
     for row, (kind, token, ref_prob, reward, prob) in zip(body, expected, strict=True):
         name, *numbers = row["cells"]
@@ -256,7 +260,7 @@ def test_lines_of_text_stand_under_each_other():
         "        >  x           0.250    -1.500   0.500  ##########",
         "           e\u0301a          0.250    -1.500   0.500  ##########",
     ]
-    assert rest == "           2 more      0.100             0.200  ####"
+    assert rest == "           others      0.100             0.200  ####"
 
 
 def test_small_numbers_are_not_called_zero():

@@ -15,12 +15,10 @@ from pargs_min.cli.options import explained
 
 NAMES = """
     Generation LanguageModelScorer ModelPolicy ReencodeScorer RewardGuidance SiblingScorer Warp WarpedPolicy
-    bradley_terry_loss check_vocabularies
-    encode_preferences encode_prompt end_tokens final_rewards generate generate_texts greedy guided_log_probs
-    keep_rest load_guide
-    load_reward_model model_rewards partial_bradley_terry_loss prefix_accuracy prefix_rewards read_preferences
-    read_prompts row_uniforms sample save_reward_model split_by_prompt tempered text_rewards top_k_candidates
-    train_reward_model truncate_rest
+    bradley_terry_loss check_vocabularies encode_preferences encode_prompt end_tokens final_rewards generate
+    generate_texts greedy guided_log_probs keep_rest load_guide load_reward_model model_rewards
+    partial_bradley_terry_loss prefix_accuracy prefix_rewards read_preferences read_prompts row_uniforms sample
+    save_reward_model split_by_prompt tempered text_rewards top_k_candidates train_reward_model truncate_rest
 """
 # Every option as on the command line, without the dashes: name! is required, name=value has a default, {} are choices.
 # Of transformers' own options for `train` and `dpo` only those are listed whose default is ours.
@@ -28,8 +26,8 @@ OPTIONS = {
     "demo": "output-dir quick=False seed=0",
     "train": """
         model! dataset! append-eos=True max-length eval-dataset eval-fraction=0.1 load-best=False resume=False
-        overwrite=False objective=partial{partial,full,win,value,soft,reweighted} reward-model soft-labels-from lam beta
-        tail{extend,min} head=scalar{scalar,vocab} reduction=prefix{prefix,pair} lora-rank
+        overwrite=False objective=partial{partial,full,win,farma,autoregressive,value,soft,reweighted} reward-model
+        soft-labels-from lam beta tail{extend,min} head{scalar,vocab} reduction=prefix{prefix,pair} lora-rank
         output-dir=runs/reward_model num-train-epochs=1 learning-rate=1e-05 warmup-steps=0.05 logging-steps=10
         save-total-limit=1
     """,
@@ -37,7 +35,8 @@ OPTIONS = {
         model! reward-model beta=1.0 top-k min-ref-prob=0.0 truncate=False max-new-tokens=64 temperature=1.0
         ref-temperature=1.0 ref-top-k=0 ref-top-p=1.0 ref-min-p=0.0 seed=0 device
         dtype=auto{float32,bfloat16,float16,auto} prompt-format{text,dialogue,chat,ids}
-        prompts! output! method=pargs{plain,pargs,pargs-greedy,args,args-greedy,cd,soft,reweighted,win,genarm,farma,implicit,best-of-n,smc}
+        prompts! output!
+        method=pargs{plain,pargs,pargs-greedy,args,args-greedy,cd,soft,reweighted,win,genarm,farma,implicit,best-of-n,smc}
         final-reward-model
         num-samples=1 n=10 particles=8 batch-size=8 compile=False shard=0/1 resume=False
     """,
