@@ -1,6 +1,8 @@
 """`pargs demo` and `pargs study`: experiments, on the embedded world or on a model of one's own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,7 +10,7 @@ import torch
 from pargs_min.cli.options import parse
 from pargs_min.experiments import demo as small_world
 from pargs_min.experiments import studies
-from pargs_min.experiments.setup import Lab, Sizes, embedded
+from pargs_min.experiments.setup import Lab, Sizes, numbered
 
 
 @dataclass(kw_only=True)
@@ -39,7 +41,7 @@ class StudyOptions:
 
     Args:
         output_dir: For models, tables and figures. Studies share what they train; an interrupted one continues here.
-        seeds: Number of seeds of everything that is trained or drawn.
+        seeds: Number of seeds of everything that is trained or drawn. Each has an embedded world of its own.
         seed: The first of them.
         processes: Processes that train and decode side by side; use 1 on a GPU.
         quick: So small that it only shows that it runs.
@@ -71,6 +73,7 @@ class StudyOptions:
 def study(arguments: list[str]) -> None:
     """Answer one of nine questions by a grid of experiments (`pargs study` lists them)."""
     name, *rest = arguments or ["--help"]
+    name = studies.OTHER_NAMES.get(name, name)
     if name in ("-h", "--help"):
         rest = ["--help"]
     elif name not in studies.NAMES:
@@ -78,15 +81,20 @@ def study(arguments: list[str]) -> None:
     options, sizes = parse(study, rest, StudyOptions, Sizes, prog="pargs study NAME", description=studies.__doc__ or "")
     folder = options.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    lab = _lab(options, sizes)
+    world = _world(options, sizes)
     seeds = range(options.seed, options.seed + options.seeds)
-    print(studies.run(name, lab, folder, seeds=seeds, processes=options.processes, quick=options.quick))
+    print(studies.run(name, world, folder, seeds=seeds, processes=options.processes, quick=options.quick))
     print(f"saved {name}.md, {name}.json and {name}.png in {folder}")
 
 
-def _lab(options: StudyOptions, sizes: Sizes) -> Lab:
+def _world(options: StudyOptions, sizes: Sizes) -> Callable[[int], Lab]:
+    """The lab of each seed: a world of its own, or the user's model."""
     if options.model is None:
         torch.set_num_threads(1)  # the world's models are so small that a second thread only waits
-        return embedded(options.output_dir, quick=options.quick)
+        return partial(numbered, options.output_dir, options.quick)
     own: dict = dict(model=options.model, pairs=options.dataset, prompts=options.prompts, judge=options.judge)
-    return Lab(folder=str(options.output_dir), **own, **vars(sizes))
+    return partial(_same, Lab(folder=str(options.output_dir), **own, **vars(sizes)))
+
+
+def _same(lab: Lab, seed: int) -> Lab:
+    return lab

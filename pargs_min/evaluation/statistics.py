@@ -184,7 +184,9 @@ class FrontierPoint(NamedTuple):
     effective_samples: float
 
 
-def rlhf_frontier(rewards: np.ndarray, betas: Sequence[float], least: float = 500.0) -> list[FrontierPoint]:
+def rlhf_frontier(
+    rewards: np.ndarray, betas: Sequence[float], least: float = 500.0, learned: np.ndarray | None = None
+) -> list[FrontierPoint]:
     """The RLHF policies of a reward, one per beta, estimated from samples of the reference; no policy does better.
 
         w_n = exp(beta R_n) / sum_m exp(beta R_m)        reward = sum_n w_n R_n        KL = sum_n w_n log(N w_n)
@@ -195,13 +197,14 @@ def rlhf_frontier(rewards: np.ndarray, betas: Sequence[float], least: float = 50
     Args:
         rewards: (prompts, N) rewards R of N samples for each prompt.
         least: points with fewer effective samples are left out.
+        learned: another reward of the same samples, whose RLHF policies these are to be: it stands in the weights.
 
     >>> [round(point.reward, 6) for point in rlhf_frontier(np.array([[0.0, 1.0] * 600]), [0.0, 1.0])]  # sigmoid(beta)
     [0.5, 0.731059]
     """
-    points = []
+    points, pursued = [], rewards if learned is None else learned
     for beta in betas:
-        log_weights = beta * rewards - logsumexp(beta * rewards, axis=1, keepdims=True)
+        log_weights = beta * pursued - logsumexp(beta * pursued, axis=1, keepdims=True)
         weights = np.exp(log_weights)
         reward = (weights * rewards).sum(1).mean()
         kl = (weights * (log_weights + math.log(rewards.shape[1]))).sum(1).mean()

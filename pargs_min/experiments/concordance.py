@@ -10,16 +10,20 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from pargs_min.codec import Codec, encode_prompt, left_pad
 from pargs_min.data import Text
 from pargs_min.decode import ModelPolicy
 from pargs_min.experiments.setup import Lab, generated, judged, material
-from pargs_min.scoring import model_rewards
+from pargs_min.reward_model import is_language_model, recorded
+from pargs_min.scoring import LanguageModelScorer, model_rewards
 from pargs_min.train import rate
 from pargs_min.world.automaton import Array, sample, win_rates
 from pargs_min.world.journey import Journey
+
+JOURNEYS = 64  # of the embedded world, per prompt, along which candidates are compared
 
 
 class Siblings(NamedTuple):
@@ -71,20 +75,41 @@ def concordance(
 
 
 @torch.no_grad()
-def score_siblings(model: PreTrainedModel, siblings: Sequence[Siblings], batch_size: int = 256) -> list[Array]:
-    """(K,) rewards of the candidates of each prefix: of the texts that end in them."""
+def score_siblings(
+    model: PreTrainedModel, siblings: Sequence[Siblings], lm: PreTrainedModel | None = None, batch_size: int = 256
+) -> list[Array]:
+    """(K,) rewards of the candidates of each prefix: of the texts that end in them, or as a language model implies them
+    beside the reference `lm`."""
+    if is_language_model(model) and lm is not None:
+        return [*_implied_rewards(model, siblings, lm, batch_size)]
     texts = [Text(one.prefix_ids, [token]) for one in siblings for token in one.candidates]
     rated = rate(texts, model_rewards(model), batch_size=batch_size, device=str(model.device))
     return np.split([text.reward for text in rated], np.cumsum([len(one.candidates) for one in siblings])[:-1])
 
 
-def ranking(model: PreTrainedModel, siblings: Sequence[Siblings]) -> dict[str, float]:
-    """How well a reward model ranks candidates by the win rates of their completions (`concordance`).
+def _implied_rewards(
+    model: PreTrainedModel, siblings: Sequence[Siblings], lm: PreTrainedModel, batch_size: int
+) -> Iterator[Array]:
+    policy, scorer = ModelPolicy(lm), LanguageModelScorer(model, recorded(model).get("beta"))
+    for some in (siblings[first : first + batch_size] for first in range(0, len(siblings), batch_size)):
+        prefixes = [tensor.to(lm.device) for tensor in left_pad([one.prefix_ids for one in some])]
+        for stepper in (policy, scorer):
+            stepper.start(*prefixes)
+        rows = [torch.tensor(one.candidates, device=lm.device) for one in some]
+        candidates = pad_sequence(rows, batch_first=True)
+        rewards = scorer.score(candidates, policy.log_probs().gather(1, candidates)).double().cpu().numpy()
+        yield from (row[: len(one.candidates)] for row, one in zip(rewards, some, strict=True))
+
+
+def ranking(
+    model: PreTrainedModel, siblings: Sequence[Siblings], lm: PreTrainedModel | None = None
+) -> dict[str, float]:
+    """How well a guide ranks candidates by the win rates of their completions (`concordance`).
 
     Returns:
         concordance, for power 0; gain, for power 2; and the `ceiling` of both.
     """
-    scores, values = score_siblings(model, siblings), [np.mean(one.win_rates, 0) for one in siblings]
+    scores, values = score_siblings(model, siblings, lm), [np.mean(one.win_rates, 0) for one in siblings]
     log_probs = [np.array(one.log_probs) for one in siblings]
     all_pairs, by_gain = (concordance(scores, values, log_probs, power) for power in (0, 2))
     return {"concordance": all_pairs, "gain": by_gain, "ceiling": ceiling(siblings)}
@@ -105,7 +130,8 @@ def exact_siblings(lab: Lab, world: Journey) -> Iterator[Siblings]:
     for number, prompt in enumerate(prompt["prompt"] for prompt in material(lab).prompts):
         automaton, prompt_ids = world.automata[prompt], encode_prompt(material(lab).tokenizer, prompt)
         rates = win_rates(automaton)
-        drawn, _ = sample(automaton, np.random.default_rng([0, number]).random((lab.samples, automaton.horizon)))
+        journeys = min(lab.samples, JOURNEYS)
+        drawn, _ = sample(automaton, np.random.default_rng([0, number]).random((journeys, automaton.horizon)))
         for row in drawn:
             state = automaton.start
             for step, token in enumerate(row):

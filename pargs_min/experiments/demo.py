@@ -15,7 +15,8 @@ import torch
 
 from pargs_min import plots
 from pargs_min.experiments import report
-from pargs_min.experiments.measure import FULL, PARTIAL, Cell, guided, write
+from pargs_min.experiments.measure import Cell, guided, write
+from pargs_min.experiments.recipes import FULL, PARTIAL
 from pargs_min.experiments.setup import Lab, embedded, judged, material
 from pargs_min.experiments.sweep import Row, gather, sweep
 
@@ -37,7 +38,7 @@ def run(folder: Path, *, quick: bool = False, seed: int = 0) -> None:
     say(PAIRS.format(TRAINED if seed else SHIPPED))
     lab = small(folder, seed) if quick else replace(embedded(folder, seed=seed), plain_samples=2000)
     say(MODELS)
-    rows = gather(sweep({"": lab}, cells(seed), folder / "demo.jsonl"))
+    rows = gather(sweep({seed: {"": lab}}, cells(seed), folder / "demo.jsonl"))
     text = "\n\n".join([report.table(rows, COLUMNS), report.legend(rows, COLUMNS, seeds=1), side_by_side(lab, seed)])
     report.write(folder / "demo", text, draw(rows, lab), dict(lab=lab, seed=seed, rows=[row.as_json() for row in rows]))
     saved = NEXT.format(folder, PARTIAL.folder_name(seed), material(lab).prompts[0]["prompt"])
@@ -57,7 +58,7 @@ def cells(seed: int) -> list[Cell]:
 
 def draw(rows: list[Row], lab: Lab) -> plots.Figure:
     drawing, (axes,) = plots.panels(1, (8.0, 4.6))
-    report.reward_against_kl(axes, rows, lab)
+    report.reward_against_kl(axes, rows, [lab])
     axes.set_ylabel("gold reward")
     for row in rows:
         if row.cell.beta:

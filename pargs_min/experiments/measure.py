@@ -1,7 +1,4 @@
-"""One cell of an experiment: train the models that it needs, generate and judge its texts, test its reward model.
-
-What a cell needs is trained once, under a name that says how, and shared by all cells of a lab.
-"""
+"""One cell of an experiment: generate and judge its texts, test its reward model (`recipes` makes what it needs)."""
 
 import json
 import math
@@ -15,84 +12,28 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import stats
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, TrainingArguments, set_seed
-from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import PreTrainedModel
 
-from pargs_min.baselines.ppo import PPOSettings, train_ppo
-from pargs_min.codec import Codec, end_tokens
+from pargs_min.codec import Codec
 from pargs_min.data import encode_texts
+from pargs_min.decode import Step
 from pargs_min.evaluation.statistics import FrontierPoint, distinct_n, mean_and_error, prompt_means, rlhf_frontier
 from pargs_min.experiments import concordance
+from pargs_min.experiments.recipes import PARTIAL, Recipe, guide, make
 from pargs_min.experiments.setup import Lab, generated, judge_of, judged, made_from, material
 from pargs_min.methods import FINE_TUNED, METHODS, Method
-from pargs_min.models import (
-    default_device,
-    load_language_model,
-    load_reward_model,
-    load_tokenizer,
-    save,
-    save_reward_model,
-)
-from pargs_min.records import read_responses
-from pargs_min.reward_model import context_length, prefix_rewards
+from pargs_min.models import default_device, load_language_model
+from pargs_min.records import read_jsonl, read_responses
+from pargs_min.reward_model import context_length, is_language_model, prefix_rewards
 from pargs_min.scoring import model_rewards
-from pargs_min.store import kept, write_json, write_lines
+from pargs_min.store import kept, read_json, write_json, write_lines
 from pargs_min.texts import text_log_probs
-from pargs_min.train import prefix_accuracy, rate, train_reward_model, train_value_model
+from pargs_min.train import prefix_accuracy, rate
 
-# Seeds of the reference's own texts, which no cell shares: to train value models on, to estimate the RLHF policy from,
-# and to correlate rewards of prefixes on.
-SAMPLES, PLAIN, CORRELATED = 10**6, 2 * 10**6, 3 * 10**6
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is made.
-
-    Args:
-        objective: "partial", "full" or "value": a reward model; "dpo" or "ppo": a language model.
-        pairs: how many of the training pairs; None means all (not for value).
-        head: "scalar" (None) or "vocab".
-        start: family, layers and width of a model with random weights; None starts from the reference.
-        lengths: first and last prefix length to train on (partial); no end where the last is None.
-        beta: of the policy that DPO and PPO train for.
-
-    >>> str(Recipe("partial", pairs=500, lengths=(1, 8)))
-    'partial, pairs=500, lengths=1-8'
-    """
-
-    objective: str
-    pairs: int | None = None
-    head: str | None = None
-    start: tuple[str, int, int] | None = None
-    lengths: tuple[int, int | None] | None = None
-    beta: float | None = None
-
-    def __str__(self) -> str:
-        settings = {name: value for name, value in vars(self).items() if value is not None}
-        return ", ".join([settings.pop("objective"), *(f"{name}={_joined(settings[name])}" for name in settings)])
-
-    def folder_name(self, seed: int) -> str:
-        """A folder name that says how a model was made.
-
-        >>> Recipe("partial", pairs=500, lengths=(1, 8)).folder_name(seed=3)
-        'partial-pairs=500-lengths=1-8-seed=3'
-        """
-        return f"{self}, seed={seed}".replace(", ", "-")
-
-    @property
-    def ingredients(self) -> list["Recipe"]:
-        """The models that this one is made from: value models and PPO learn from a full-sequence reward model."""
-        return MADE_FROM.get(self.objective, [])
-
-
-def _joined(value: object) -> str:
-    return "-".join(str(part or "end") for part in value) if isinstance(value, tuple) else str(value)
-
-
-PARTIAL, FULL, VALUE = Recipe("partial"), Recipe("full"), Recipe("value")
-MADE_FROM = {"value": [FULL], "ppo": [FULL]}
-NEED_TRL = {"dpo"}
+# Seeds of the reference's own texts, which no cell shares: to estimate the RLHF policy from, and to correlate rewards
+# of prefixes on.
+PLAIN, CORRELATED = 2 * 10**6, 3 * 10**6
+CAP = "learned RLHF"  # in place of a method: the RLHF policy of a learned reward of whole texts
 
 
 @dataclass(frozen=True)
@@ -101,7 +42,7 @@ class Cell:
 
     Args:
         seed: of everything that is trained or drawn.
-        method: one of `METHODS` or `FINE_TUNED`; beta, top_k, n and particles are its settings.
+        method: one of `METHODS` or `FINE_TUNED`, or `CAP`; beta, top_k, min_ref_prob, n and particles are its settings.
         recipe: of the reward model; final: of the one that smc weighs whole texts by.
         quality: whether the reward model itself is measured.
         lab: the name of the lab, where a sweep has several.
@@ -114,6 +55,7 @@ class Cell:
     method: str | None = None
     beta: float | None = None
     top_k: int | None = None
+    min_ref_prob: float | None = None
     n: int | None = None
     particles: int | None = None
     recipe: Recipe | None = None
@@ -123,7 +65,18 @@ class Cell:
 
     def __str__(self) -> str:
         named = ((name, getattr(self, name)) for name in ("beta", "n", "particles"))
-        return " ".join([self.method or "", *(f"{name}={value:g}" for name, value in named if value is not None)])
+        return " ".join([self.name or "", *(f"{name}={value:g}" for name, value in named if value is not None)])
+
+    @property
+    def name(self) -> str | None:
+        """Its method, and what its reward model differs in from the method's own.
+
+        >>> Cell(0, "pargs", recipe=Recipe("partial", labels="soft")).name
+        'pargs (soft labels)'
+        """
+        of = self.recipe or PARTIAL
+        differs = ["soft labels"] * (of.labels == "soft") + ["vocabulary head"] * (of.head == "vocab")
+        return f"{self.method} ({', '.join(differs)})" if differs else self.method
 
     @property
     def writes(self) -> Method:
@@ -144,125 +97,51 @@ class Cell:
 def guided(seed: int, methods: Sequence[str], betas: Sequence[float], **settings: Any) -> list[Cell]:
     """Cells of guided methods at each beta, with the reward models that the methods are for; settings are of `Cell`."""
     recipes = {method: Recipe(METHODS[method].objective or "partial") for method in methods}
-    return [Cell(seed, method, beta=b, recipe=recipes[method], **settings) for method in methods for b in betas]
+    return [Cell(seed, method, beta=b, **{"recipe": recipes[method]} | settings) for method in methods for b in betas]
 
 
-# ---- what cells need ----
+# ---- what cells share ----
 
 
-def make(lab: Lab, recipe: Recipe, seed: int) -> Path:
-    """The folder of a model, trained now unless it is there."""
-    train = {"dpo": _train_by_dpo, "ppo": _train_by_ppo}.get(recipe.objective, _train_reward_model)
+def plain_texts(lab: Lab) -> Path:
+    """Texts of the reference that no cell shares."""
 
-    def trained(folder: Path) -> None:
-        set_seed(seed)
-        train(lab, recipe, seed, folder)
+    def written(file: Path) -> None:
+        write_lines(file, generated(lab, material(lab).prompts, lab.plain_samples, seed=PLAIN))
 
-    source = made_from(lab, "model", "pairs", "held_out", recipe=str(recipe), seed=seed)
-    return kept(lab.file("models") / recipe.folder_name(seed), source, trained)
-
-
-def reward_model(lab: Lab, recipe: Recipe, seed: int) -> PreTrainedModel:
-    """A reward model, trained now unless it is there."""
-    return load_reward_model(make(lab, recipe, seed), device=default_device())
-
-
-def _train_reward_model(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> None:
-    tokenizer, pairs = load_tokenizer(lab.model), material(lab).pairs[: recipe.pairs]
-    if recipe.start:
-        model = _new_model(*recipe.start, tokenizer)
-    else:
-        model = load_reward_model(lab.model, tokenizer, head=recipe.head or "scalar")
-    args = _arguments(lab, folder, len(pairs), lab.learning_rate, seed)
-    if recipe == VALUE:
-        texts, _ = encode_texts(read_responses(samples(lab)), tokenizer, context_length(model), material(lab).form)
-        reward_fn, device = model_rewards(reward_model(lab, FULL, seed)), default_device()
-        rated = rate(texts, reward_fn, batch_size=lab.batch_size, device=device)
-        train_value_model(model, tokenizer, rated, args=args)
-    else:
-        tail, lengths = "extend" if lab.append_eos else "min", recipe.lengths or (1, None)
-        how: dict[str, Any] = dict(objective=recipe.objective, tail=tail, lengths=lengths)
-        train_reward_model(model, tokenizer, pairs, args=args, end=Codec(tokenizer, material(lab).form).end, **how)
-    recorded = {"objective": recipe.objective, "append_eos": lab.append_eos, "prompt_format": material(lab).form}
-    save_reward_model(model, tokenizer, folder, **recorded)
-
-
-def _new_model(family: str, layers: int, width: int, tokenizer: Tokenizer) -> PreTrainedModel:
-    """A reward model with random weights, heads of 16 dimensions, for texts of up to 64 tokens."""
-    sizes = dict(hidden_size=width, intermediate_size=3 * width, max_position_embeddings=64)
-    sizes |= dict(
-        num_hidden_layers=layers, num_attention_heads=width // 16, vocab_size=Codec(tokenizer).vocabulary, num_labels=1
-    )
-    ids = dict(pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.eos_token_id)
-    config = AutoConfig.for_model(family, eos_token_id=tokenizer.eos_token_id, **sizes, **ids)
-    return AutoModelForSequenceClassification.from_config(config)
-
-
-def _train_by_dpo(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> None:
-    from pargs_min.baselines.dpo import train_dpo  # TRL is an extra
-
-    tokenizer, model, pairs = load_tokenizer(lab.model), load_language_model(lab.model), material(lab).pairs
-    args = _arguments(lab, folder, len(pairs), lab.dpo_learning_rate, seed)
-    settings: dict[str, Any] = dict(beta=recipe.beta, args=args)
-    train_dpo(model, tokenizer, pairs, **settings)
-    save(model, tokenizer, folder)
-
-
-def _train_by_ppo(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> None:
-    tokenizer, model = load_tokenizer(lab.model), load_language_model(lab.model, device=default_device())
-    rater, critic = (reward_model(lab, FULL, seed) for _ in range(2))
-    settings: dict[str, Any] = dict(beta=recipe.beta, max_new_tokens=lab.max_new_tokens, seed=seed)
-    settings |= dict(updates=lab.ppo_updates, learning_rate=lab.ppo_learning_rate)
-    settings |= dict(batch_size=2 * lab.pairs_per_step, minibatch_size=lab.pairs_per_step)
-    prompts, ends = _training_prompts(lab), end_tokens(model, tokenizer)
-    for _ in train_ppo(model, critic, model_rewards(rater), prompts, ends, PPOSettings(**settings)):
-        pass
-    save(model, tokenizer, folder)
-
-
-def _arguments(lab: Lab, folder: Path, pairs: int, learning_rate: float, seed: int) -> TrainingArguments:
-    """Trainer's arguments: the lab's epochs over so many pairs."""
-    steps, on_cpu = max(1, round(lab.epochs * pairs / lab.pairs_per_step)), default_device() == "cpu"
-    pace = dict(max_steps=steps, warmup_steps=steps // 20, per_device_train_batch_size=lab.pairs_per_step)
-    quiet = dict(save_strategy="no", logging_strategy="no", disable_tqdm=True, report_to="none")
-    where = dict(output_dir=str(folder), use_cpu=on_cpu, dataloader_pin_memory=not on_cpu)
-    return TrainingArguments(seed=seed, learning_rate=learning_rate, **pace, **quiet, **where)
-
-
-def _training_prompts(lab: Lab) -> list[list[int]]:
-    """The prompts of the training pairs, each once."""
-    return [list(ids) for ids in dict.fromkeys(tuple(pair.prompt_ids) for pair in material(lab).pairs)]
-
-
-def samples(lab: Lab) -> Path:
-    """Texts of the reference that value models learn from: two for each training pair, for the same prompts."""
-
-    def sampled(file: Path) -> None:
-        prompts = [{"prompt_ids": ids} for ids in _training_prompts(lab)]
-        per_prompt = math.ceil(2 * len(material(lab).pairs) / len(prompts))
-        write_lines(file, generated(lab, prompts, per_prompt, seed=SAMPLES))
-
-    return kept(lab.file("samples.jsonl"), made_from(lab, "model", "pairs", "held_out"), sampled)
+    source = made_from(lab, "model", "prompts", plain_samples=lab.plain_samples)
+    return kept(lab.file("plain_texts.jsonl"), source, written)
 
 
 def plain_rewards(lab: Lab) -> np.ndarray:
-    """(prompts, N) rewards of texts of the reference that no cell shares."""
+    """(prompts, N) the judge's rewards of `plain_texts`."""
 
     def rated(file: Path) -> None:
-        prompts = material(lab).prompts
-        rewards = judged(lab, generated(lab, prompts, lab.plain_samples, seed=PLAIN))
+        rewards = judged(lab, [text for text, _ in read_jsonl(plain_texts(lab))])
         with file.open("wb") as out:
-            np.save(out, np.reshape(rewards, (len(prompts), -1)))
+            np.save(out, np.reshape(rewards, (len(material(lab).prompts), -1)))
 
     source = made_from(lab, "model", "prompts", "judge", plain_samples=lab.plain_samples)
     return np.load(kept(lab.file("plain_rewards.npy"), source, rated))
 
 
+@cache
+def learned_rewards(lab: Lab, recipe: Recipe, seed: int) -> np.ndarray:
+    """(prompts, N) rewards of `plain_texts` by a reward model of whole texts."""
+    made, model = material(lab), guide(lab, recipe, seed)
+    texts, _ = encode_texts(read_responses(plain_texts(lab)), made.tokenizer, context_length(model), made.form)
+    found = rate(texts, model_rewards(model), batch_size=lab.batch_size, device=default_device())
+    return np.reshape([text.reward for text in found], (len(made.prompts), -1))
+
+
 def rlhf_policies(lab: Lab, betas: Sequence[float]) -> list[FrontierPoint]:
     """The RLHF policies of the judge's reward, estimated from `plain_rewards`; those that too few samples tell of are
     left out."""
-    rewards = plain_rewards(lab)
-    return rlhf_frontier(rewards, betas, least=min(500, rewards.size / 4))
+    return _policies(plain_rewards(lab), betas)
+
+
+def _policies(rewards: np.ndarray, betas: Sequence[float], **learned: np.ndarray) -> list[FrontierPoint]:
+    return rlhf_frontier(rewards, betas, least=min(500, rewards.size / 4), **learned)
 
 
 def siblings(lab: Lab) -> list[concordance.Siblings]:
@@ -285,21 +164,59 @@ def measure(lab: Lab, cell: Cell) -> dict:
     Returns:
         of texts, each a mean over prompts: reward, kl (nats per text), length (tokens), calls (forward passes of one
         row by any model, per text), seconds (per text), distinct2 (among the texts of a prompt), the judge's further
-        measures, gap (`rlhf_gap`); and by_prompt, the reward of each prompt.
-        of a reward model: see `quality`.
+        measures, gap (`rlhf_gap`), flips (`Flips`); and by_prompt, the reward of each prompt. Of `CAP` only reward, kl
+        and gap.
+        of a reward model: see `quality`; and training, the seconds that it took.
     """
-    found = _text_measures(lab, cell, write(lab, cell)) if cell.method else {}
+    if cell.method == CAP:
+        return _cap(lab, cell)
+    flips = Flips()
+    found = _text_measures(lab, cell, write(lab, cell, flips)) if cell.method else {}
+    if cell.method and cell.writes.guided and not cell.writes.rows:
+        found["flips"] = flips.share
+    if guide_or_tuned := cell.recipe or cell.tuned:
+        found["training"] = read_json(make(lab, guide_or_tuned, cell.seed) / "training.json")["seconds"]
     if cell.quality and cell.recipe:
-        found |= quality(lab, reward_model(lab, cell.recipe, cell.seed))
+        found |= quality(lab, guide(lab, cell.recipe, cell.seed))
     return found
 
 
-def write(lab: Lab, cell: Cell) -> list[dict]:
+class Flips:
+    """How often guidance changes the likeliest token of a step; an `on_step` of `generate`."""
+
+    def __init__(self) -> None:
+        self.changed = self.steps = 0
+
+    def __call__(self, step: Step) -> None:
+        changed = step.log_probs.argmax(-1) != step.ref_log_probs.argmax(-1)
+        self.changed += int((changed & step.alive).sum())
+        self.steps += int(step.alive.sum())
+
+    @property
+    def share(self) -> float:
+        return self.changed / self.steps
+
+
+def _cap(lab: Lab, cell: Cell) -> dict:
+    """What the RLHF policy of a learned reward is worth to the judge: guides that learn from that reward aim at it.
+
+    Texts of the reference, weighed by exp(beta R) of the learned R. Nothing where too few of them tell.
+    """
+    if not (cell.recipe and cell.beta):
+        raise ValueError(f"{CAP} needs a recipe and a beta, got {cell}")
+    points = _policies(plain_rewards(lab), [cell.beta], learned=learned_rewards(lab, cell.recipe, cell.seed))
+    found = {"reward": points[0].reward, "kl": points[0].kl} if points else {}
+    gap = rlhf_gap(lab, cell, found) if found else None
+    return found if gap is None else found | {"gap": gap}
+
+
+def write(lab: Lab, cell: Cell, on_step: Flips | None = None) -> list[dict]:
     """The texts of a cell, as records of `generate_texts`; their `kl` is to the lab's reference."""
-    made, names = material(lab), ("beta", "top_k", "n", "particles")
+    made, names = material(lab), ("beta", "top_k", "min_ref_prob", "n", "particles")
     settings: dict = {name: value for name in names if (value := getattr(cell, name)) is not None}
+    settings |= {"on_step": on_step} if cell.writes.guided else {}
     roles = {"reward_model": cell.recipe, "final_reward_model": cell.final}
-    settings |= {role: reward_model(lab, recipe, cell.seed) for role, recipe in roles.items() if recipe}
+    settings |= {role: guide(lab, recipe, cell.seed) for role, recipe in roles.items() if recipe}
     if cell.tuned:
         settings["lm"] = load_language_model(make(lab, cell.tuned, cell.seed), device=default_device())
     texts = generated(lab, made.prompts, lab.samples, method=cell.writes.name, seed=cell.seed, **settings)
@@ -347,7 +264,7 @@ def rlhf_gap(lab: Lab, cell: Cell, found: dict) -> float | None:
 
 @torch.no_grad()
 def quality(lab: Lab, model: PreTrainedModel) -> dict:
-    """What a reward model knows, measured on texts that it was not trained on.
+    """What a reward model knows, measured on texts that it was not trained on; of a language model the ranking alone.
 
     accuracy        pairs ordered as labelled, after 1, 2, ... tokens, of held-out pairs (`prefix_accuracy`)
     whole           the last of them: accuracy on whole responses
@@ -357,13 +274,16 @@ def quality(lab: Lab, model: PreTrainedModel) -> dict:
     final           rank correlation of r(y_1:i) with the reward of the whole text by the same model, after 1, 2, ...
     gold            the same with the judge's reward; both within each prompt, on texts of the reference
     """
+    ranked = concordance.ranking(model, siblings(lab), material(lab).lm)
+    if is_language_model(model):
+        return ranked
     accuracy = prefix_accuracy(model, material(lab).held_out, batch_size=lab.batch_size).accuracy
     texts, gold = _plain_texts(lab)
     scores = _prefix_scores(lab, model, texts)
     return {
         "accuracy": accuracy[: lab.max_new_tokens].tolist(),
         "whole": accuracy[-1].item(),
-        **concordance.ranking(model, siblings(lab)),
+        **ranked,
         "final": _correlations(scores, scores[:, -1], lab.samples),
         "gold": _correlations(scores, np.array(gold), lab.samples),
     }

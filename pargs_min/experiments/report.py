@@ -13,15 +13,16 @@ from matplotlib.figure import Figure
 
 from pargs_min import plots
 from pargs_min.evaluation.statistics import FrontierPoint
-from pargs_min.experiments.measure import rlhf_policies
+from pargs_min.experiments.measure import Cell, rlhf_policies
 from pargs_min.experiments.setup import Lab, as_json
-from pargs_min.experiments.sweep import Estimate, Row
+from pargs_min.experiments.sweep import Row
 from pargs_min.markdown import markdown_table
 from pargs_min.store import write_json
 
 BETAS = (0.5, 1.0, 2.0, 3.0)
 BETA = 2.0  # where one is enough
 PARTICLES = 8
+LEAST_KL = 0.05  # nats: with less, the share of RLHF's gain is one of noise
 
 
 @cache
@@ -30,13 +31,21 @@ def optimum(lab: Lab) -> list[FrontierPoint]:
     return rlhf_policies(lab, [*np.linspace(0, 1, 41), *np.linspace(1.1, 6, 50)])
 
 
-def with_rlhf(row: Row, lab: Lab) -> Row:
-    """The row with `rlhf`, the most reward that any policy has at its KL, where that is known and the KL a policy's."""
-    points = optimum(lab) if row.cell.method and not row.cell.writes.greedy else []
-    if not points or kl(row) > points[-1].kl:
-        return row
-    reward = np.interp(kl(row), [point.kl for point in points], [point.reward for point in points])
-    return Row(row.cell, row.found | {"rlhf": Estimate(float(reward))})
+def with_rlhf(lab: Lab, cell: Cell, found: dict) -> dict:
+    """What a cell found, and what it is beside the RLHF policies of its lab, where its KL is a policy's and known to be
+    theirs, too.
+
+    Returns:
+        also rlhf, the most reward that any policy has at this KL; and share, (reward - plain) / (rlhf - plain), where
+        the KL is large enough to tell.
+    """
+    points = optimum(lab) if cell.method and not cell.writes.greedy else []
+    if not points or not found or found["kl"] > points[-1].kl:
+        return found
+    curve = np.transpose([(point.kl, point.reward) for point in points])
+    plain, best = points[0].reward, np.interp(found["kl"], *curve)
+    share = {"share": float((found["reward"] - plain) / (best - plain))} if found["kl"] > LEAST_KL else {}
+    return found | {"rlhf": float(best)} | share
 
 
 # ---- texts ----
@@ -72,11 +81,13 @@ def _measure(row: Row, name: str) -> str:
     return f"{bound}{round(found.mean, digits) + 0.0:.{digits}f}{error}"  # + 0.0: no minus before a zero
 
 
-def legend(rows: list[Row], columns: Sequence[str], seeds: int) -> str:
-    """What the columns of a table say, and what its standard errors are over."""
+def legend(rows: list[Row], columns: Sequence[str], seeds: int, worlds: bool = False) -> str:
+    """What the columns of a table say, and what its standard errors are over: seeds, each in a world of its own or all
+    in one."""
     shown = [MEASURES[name] for name in columns if any(name in row.found for row in rows)]
-    varies = "of what is trained and of the texts; reference, pairs and prompts stay the same"
-    over = f"± is the standard error over {seeds} seeds: {varies}." if seeds > 1 else "One seed: no error bars."
+    varies = "seeds: of what is trained and of the texts; reference, pairs and prompts stay the same"
+    varies = "worlds: reference, pairs, reward models and texts; the prompts stay the same" if worlds else varies
+    over = f"± is the standard error over {seeds} {varies}." if seeds > 1 else "One seed: no error bars."
     return "\n".join([*(f"- {measure['title']}: {measure['says']}" for measure in shown), over])
 
 
@@ -117,8 +128,8 @@ def curve(
 
 def curves(axes: Axes, rows: list[Row], x: Callable[[Row], Any], y: str, **style) -> None:
     """A curve for each method."""
-    for method, group in grouped(rows, "method").items():
-        curve(axes, group, x, y, method, plots.INKS[method], **style)
+    for name, group in grouped(rows, "name").items():
+        curve(axes, group, x, y, name, plots.INKS[name], **style)
 
 
 def log_scale(axes: Axes, ticks: Sequence[float]) -> None:
@@ -127,18 +138,18 @@ def log_scale(axes: Axes, ticks: Sequence[float]) -> None:
     axes.minorticks_off()
 
 
-def reward_against_kl(axes: Axes, rows: list[Row], lab: Lab) -> None:
-    """A curve for each method, small marks for single seeds, and the most that any policy reaches.
+def reward_against_kl(axes: Axes, rows: list[Row], labs: Sequence[Lab]) -> None:
+    """A curve for each method, small marks for single seeds, and the most that any policy reaches: the mean over labs.
 
     Greedy methods are left out: the divergence of a policy with one text is another matter. So is what lies far right.
     """
-    rows = [row for row in rows if not row.cell.writes.greedy]
-    points = [(point.kl, point.reward) for point in optimum(lab)]
-    axes.plot(*zip(*points, strict=True), color=plots.BLACK, label="RLHF (the most at each KL)")
-    for method, group in grouped(rows, "method").items():
-        ink, mark = plots.INKS[method]
+    rows = [row for row in rows if "kl" in row.found and not row.cell.writes.greedy]
+    points = [[(point.kl, point.reward) for point in at_beta] for at_beta in zip(*map(optimum, labs), strict=False)]
+    axes.plot(*np.mean(points, 1).T, color=plots.BLACK, label="RLHF (the most at each KL)")
+    for name, group in grouped(rows, "name").items():
+        ink, mark = plots.INKS[name]
         line, bound = "-" if group[0].cell.writes.guided else "none", group[0].cell.writes.bound
-        label = f"{method} (KL is a bound)" if bound else method
+        label = f"{name} (KL is a bound)" if bound else name
         curve(axes, group, kl, "reward", label, (ink, mark), linestyle=line)
         for row in group:
             axes.scatter(row.found["kl"].seeds, row.found["reward"].seeds, s=8, color=ink, marker=mark, alpha=0.5)

@@ -4,6 +4,7 @@ All of it is named by one frozen `Lab`, which is also the key that what was read
 """
 
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -23,7 +24,7 @@ from pargs_min.reward_model import context_length
 from pargs_min.store import content, kept, once, write_lines
 from pargs_min.texts import generate_texts
 from pargs_min.world.journey import HELD_OUT_PROMPTS, HORIZON, TRAIN_PROMPTS, Journey
-from pargs_min.world.reference import SHIPPED, STEPS, reference, write_pairs
+from pargs_min.world.reference import SHIPPED, STEPS, WORST_GAP, reference, write_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +109,8 @@ def embedded(
     Args:
         quick: make everything so small that it shows only that it runs.
         seed: of the reference and the pairs.
-        steps: training steps of the reference.
+        steps: training steps of the reference; with fewer than by default it is an early one, however far from the
+            grammar.
         pairs, held_out: how many to train on and to test on.
     """
     sizes: dict[str, Any] = dict(samples=64, plain_samples=4000, batch_size=256, epochs=3.2, ppo_updates=80)
@@ -118,7 +120,8 @@ def embedded(
     home, world = folder / "reference", world or Journey()
     if (seed, steps, world) == (0, STEPS, Journey()):
         once(home, partial(shutil.copytree, SHIPPED))
-    lm, tokenizer = reference(home, world, seed=seed, steps=steps)
+    worst = WORST_GAP if steps >= STEPS else math.inf
+    lm, tokenizer = reference(home, world, seed=seed, steps=steps, worst_gap=worst)
     files = {name: folder / f"{name}.jsonl" for name in ("pairs", "held_out", "prompts")}
     for name, prompts, count in (("pairs", TRAIN_PROMPTS, pairs), ("held_out", HELD_OUT_PROMPTS, held_out)):
         settings: dict[str, Any] = dict(pairs=count, seed=seed, prompts=prompts)
@@ -130,6 +133,11 @@ def embedded(
     sizes |= names | dict(learning_rate=1e-3, dpo_learning_rate=1e-4, ppo_learning_rate=3e-4, pairs_per_step=64)
     # The world goes without the tables that it has built: labs travel to other processes.
     return Lab(**sizes, judge="toy", world=replace(world), max_new_tokens=HORIZON)
+
+
+def numbered(folder: Path, quick: bool, seed: int) -> Lab:
+    """The embedded world of a seed: reference, pairs and all that is made of them, in a folder that studies share."""
+    return embedded(folder / f"world-{seed}", quick=quick, seed=seed)
 
 
 class Material(NamedTuple):

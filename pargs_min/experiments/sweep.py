@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -21,32 +21,42 @@ from scipy import stats
 from tqdm import tqdm
 from transformers.utils import logging
 
-from pargs_min.experiments import measure
+from pargs_min.experiments import measure, recipes
 from pargs_min.experiments.measure import Cell
 from pargs_min.experiments.setup import Lab, as_json, contents
 from pargs_min.progress import progress
 from pargs_min.records import read_jsonl
-from pargs_min.store import appending, write_lines
+from pargs_min.store import appending
+
+Worlds = Mapping[int, Mapping[str, Lab]]  # seed -> name -> lab; the name is "" where there is one
 
 
-def sweep(labs: Mapping[str, Lab], cells: Sequence[Cell], file: Path, processes: int = 2) -> dict[Cell, dict]:
+def in_each_world(make: Callable[[int], Mapping[str, Lab]], seeds: Sequence[int], processes: int) -> Worlds:
+    """The labs of each seed, made side by side."""
+    with workers(processes) as pool:
+        made = {seed: labs for (_, seed), labs in _run(pool, [(make, seed) for seed in seeds], "worlds")}
+    return {seed: made[seed] for seed in seeds}
+
+
+def sweep(worlds: Worlds, cells: Sequence[Cell], file: Path, processes: int = 2) -> dict[Cell, dict]:
     """Measure every cell that the file does not hold yet, appending each as it comes; what all cells found, in order.
 
-    Cells name their lab; the name is "" where there is one. The first line of the file is {"labs": ...}, every other
-    one {"cell": ..., "found": ...}.
+    A cell's lab is that of its name in the world of its seed. The file has a line {"seed": ..., "labs": ...} for each
+    seed, which comes before the seed's cells: {"cell": ..., "found": ...}.
 
     Raises:
         ValueError: if the file was made with other labs, a cell needs what is not installed, or a process is killed.
     """
-    if find_spec("trl") is None and any(one.objective in measure.NEED_TRL for cell in cells for one in cell.recipes):
+    if find_spec("trl") is None and any(one.objective in recipes.NEED_TRL for cell in cells for one in cell.recipes):
         raise ValueError("these cells train DPO, which is TRL's: pip install -e '.[baselines]' -c constraints.txt")
-    done = _read(file, labs, cells)
+    done = _read(file, worlds, cells)
     if left := [cell for cell in cells if cell not in done]:
         with workers(processes) as pool, appending(file) as append:
-            for jobs in _shared(labs, left):  # first, so that none of it is made twice
+            for jobs in _shared(worlds, left):  # first, so that none of it is made twice
                 for _ in _run(pool, jobs, "models and texts"):
                     pass
-            for (_, _, cell), found in _run(pool, [(measure.measure, labs[cell.lab], cell) for cell in left], "cells"):
+            jobs = [(measure.measure, worlds[cell.seed][cell.lab], cell) for cell in left]
+            for (_, _, cell), found in _run(pool, jobs, "cells"):
                 append({"cell": as_json(cell), "found": found})
                 done[cell] = found
     return {cell: done[cell] for cell in cells}
@@ -65,27 +75,34 @@ def _run(pool: Executor, jobs: list[tuple], desc: str) -> Iterator[tuple[tuple, 
         ) from None
 
 
-def _read(file: Path, labs: Mapping[str, Lab], cells: Sequence[Cell]) -> dict[Cell, dict]:
-    """What the file holds of these cells; a new file gets its first line."""
-    read = {name: contents(lab) for name, lab in labs.items()}
-    head, known = {"labs": as_json(labs), "contents": read}, [(cell, as_json(cell)) for cell in cells]
+def _read(file: Path, worlds: Worlds, cells: Sequence[Cell]) -> dict[Cell, dict]:
+    """What the file holds of these cells; it gets the lines of new seeds."""
+    known = [(cell, as_json(cell)) for cell in cells]
     lines = [line for line, _ in read_jsonl(file, growing=True)] if file.exists() else []
-    if not lines:
-        write_lines(file, [head])
-    elif lines[0] != head:
-        raise ValueError(f"{file} was made with other settings or files: choose another --output-dir, or delete it")
-    return {cell: line["found"] for line in lines[1:] for cell, written in known if written == line["cell"]}
+    heads = {line.get("seed"): line for line in lines if "labs" in line}
+    with appending(file) as append:
+        for seed, labs in worlds.items():
+            head = {"seed": seed, "labs": as_json(labs), "contents": {name: contents(labs[name]) for name in labs}}
+            if (lines and None in heads) or heads.get(seed, head) != head:
+                raise ValueError(
+                    f"{file} was made with other settings or files: choose another --output-dir, or delete it"
+                )
+            if seed not in heads:
+                append(head)
+    found = [line for line in lines if "found" in line]
+    return {cell: line["found"] for line in found for cell, written in known if written == line["cell"]}
 
 
-def _shared(labs: Mapping[str, Lab], cells: Sequence[Cell]) -> list[list[tuple]]:
+def _shared(worlds: Worlds, cells: Sequence[Cell]) -> list[list[tuple]]:
     """Jobs that make what cells share: those that need nothing else, then the models that need what the first made."""
     jobs: dict[tuple, bool] = {}  # whether each is for later
     for cell in cells:
-        lab = labs[cell.lab]
+        lab = worlds[cell.seed][cell.lab]
         models = [model for recipe in cell.recipes for model in (*recipe.ingredients, recipe)]
-        jobs |= {(measure.make, lab, model, cell.seed): bool(model.ingredients) for model in models}
-        texts = (measure.samples, cell.recipe == measure.VALUE), (measure.plain_rewards, bool(cell.method))
-        jobs |= {(make, lab): False for make, needed in (*texts, (measure.siblings, cell.quality)) if needed}
+        jobs |= {(recipes.make, lab, model, cell.seed): bool(model.ingredients) for model in models}
+        samples = any(model.training.source == "texts" for model in models)
+        texts = (recipes.samples, samples), (measure.plain_rewards, cell.method), (measure.siblings, cell.quality)
+        jobs |= {(make, lab): False for make, needed in texts if needed}
     return [[job for job, later in jobs.items() if later == stage] for stage in (False, True)]
 
 
@@ -156,7 +173,8 @@ def gather(measured: Mapping[Cell, dict]) -> list[Row]:
 
 
 def _summary(seeds: list[dict]) -> dict[str, Estimate]:
-    summary = {name: interval([found[name] for found in seeds if name in found]) for name in seeds[0]}
+    known = [name for name in seeds[0] if all(name in found for found in seeds)]
+    summary = {name: interval([found[name] for found in seeds]) for name in known}
     if "by_prompt" in summary:
         summary["prompt_error"] = Estimate(interval(summary.pop("by_prompt").mean).error)
     return summary

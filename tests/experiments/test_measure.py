@@ -7,10 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from pargs_min.codec import Codec
+from pargs_min.decode import Step
 from pargs_min.experiments import measure as module
-from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell, Recipe, make, measure, rlhf_gap
-from pargs_min.models import load_config
+from pargs_min.experiments import recipes
+from pargs_min.experiments.measure import CAP, Cell, measure, rlhf_gap
+from pargs_min.experiments.recipes import FULL, PARTIAL, SOFT_LABELS, VALUE, Recipe, make
+from pargs_min.models import load_config, load_guide, load_tokenizer
+from pargs_min.records import read_jsonl
+from pargs_min.reward_model import final_rewards
+from pargs_min.store import read_json
 
 pytestmark = pytest.mark.trains
 
@@ -25,7 +33,7 @@ def test_a_model_is_whole_or_not_there(lab, tmp_path, monkeypatch):
         raise FloatingPointError("no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "save_reward_model", fail)
+        patch.setattr(recipes, "save", fail)
         with pytest.raises(FloatingPointError):
             make(lab, PARTIAL, 0)
     assert not (tmp_path / "models" / "partial-seed=0").exists()
@@ -41,6 +49,10 @@ def test_every_kind_of_cell_is_measured(lab):
         Cell(0, "pargs", beta=1.0, top_k=3, recipe=PARTIAL, quality=True),
         Cell(0, "args-greedy", beta=1.0, recipe=FULL),
         Cell(0, "cd", beta=1.0, recipe=VALUE),
+        Cell(0, "pargs", beta=1.0, recipe=SOFT_LABELS, quality=True),
+        Cell(0, "soft", beta=1.0, recipe=Recipe("soft", beta=1.0), min_ref_prob=0.01),
+        Cell(0, "win", beta=1.0, recipe=Recipe("win")),
+        Cell(0, "reweighted", beta=1.0, recipe=Recipe("reweighted", beta=1.0)),
         Cell(0, "smc", beta=1.0, particles=2, recipe=PARTIAL, final=FULL),
         Cell(0, "best-of-n", n=2, recipe=FULL),
         Cell(0, recipe=replace(PARTIAL, head="vocab", lengths=(1, 2)), quality=True),
@@ -53,6 +65,8 @@ def test_every_kind_of_cell_is_measured(lab):
             assert found["reward"] == pytest.approx(np.mean(found["by_prompt"]))
             assert found["calls"] > 0
             assert "off_grammar" not in found  # a measure of the world's own judge
+        assert ("flips" in found) == (cell.method not in (None, "plain", "smc", "best-of-n"))
+        assert found.get("training", 0) > 0 or not cell.recipe
         if cell.quality:
             assert 0 <= found["concordance"] <= 1
             assert len(found["final"]) == len(found["gold"]) == 8
@@ -85,6 +99,82 @@ def test_the_gap_to_the_rlhf_policy_is_a_divergence(lab, monkeypatch, beta):
     assert rlhf_gap(lab, Cell(0, "pargs", beta=50.0), {"kl": 0, "reward": 0}) is None
 
 
+def test_the_rlhf_policy_of_a_learned_reward_is_judged_by_gold(lab, monkeypatch):
+    """Two kinds of texts, gold 0 and 1: a learned reward that is gold gives RLHF itself, its opposite the worst."""
+    gold = np.tile([0.0, 1.0], (3, 400))
+    monkeypatch.setattr(module, "plain_rewards", lambda lab: gold)
+    best = 1 / (1 + math.exp(-2))
+    for sign, p in ((1, best), (-1, 1 - best), (0, 0.5)):
+        monkeypatch.setattr(module, "learned_rewards", lambda *_, sign=sign: sign * gold)
+        found = measure(lab, Cell(0, CAP, beta=2.0, recipe=FULL))
+        assert found["reward"] == pytest.approx(p, abs=1e-12)
+        assert found["kl"] == pytest.approx(p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p)), abs=1e-12)
+        assert found["gap"] == pytest.approx((1 - sign) * (2 * best - 1) if sign else found["gap"], abs=1e-12)
+        assert found["gap"] > -1e-12
+    with pytest.raises(ValueError, match="needs a recipe and a beta"):
+        measure(lab, Cell(0, CAP, recipe=FULL))
+
+
+def test_learned_rewards_are_of_the_texts_that_the_judge_rated(lab):
+    model, codec = recipes.guide(lab, FULL, 0), Codec(load_tokenizer(lab.model))
+    texts = [text for text, _ in read_jsonl(module.plain_texts(lab))]
+    found = module.learned_rewards(lab, FULL, 0)
+    assert found.shape == module.plain_rewards(lab).shape == (2, 40)
+    assert module.plain_rewards(lab).ravel().tolist() == vowels(None, [text["response"] for text in texts])
+    for number in (0, 41, 79):
+        ids = torch.tensor([codec.prompt(texts[number]) + texts[number]["response_ids"]])
+        assert found.ravel()[number] == pytest.approx(final_rewards(model, ids, torch.ones_like(ids)).item(), abs=1e-5)
+
+
+def test_flips_are_the_steps_of_rows_that_go_on_whose_likeliest_token_changes():
+    flips, drawn = module.Flips(), None
+    ref = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.4, 0.6]]).log()
+    guided = torch.tensor([[0.4, 0.6], [0.4, 0.6], [0.3, 0.7]]).log()
+    for alive in ([True, False, True], [True, True, True]):
+        flips(Step(0, torch.zeros(3, 2), ref, torch.zeros(3, 2), guided, drawn, torch.tensor(alive)))
+    assert flips.share == 3 / 5
+
+
+def test_a_model_is_chosen_by_its_loss_on_what_was_held_out(lab, tmp_path, monkeypatch):
+    """Of several learning rates, the one with the least; the held-out texts are no others' but whole pairs of texts."""
+    seen = []
+
+    def trained(lab, recipe, model, tokenizer, data, held_out, args):
+        seen.append((data, held_out, args.learning_rate))
+        with torch.no_grad():
+            model.score.weight.fill_(args.learning_rate)
+        return {"eval_loss": abs(args.learning_rate - 2e-3)}
+
+    how = recipes.TRAINING["value"]._replace(by=trained, rates=(1.0, 2.0, 4.0))
+    monkeypatch.setitem(recipes.TRAINING, "value", how)
+    folder = make(lab, VALUE, 0)
+    assert [rate for *_, rate in seen] == [1e-3, 2e-3, 4e-3]
+    assert load_guide(folder).score.weight.mean().item() == pytest.approx(2e-3)
+    assert read_json(folder / "training.json") | {"seconds": 0} == {"seconds": 0, "rate": 2.0, "held_out_loss": 0.0}
+    (data, held_out, _), *_ = seen
+    assert len(data) + len(held_out) == len(recipes.rated(lab, 0))
+    assert 0 < len(held_out) < len(data) / 8
+    assert [text.prompt_ids for text in held_out[::2]] == [text.prompt_ids for text in held_out[1::2]]
+
+
+def test_the_best_step_by_held_out_loss_is_kept(lab, monkeypatch):
+    """Where the learning rate is far too high, an early one."""
+    losses = []
+
+    def trained(*arguments):
+        metrics = by(*arguments)
+        losses.append(metrics["eval_loss"])
+        return metrics
+
+    how = recipes.TRAINING["value"]
+    by = how.by
+    monkeypatch.setitem(recipes.TRAINING, "value", how._replace(by=trained))
+    make(replace(lab, learning_rate=0.3, epochs=4.0), VALUE, 0)
+    monkeypatch.setitem(recipes.TRAINING, "value", how._replace(by=trained, chosen=False, rates=(1.0, 1.0)))
+    make(replace(lab, folder=f"{lab.folder}/last", learning_rate=0.3, epochs=4.0), VALUE, 0)
+    assert losses[0] < losses[1] == losses[2]
+
+
 def test_models_know_only_what_a_seed_tells_them(lab, tmp_path):
     """The same recipe and seed give the same weights, in another folder, too."""
     elsewhere = replace(lab, folder=str(tmp_path / "elsewhere"))
@@ -111,6 +201,7 @@ def test_folders_of_models_are_told_apart_by_all_of_a_recipe():
         replace(first, lengths=(1, 8)),
         replace(first, lengths=(1, None)),
         replace(first, beta=0.5),
+        SOFT_LABELS,
         *(replace(first, start=shape) for shape in (("gpt2", 1, 32), ("gpt2", 2, 32), ("gpt2", 1, 64))),
     ]
-    assert len({recipe.folder_name(seed) for recipe in (first, *others) for seed in (0, 1)}) == 20
+    assert len({recipe.folder_name(seed) for recipe in (first, *others) for seed in (0, 1)}) == 22

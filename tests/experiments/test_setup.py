@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from fractions import Fraction
 
-import numpy as np
 import pytest
 
-from pargs_min.codec import Codec
-from pargs_min.experiments import measure, setup
-from pargs_min.experiments.measure import PARTIAL, Cell
+from pargs_min.experiments import recipes, setup
+from pargs_min.experiments.measure import Cell
+from pargs_min.experiments.recipes import PARTIAL
 from pargs_min.experiments.setup import SHIPPED, STEPS, as_json, embedded, generated, judged, material
 from pargs_min.models import load_tokenizer
 from pargs_min.reward_model import recorded
-from pargs_min.texts import text_log_probs
-from pargs_min.world.journey import HORIZON, PROMPTS, Journey
-from pargs_min.world.reference import reference, word_tokenizer
+from pargs_min.world.journey import Journey
+from pargs_min.world.reference import grammar_gap, reference, word_tokenizer
 from tests.strategies import tiny_lm
 from tests.test_codec import chat_tokenizer
 
@@ -29,24 +28,17 @@ def test_the_shipped_reference_is_the_one_that_the_defaults_train():
 
 
 def test_the_shipped_reference_knows_the_grammar():
-    """KL(grammar || reference), on 480 journeys: 0.051 ± 0.008 nats per text, whose entropy is 13."""
-    (model, tokenizer), world = reference(SHIPPED), Journey()
-    tokens, log_probs = world.write(np.random.default_rng(1).random((480, HORIZON)))
-    lengths = (tokens != tokenizer.eos_token_id).sum(1) + 1
-    codec, rows = Codec(tokenizer), [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-    texts = [
-        {"prompt": PROMPTS[i % len(PROMPTS)], "response": codec.text(row), "response_ids": row}
-        for i, row in enumerate(rows)
-    ]
-    gaps = log_probs.sum(1) - text_log_probs(model, codec, texts)
-    assert 0.01 < gaps.mean() < 0.1
+    """Of whose texts the entropy is 13 nats."""
+    gap, error = grammar_gap(reference(SHIPPED)[0], Journey())
+    assert 0 < gap < 0.05
+    assert error < 0.005
 
 
 def test_the_world_takes_the_shipped_reference_at_its_defaults_only(tmp_path, monkeypatch):
     asked = []
 
-    def fake(folder, world, *, seed, steps):
-        asked.append((folder.exists(), seed, steps))
+    def fake(folder, world, *, seed, steps, worst_gap):
+        asked.append((folder.exists(), worst_gap))
         raise StopIteration
 
     monkeypatch.setattr(setup, "reference", fake)
@@ -54,7 +46,8 @@ def test_the_world_takes_the_shipped_reference_at_its_defaults_only(tmp_path, mo
     for number, case in enumerate(cases):
         with pytest.raises(StopIteration):
             embedded(tmp_path / str(number), **case)
-    assert [there for there, *_ in asked] == [True, False, False, False, False]
+    early = math.inf
+    assert asked == [(True, 0.1), (False, 0.1), (False, early), (False, early), (False, 0.1)]
     weights = (tmp_path / "0" / "reference" / "model.safetensors").read_bytes()
     assert weights == (SHIPPED / "model.safetensors").read_bytes()
 
@@ -125,8 +118,8 @@ def test_a_lab_of_chats_is_of_chats_throughout(lab, tmp_path, monkeypatch):
     pairs = [{"prompt": prompt, "chosen": "b c", "rejected": "d"} for prompt in asked]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     ends = []
-    monkeypatch.setattr(measure, "train_reward_model", lambda *_, end, **__: ends.append(end))
+    monkeypatch.setattr(recipes, "train_reward_model", lambda *_, end, **__: ends.append(end))
     lab = replace(lab, held_out=lab.pairs)
     (text, *_) = generated(lab, [{"prompt": "a"}], 1)
-    assert text["prompt_format"] == recorded(measure.reward_model(lab, measure.PARTIAL, 0))["prompt_format"] == "chat"
+    assert text["prompt_format"] == recorded(recipes.guide(lab, recipes.PARTIAL, 0))["prompt_format"] == "chat"
     assert ends == [0]

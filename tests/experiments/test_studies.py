@@ -12,8 +12,10 @@ import pytest
 from pargs_min import plots
 from pargs_min.benchmark import ways
 from pargs_min.cli import main
+from pargs_min.evaluation.statistics import FrontierPoint
 from pargs_min.experiments import measure, report, studies
-from pargs_min.experiments.measure import FULL, Cell
+from pargs_min.experiments.measure import Cell
+from pargs_min.experiments.recipes import FULL, make
 from pargs_min.experiments.report import legend, table
 from pargs_min.experiments.setup import embedded
 from pargs_min.experiments.studies import NAMES, run
@@ -41,24 +43,29 @@ def in_miniature(monkeypatch, one_process):
         monkeypatch.setattr(module, "BETAS", (0.5, 2.0), raising=False)
 
 
+def alike(lab):
+    """The same lab for all seeds."""
+    return lambda seed: lab
+
+
 @pytest.mark.parametrize("name", GRIDS)
 def test_a_study_writes_its_table_its_figure_and_its_numbers_and_does_nothing_twice(name, world, tmp_path, monkeypatch):
-    text = run(name, world, tmp_path, seeds=[0], quick=True)
-    cells = len((tmp_path / f"{name}.jsonl").read_text().splitlines()) - 1
+    text = run(name, alike(world), tmp_path, seeds=[0], quick=True)
+    cells = (tmp_path / f"{name}.jsonl").read_text().count('"found"')
     saved = json.loads((tmp_path / f"{name}.json").read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert len(saved["rows"]) == cells > 3
     assert (tmp_path / f"{name}.md").read_text() == text + "\n"
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     measured = []
     monkeypatch.setattr(measure, "measure", lambda *cell: measured.append(cell) or {})
-    assert run(name, world, tmp_path, seeds=[0], quick=True) == text
+    assert run(name, alike(world), tmp_path, seeds=[0], quick=True) == text
     assert not measured
 
 
 def test_cost_is_the_report_of_the_benchmark(world, tmp_path, monkeypatch):
     shape = dict(vocab_size=30, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
     monkeypatch.setitem(ways.SHAPES, "tiny", ("gpt2", shape))
-    assert "our loop" in run("cost", world, tmp_path, seeds=[0], quick=True)
+    assert "our loop" in run("cost", alike(world), tmp_path, seeds=[0], quick=True)
     assert {file.suffix for file in tmp_path.glob("cost.*")} == {".md", ".json", ".png"}
 
 
@@ -117,6 +124,8 @@ def test_the_legend_says_what_the_columns_are_and_what_varies():
     assert "in nats (base e) per text" in kl
     assert over.startswith("± is the standard error over 2 seeds")
     assert "±" not in legend(rows, ("reward", "kl"), seeds=1)
+    *_, over = legend(rows, ("reward",), seeds=2, worlds=True).split("\n")
+    assert over.startswith("± is the standard error over 2 worlds: reference, pairs, reward models and texts")
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -131,10 +140,29 @@ def test_the_figure_of_the_frontier_leaves_out_greedy_methods_and_names_what_lie
         row("pargs-greedy", [3.0, 3.5], [20.0, 20.0], beta=2.0),
         row("best-of-n", [3.0, 3.5], [8.0, 8.0], n=64),
     ]
-    report.reward_against_kl(axes, rows, world)
+    report.reward_against_kl(axes, rows, [world])
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["RLHF (the most at each KL)", "plain", "best-of-n (KL is a bound)"]
     assert axes.get_title("right") == "beyond the right edge: best-of-n n=64 at 8 nats"
+
+
+def test_the_share_of_rlhfs_gain_is_of_the_same_world_at_the_same_kl(world, monkeypatch):
+    points = [FrontierPoint(beta, reward, kl, 1e4) for beta, reward, kl in ((0, -1.0, 0.0), (1, 1.0, 2.0))]
+    monkeypatch.setattr(report, "optimum", lambda lab: points)
+    found = report.with_rlhf(world, Cell(0, "pargs", beta=1.0), {"reward": -0.5, "kl": 1.0})
+    assert (found["rlhf"], found["share"]) == (0.0, 0.5)
+    assert "share" not in report.with_rlhf(world, Cell(0, "plain"), {"reward": -1.0, "kl": 0.001})
+    assert "rlhf" not in report.with_rlhf(world, Cell(0, "pargs", beta=9.0), {"reward": 1.0, "kl": 2.1})
+    assert "rlhf" not in report.with_rlhf(world, Cell(0, "pargs-greedy", beta=1.0), {"reward": 0.5, "kl": 1.0})
+
+
+def test_the_frontier_of_several_worlds_is_their_mean(world, monkeypatch):
+    tops = {world: 1.0, replace(world, samples=3): 3.0}
+    monkeypatch.setattr(report, "optimum", lambda lab: [FrontierPoint(b, b * tops[lab], b, 1e4) for b in (0.0, 1.0)])
+    _, (axes,) = plots.panels(1)
+    report.reward_against_kl(axes, [row("plain", [0.0, 1.0], [0.0, 0.0])], list(tops))
+    (line,) = (line for line in axes.get_lines() if line.get_label().startswith("RLHF"))
+    assert line.get_xydata().tolist() == [[0, 0], [1, 2]]
 
 
 def test_a_study_of_a_model_of_ones_own(world, tmp_path, capsys):
@@ -164,7 +192,7 @@ def test_what_cannot_be_studied_is_named(arguments, message, capsys):
 
 def test_an_attribute_may_be_judged_by_a_reward_model_or_by_the_world(world, tmp_path):
     """Their records hold what such judges read."""
-    for judge in (str(measure.make(world, FULL, 0)), "toy"):
+    for judge in (str(make(world, FULL, 0)), "toy"):
         other = relabelled(replace(world, folder=str(tmp_path)), judge.rpartition("/")[2], judge)
         assert read_preferences(other.pairs)
 

@@ -11,9 +11,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pargs_min.experiments import measure, sweep
-from pargs_min.experiments.measure import FULL, VALUE, Cell
+from pargs_min.experiments import measure, recipes, sweep
+from pargs_min.experiments.measure import Cell
+from pargs_min.experiments.recipes import FULL, VALUE
 from pargs_min.experiments.sweep import gather
+
+
+def everywhere(lab, seeds=6):
+    """The same lab for all seeds."""
+    return {seed: {"": lab} for seed in range(seeds)}
 
 
 @pytest.mark.usefixtures("one_process")
@@ -30,20 +36,20 @@ def test_an_interrupted_grid_keeps_its_cells_and_goes_on(lab, tmp_path, monkeypa
     monkeypatch.setattr(measure, "measure", counted)
     cells, file = [Cell(seed, "plain") for seed in range(6)], tmp_path / "grid.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        sweep.sweep({"": lab}, cells, file)
+        sweep.sweep(everywhere(lab), cells, file)
     with file.open("a") as out:
         out.write('{"cell": {"method": "plain", "seed": 5}, "found": {"rew')  # what a killed run leaves
     limit[0] = None
-    found = sweep.sweep({"": lab}, cells, file)
+    found = sweep.sweep(everywhere(lab), cells, file)
     assert [cell.seed for cell in measured] == list(range(6))  # none twice
     assert list(found) == cells
     assert [one["reward"] for one in found.values()] == list(range(6))
     with monkeypatch.context() as patch:
         patch.delattr(sweep, "workers")  # nothing is left that would need any
-        assert sweep.sweep({"": lab}, cells, file) == found
+        assert sweep.sweep(everywhere(lab), cells, file) == found
     assert len(measured) == 6
     with pytest.raises(ValueError, match="made with other settings"):
-        sweep.sweep({"": replace(lab, samples=4)}, cells, file)
+        sweep.sweep(everywhere(replace(lab, samples=4)), cells, file)
 
 
 @pytest.mark.usefixtures("one_process")
@@ -51,13 +57,15 @@ def test_a_grid_that_was_killed_at_once_begins_anew(lab, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "measure", lambda lab, cell: {"reward": 1.0})
     (tmp_path / "grid.jsonl").write_text('{"labs": {"')
     for _ in range(2):
-        assert sweep.sweep({"": lab}, [Cell(0, "plain")], tmp_path / "grid.jsonl") == {Cell(0, "plain"): {"reward": 1}}
+        assert sweep.sweep(everywhere(lab), [Cell(0, "plain")], tmp_path / "grid.jsonl") == {
+            Cell(0, "plain"): {"reward": 1}
+        }
 
 
 @pytest.mark.usefixtures("one_process")
 def test_what_cells_share_is_trained_once_and_ingredients_first(lab, tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(measure, "make", lambda lab, recipe, seed: made.append(recipe.folder_name(seed)))
+    monkeypatch.setattr(recipes, "make", lambda lab, recipe, seed: made.append(recipe.folder_name(seed)))
     monkeypatch.setattr(measure, "measure", lambda lab, cell: {})
     cells = [
         Cell(0, "cd", beta=1.0, recipe=VALUE),
@@ -65,15 +73,30 @@ def test_what_cells_share_is_trained_once_and_ingredients_first(lab, tmp_path, m
         Cell(0, "args", beta=1.0, recipe=FULL),
         Cell(1, "ppo", beta=1.0),
     ]
-    sweep.sweep({"": lab}, cells, tmp_path / "grid.jsonl")
+    sweep.sweep(everywhere(lab), cells, tmp_path / "grid.jsonl")
     assert sorted(made[:2]) == ["full-seed=0", "full-seed=1"]
     assert sorted(made[2:]) == ["ppo-beta=1.0-seed=1", "value-seed=0"]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_each_seed_is_measured_in_its_own_world_and_seeds_can_be_added(lab, tmp_path, monkeypatch):
+    measured, file = [], tmp_path / "grid.jsonl"
+    monkeypatch.setattr(measure, "measure", lambda lab, cell: measured.append((lab.samples, cell)) or {"reward": 0.0})
+    monkeypatch.setattr(measure, "plain_rewards", lambda lab: None)
+    worlds = sweep.in_each_world(lambda seed: {"": replace(lab, samples=10 + seed)}, [2, 0, 1], 1)
+    assert [*worlds] == [2, 0, 1]
+    cells = [Cell(seed, "plain") for seed in range(3)]
+    sweep.sweep({seed: worlds[seed] for seed in (0, 1)}, cells[:2], file)
+    sweep.sweep(worlds, cells, file)
+    assert measured == [(10, cells[0]), (11, cells[1]), (12, cells[2])]
+    with pytest.raises(ValueError, match="made with other settings"):
+        sweep.sweep({1: worlds[2]}, [cells[1]], file)
 
 
 def test_what_is_not_installed_is_said_before_anything_is_made(lab, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="which is TRL's: pip install"):
-        sweep.sweep({"": lab}, [Cell(0, "dpo", beta=1.0)], tmp_path / "grid.jsonl")
+        sweep.sweep(everywhere(lab), [Cell(0, "dpo", beta=1.0)], tmp_path / "grid.jsonl")
     assert not (tmp_path / "grid.jsonl").exists()
 
 
@@ -97,7 +120,7 @@ def test_an_error_or_an_interrupt_drops_what_has_not_begun(lab, tmp_path, monkey
 
     monkeypatch.setattr(measure, "measure", measured)
     with pytest.raises(error):
-        sweep.sweep({"": lab}, [Cell(seed, "plain") for seed in range(100)], tmp_path / "grid.jsonl")
+        sweep.sweep(everywhere(lab, 100), [Cell(seed, "plain") for seed in range(100)], tmp_path / "grid.jsonl")
     assert len(begun) < 50
 
 
@@ -124,3 +147,8 @@ def test_rows_gather_the_seeds_of_a_cell():
     assert math.isnan(second.found["reward"].error)
     assert second.as_json()["reward"] == {"mean": 5.0, "error": None, "low": None, "high": None, "seeds": [5.0]}
     assert "seed" not in second.as_json()
+
+
+def test_what_one_seed_alone_found_is_no_mean_over_seeds():
+    (row,) = gather({Cell(0, "plain"): {"reward": 1.0, "gap": 2.0}, Cell(1, "plain"): {"reward": 1.0}})
+    assert row.found.keys() == {"reward"}

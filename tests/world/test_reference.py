@@ -120,6 +120,25 @@ def test_the_gap_is_the_kl_of_whole_texts(trained, monkeypatch):
     assert toy.grammar_gap(model, WORLD, journeys=1500)[1] == pytest.approx(2 * error, rel=0.2)
 
 
+def test_training_goes_on_until_the_reference_is_near_the_grammar(tmp_path: Path, monkeypatch):
+    """On new journeys in every round, and not for ever."""
+    drawn, gaps = [], []
+    monkeypatch.setattr(toy, "_train", lambda model, world, rng, steps: drawn.append(rng.random()))
+    monkeypatch.setattr(toy, "grammar_gap", lambda model, world: (gaps.pop(0), 0.0))
+    rounds = []
+    for name, found in (("near", [0.09, 0.09]), ("later", [0.2, 0.2, 0.05, 0.05]), ("never", [0.2] * 5)):
+        gaps[:], drawn[:] = found, []
+        try:
+            toy.reference(tmp_path / name, WORLD, steps=1)
+        except ValueError:
+            rounds.append("refused")
+        rounds.append(len(set(drawn)))
+        assert not gaps
+    early(tmp_path / "early", WORLD, steps=1)
+    assert rounds == [1, 3, "refused", 4]
+    assert len(drawn) == 5
+
+
 def test_a_reference_far_from_the_grammar_is_refused(folder: Path, trained):
     """When it is made and when it is found; what has a name for being early is not."""
     with pytest.raises(ValueError, match=r"reference is [\d.]+ nats per text from the grammar, and at most 0.1 are"):

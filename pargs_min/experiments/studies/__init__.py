@@ -1,7 +1,7 @@
 """`pargs study NAME`: the open questions of reward-guided generation, each one file and one small grid of cells.
 
     data-size        how much data does a reward model of prefixes need?
-    policy-gap       how far are tokenwise policies from the RLHF policy?
+    guides           how far do guides reach, at one call per token, and how far is the RLHF policy?
     best-of-n        what does a unit of reward cost, in forward passes and in KL?
     beta             does the best beta, and the best k, carry over to other worlds and references?
     attribute        does the same method control a style, a topic, a length?
@@ -14,36 +14,63 @@ A file has `cells`, the grid for one seed, `draw`, and the COLUMNS of its table;
 ones, and `conclude`, which reads an answer off the rows. One without a grid has `run` alone.
 
 Each gives a table, a figure and a JSON file, on the embedded world or on a model, pairs and a judge of one's own.
+policy-gap is another name of guides.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from pargs_min.experiments.report import legend, table, with_rlhf, write
 from pargs_min.experiments.setup import Lab
-from pargs_min.experiments.sweep import gather, sweep
+from pargs_min.experiments.sweep import gather, in_each_world, sweep
 
 # The list above is the table of studies: a name in it, and its file here.
+OTHER_NAMES = {"policy-gap": "guides"}
 NAMES = [line.split()[0] for line in (__doc__ or "").splitlines() if line.startswith("    ")]
 
 
-def run(name: str, lab: Lab, folder: Path, *, seeds: Sequence[int], processes: int = 2, quick: bool = False) -> str:
+def run(
+    name: str,
+    world: Callable[[int], Lab],
+    folder: Path,
+    *,
+    seeds: Sequence[int],
+    processes: int = 2,
+    quick: bool = False,
+) -> str:
     """Measure what is not measured yet, write NAME.md, NAME.json and NAME.png to the folder; return the text.
+
+    Args:
+        world: the lab of each seed: a world of its own, or the same for all.
 
     Raises:
         ValueError: if the folder holds the same study with other settings.
     """
-    study = import_module(f"{__name__}.{name.replace('-', '_')}")
+    study = _study(name)
     if hasattr(study, "run"):
-        return study.run(lab, folder, quick)
-    labs = study.labs(lab, quick) if hasattr(study, "labs") else {"": lab}
-    cells = [cell for seed in seeds for cell in study.cells(lab, seed)]
-    rows = gather(sweep(labs, cells, folder / f"{name}.jsonl", processes))
-    rows = [with_rlhf(row, labs[row.cell.lab]) for row in rows]
+        return study.run(world(seeds[0]), folder, quick)
+    worlds = in_each_world(partial(_labs, name, world, quick), seeds, processes)
+    labs = [worlds[seed][""] for seed in seeds]
+    cells = [cell for seed, lab in zip(seeds, labs, strict=True) for cell in study.cells(lab, seed)]
+    measured = sweep(worlds, cells, folder / f"{name}.jsonl", processes)
+    rows = gather({cell: with_rlhf(worlds[cell.seed][cell.lab], cell, found) for cell, found in measured.items()})
     shown = table(rows, study.COLUMNS, each_seed=hasattr(study, "conclude"))
-    parts = [f"{name}, seeds {seeds[0]} to {seeds[-1]}", shown, legend(rows, study.COLUMNS, len(seeds))]
+    said = legend(rows, study.COLUMNS, len(seeds), worlds=len(set(labs)) > 1)
+    parts = [f"{name}, seeds {seeds[0]} to {seeds[-1]}", shown, said]
     text = "\n\n".join([*parts, study.conclude(rows)] if hasattr(study, "conclude") else parts)
-    facts = dict(study=name, lab=lab, seeds=list(seeds), rows=[row.as_json() for row in rows])
-    write(folder / name, text, study.draw(rows, lab), facts)
+    facts = dict(study=name, labs=[*dict.fromkeys(labs)], seeds=list(seeds), rows=[row.as_json() for row in rows])
+    write(folder / name, text, study.draw(rows, labs), facts)
     return text
+
+
+def _study(name: str) -> ModuleType:
+    return import_module(f"{__name__}.{name.replace('-', '_')}")
+
+
+def _labs(name: str, world: Callable[[int], Lab], quick: bool, seed: int) -> dict[str, Lab]:
+    """The lab of a seed, and the further ones of a study."""
+    lab, study = world(seed), _study(name)
+    return {"": lab} | (study.labs(lab, quick, seed) if hasattr(study, "labs") else {})

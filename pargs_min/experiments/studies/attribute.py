@@ -1,6 +1,6 @@
 """Does the same method control a style, a topic, a length?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ COLUMNS = ("reward", "prompt_error", "rlhf", "kl", "length")
 ATTRIBUTES = ("style", "topic", "brevity")  # of `pargs_min.world.attributes`
 
 
-def labs(lab: Lab, quick: bool) -> dict[str, Lab]:
+def labs(lab: Lab, quick: bool, seed: int) -> dict[str, Lab]:
     """The same texts, labelled anew by the attribute, which is also the judge."""
     if lab.world is None:
         return {"": relabelled(lab, "attribute", lab.judge)}
@@ -75,11 +75,11 @@ def cells(lab: Lab, seed: int) -> list[Cell]:
     return found
 
 
-def draw(rows: list[Row], lab: Lab) -> plots.Figure:
+def draw(rows: list[Row], labs: Sequence[Lab]) -> plots.Figure:
     attributes = grouped(rows, "lab")
     drawing, axes = plots.panels(len(attributes), (3.9 * max(len(attributes), 2), 3.8))
     for panel, (name, group) in zip(axes, attributes.items(), strict=True):
         curves(panel, group, kl, "reward")
-        panel.set(xlabel=KL_LABEL, ylabel=name or lab.judge)
+        panel.set(xlabel=KL_LABEL, ylabel=name or labs[0].judge)
     axes[0].legend(frameon=False, fontsize=8)
     return drawing

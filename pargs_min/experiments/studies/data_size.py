@@ -1,10 +1,14 @@
 """How much data does a reward model of prefixes need?"""
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pargs_min import plots
-from pargs_min.experiments.measure import FULL, PARTIAL, Cell, Lab
+from pargs_min.experiments.measure import Cell
+from pargs_min.experiments.recipes import FULL, PARTIAL
 from pargs_min.experiments.report import BETA, INTERVALS, RANKED, Row, curves, log_scale
+from pargs_min.experiments.setup import Lab
 from pargs_min.records import read_preferences
 
 COLUMNS = ("reward", "kl", "whole", "concordance", "gain", "ceiling")
@@ -16,16 +20,16 @@ def pairs_of(lab: Lab) -> int:
 
 
 def cells(lab: Lab, seed: int) -> list[Cell]:
-    every = pairs_of(lab)
+    most = 2 ** int(math.log2(pairs_of(lab) - 1))  # so worlds that differ by a few pairs are compared at equal sizes
     return [
         Cell(seed, method, beta=BETA, recipe=replace(recipe, pairs=pairs), quality=True)
         for method, recipe in (("args", FULL), ("pargs", PARTIAL))
-        for pairs in (every // 16, every // 8, every // 4, every // 2, None)
+        for pairs in (most // 8, most // 4, most // 2, most, None)
     ]
 
 
-def draw(rows: list[Row], lab: Lab) -> plots.Figure:
-    every = pairs_of(lab)
+def draw(rows: list[Row], labs: Sequence[Lab]) -> plots.Figure:
+    every = pairs_of(labs[0])
 
     def pairs(row: Row) -> int:
         return (row.cell.recipe and row.cell.recipe.pairs) or every

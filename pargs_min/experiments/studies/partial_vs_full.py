@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from pargs_min import plots
-from pargs_min.experiments.measure import FULL, Cell, Lab, guided
+from pargs_min.experiments.measure import Cell, guided
+from pargs_min.experiments.recipes import FULL
 from pargs_min.experiments.report import BETAS, INTERVALS, KL_LABEL, PARTICLES, Row, grouped, kl, reward_against_kl
+from pargs_min.experiments.setup import Lab
 from pargs_min.experiments.sweep import interval
 
 COLUMNS = ("reward", "prompt_error", "rlhf", "kl", "calls", "distinct2", "off_grammar")
@@ -18,9 +20,9 @@ def cells(lab: Lab, seed: int) -> list[Cell]:
     return [Cell(seed, "plain"), *tokenwise, *smc, *(Cell(seed, "best-of-n", n=n, recipe=FULL) for n in (4, 16))]
 
 
-def draw(rows: list[Row], lab: Lab) -> plots.Figure:
+def draw(rows: list[Row], labs: Sequence[Lab]) -> plots.Figure:
     drawing, (axes,) = plots.panels(1, (8.6, 5.0))
-    reward_against_kl(axes, rows, lab)
+    reward_against_kl(axes, rows, labs)
     axes.set_xlabel(f"{KL_LABEL}; small marks: single seeds; {INTERVALS}")
     return drawing
 

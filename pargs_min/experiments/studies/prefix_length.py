@@ -1,12 +1,15 @@
 """At which lengths does a reward model know anything, and does it generalise to others?"""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from pargs_min import plots
-from pargs_min.experiments.measure import FULL, PARTIAL, VALUE, Cell, Lab
+from pargs_min.experiments.measure import Cell
+from pargs_min.experiments.recipes import FULL, PARTIAL, VALUE
 from pargs_min.experiments.report import MEASURES, Row
+from pargs_min.experiments.setup import Lab
 
 COLUMNS = ("whole", "concordance", "gain", "ceiling")
 
@@ -17,7 +20,7 @@ def cells(lab: Lab, seed: int) -> list[Cell]:
     return [Cell(seed, recipe=recipe, quality=True) for recipe in (FULL, VALUE, PARTIAL, short, long)]
 
 
-def draw(rows: list[Row], lab: Lab) -> plots.Figure:
+def draw(rows: list[Row], labs: Sequence[Lab]) -> plots.Figure:
     drawing, axes = plots.panels(3, (12.6, 4.2))
     inks = (plots.RED, plots.GREEN, plots.BLUE, plots.SKY, plots.ORANGE)
     for panel, measure in zip(axes, ("accuracy", "final", "gold"), strict=True):
