@@ -49,9 +49,9 @@ def worlds(draw: st.DrawFn, shapes: list[tuple[int, int]] = SHAPES + LARGE_SHAPE
 
 
 @st.composite
-def labelled_worlds(draw: st.DrawFn, any_labeler: bool = True) -> World:
+def labelled_worlds(draw: st.DrawFn, any_labeler: bool = True, shapes: list[tuple[int, int]] = SHAPES) -> World:
     """A small world with a labeler: Bradley-Terry on its rewards, or (if allowed) an arbitrary one."""
-    world = draw(worlds(SHAPES))
+    world = draw(worlds(shapes))
     if any_labeler and draw(st.booleans()):
         return world.with_labels(random_labels(draw(seeds), len(world.prefixes[-1])))
     return world.with_labels(bradley_terry_labels(world.rewards[-1]))

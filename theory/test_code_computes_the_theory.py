@@ -33,22 +33,23 @@ TREATMENTS = {"extend": ("extend", "prefix"), "min": ("min", "prefix"), "pair": 
 Law = dict[tuple[int, ...], float]
 
 
-def laws(
-    policy, reward, prompt_ids, mask, *, beta: float, top_k: int, candidates: int, horizon: int, eos: int
-) -> list[Law]:
+def laws(policy, reward, prompt_ids, mask, *, vocabulary: int, horizon: int, eos: int, **settings) -> list[Law]:
     """For each prompt, the log probability of every response that `generate` can draw."""
-    every = EveryWay(candidates, horizon, prompts=len(prompt_ids))
+    every = EveryWay(vocabulary, horizon, prompts=len(prompt_ids))
     prompt_ids, mask = (x.repeat_interleave(every.ways, 0) for x in (prompt_ids, mask))
-    out = generate(
-        policy, reward, prompt_ids, mask, beta=beta, top_k=top_k, max_new_tokens=horizon, eos=eos, draw=every
-    )
-    ended = [eos] * (horizon - out.tokens.shape[1])  # the loop stops when every row has ended
-    responses, log_qs = [tuple(y + ended) for y in out.tokens.tolist()], out.log_probs.sum(1).tolist()
+    out = generate(policy, reward, prompt_ids, mask, max_new_tokens=horizon, eos=eos, draw=every, **settings)
+    responses, log_qs = responses_of(out.tokens, horizon, eos), out.log_probs.sum(1).tolist()
     found: list[Law] = []
     for first in range(0, len(responses), every.ways):
         ways = slice(first, first + every.ways)
         found.append({y: x for y, x in zip(responses[ways], log_qs[ways], strict=True) if x > -np.inf})
     return found
+
+
+def responses_of(tokens: torch.Tensor, horizon: int, eos: int) -> list[tuple[int, ...]]:
+    """The rows of a generation as strings of T tokens: the loop stops when every row has ended."""
+    ended = [eos] * (horizon - tokens.shape[1])
+    return [tuple(y + ended) for y in tokens.tolist()]
 
 
 def law_of(world: World, q: Levels) -> Law:
@@ -62,17 +63,18 @@ def largest_difference(law: Law, other: Law) -> float:
     return max(abs(law[y] - other[y]) for y in law) if law.keys() == other.keys() else np.inf
 
 
-def table_law(world: World, scores: Levels, beta: float, top_k: int = 0) -> Law:
-    """The law that the production loop gives to tables of a world."""
+def table_law(world: World, reward, **settings) -> Law:
+    """The law that the production loop gives to a world, guided by a scorer or by the scores of a table."""
     one = torch.zeros(1, 1, dtype=torch.long)
-    sizes = {"candidates": top_k or world.vocabulary, "horizon": world.horizon, "eos": world.eos}
-    return laws(TabularPolicy(world), TabularReward(world, scores), one, one + 1, beta=beta, top_k=top_k, **sizes)[0]
+    sizes = {"vocabulary": world.vocabulary, "horizon": world.horizon, "eos": world.eos}
+    scorer = TabularReward(world, reward) if isinstance(reward, list) else reward
+    return laws(TabularPolicy(world), scorer, one, one + 1, **sizes, **({"top_k": 0} | settings))[0]
 
 
 @for_all(world=worlds(SMALL), beta=betas())
 def test_generate_draws_from_the_tokenwise_policy(world, beta):
     law = law_of(world, tokenwise(world, world.rewards, beta))
-    gap = largest_difference(table_law(world, world.rewards, beta), law)
+    gap = largest_difference(table_law(world, world.rewards, beta=beta), law)
     verify("code", "generate() over tables: log q of every string", gap)
 
 
@@ -81,8 +83,8 @@ def test_generate_draws_from_the_truncated_policy(seed, shape, beta, top_k):
     world = World.random(seed, *shape)
     scores = noise(world, seed + 1)  # a finished response may have another score at each length
     law = law_of(world, tokenwise(world, scores, beta, ref=top_k_policy(world, top_k)))
-    gap = largest_difference(table_law(world, scores, beta, top_k), law)
-    verify("code", "generate() over tables with top_k: log q of every string", gap)
+    gap = largest_difference(table_law(world, scores, beta=beta, top_k=top_k, truncate=True), law)
+    verify("code", "generate() over tables, truncated: log q of every string", gap)
 
 
 def tiny(seed: int) -> tuple[GPT2LMHeadModel, GPT2ForSequenceClassification]:
@@ -99,7 +101,7 @@ def test_generate_over_a_tiny_gpt2_with_its_sibling_scorer(seed):
     model, reward_model = tiny(seed)
     prompts = [[0, 1, 2], [2]]
     ids, mask = torch.tensor([[0, 1, 2], [3, 3, 2]]), torch.tensor([[1, 1, 1], [0, 0, 1]])
-    sizes = {"candidates": 4, "horizon": 3, "eos": 3}
+    sizes = {"vocabulary": 4, "horizon": 3, "eos": 3}
     found = laws(ModelPolicy(model), SiblingScorer(reward_model), ids, mask, beta=1.5, top_k=0, **sizes)
     for prompt, law in zip(prompts, found, strict=True):
         world = World.from_model(model, prompt, horizon=3, eos=3, reward_model=reward_model)
@@ -169,11 +171,11 @@ def test_trained_models_come_closer_with_more_pairs():
 def test_control_the_loop_with_another_beta_draws_otherwise():
     world = World.random(0)
     q = law_of(world, tokenwise(world, world.rewards, 1.0))
-    assert largest_difference(table_law(world, world.rewards, -1.0), q) > 0.1
-    assert largest_difference(table_law(world, [r[::-1].copy() for r in world.rewards], 1.0), q) > 0.1
+    assert largest_difference(table_law(world, world.rewards, beta=-1.0), q) > 0.1
+    assert largest_difference(table_law(world, [r[::-1].copy() for r in world.rewards], beta=1.0), q) > 0.1
 
 
 def test_control_the_soft_value_tables_do_not_give_the_partial_law():
     world = World.random(0)
     q = law_of(world, tokenwise(world, soft_value(world, world.rewards[-1], 1.0), 1.0))
-    assert largest_difference(table_law(world, world.rewards, 1.0), q) > 0.1
+    assert largest_difference(table_law(world, world.rewards, beta=1.0), q) > 0.1

@@ -6,19 +6,21 @@ ref(t | a), all, none. The candidates share the mass that the reference gives th
     pi(t | a) = ref(t | a) exp(beta s(at)) ref(C | a) / sum_{c in C} ref(c | a) exp(beta s(ac))   on C,   ref elsewhere.
 
 Then T7 holds for every C and beta, with the terms ref(C | a) Cov_{t ~ ref(. | a, C)}(W(at), exp(beta s(at)) / Z_C(a)).
-It repairs T8(b), where decoding is cut to C. beta may depend on the prefix, too: steps may be left unguided. Falsified
-by one win rate below 1/2.
+It repairs T8(b), where decoding is cut to C. beta may depend on the prefix, too: steps may be left unguided. And it is
+the tokenwise policy of the whole vocabulary for other scores: s on C, and elsewhere the candidates' certainty
+equivalent log E_{t ~ ref(. | a, C)}[exp(beta s(at))] / beta; T3 and T10 hold with these.
+Falsified by one win rate below 1/2.
 """
 
 import numpy as np
 
 from theory.bradley_terry import partial_reward, win_rates
 from theory.ledger import verify
-from theory.policies import kept, likeliest, tokenwise, top_k
-from theory.strategies import betas, for_all, labelled_worlds, seeds
+from theory.policies import kept, likeliest, log_partition, log_weight, rlhf, tokenwise, top_k
+from theory.strategies import SHAPES, betas, for_all, labelled_worlds, seeds
 from theory.test_t07_guidance_never_loses import gain
 from theory.test_t08_where_the_guarantee_stops import CUT_AWAY
-from theory.world import Levels, World
+from theory.world import Levels, World, largest_gap, noise
 
 KS = (1, 2, 3, 5, 10)
 
@@ -54,7 +56,7 @@ def test_the_win_rate_is_a_sum_of_covariances_among_candidates(world, beta, seed
     verify("T17", "win rate >= 1/2, any candidates", -gain(world, q), kind="bound")
 
 
-@for_all(world=labelled_worlds(), beta=betas())
+@for_all(world=labelled_worlds(shapes=[*SHAPES, (12, 2)]), beta=betas())
 def test_it_holds_for_the_top_k_of_any_k(world, beta):
     s = partial_reward(world)
     for k in (*KS, world.vocabulary):
@@ -85,6 +87,33 @@ def test_it_is_a_policy_between_the_reference_and_the_whole_tilt(world, beta, se
         verify("T17", "no candidates: the reference", abs(none[i] - world.ref[i]).max())
 
 
+def with_equivalents(world: World, s: Levels, beta: float, candidates: Levels) -> Levels:
+    """s on C, log E_{ref(. | a, C)}[exp(beta s)] / beta elsewhere (0 where nothing is a candidate)."""
+    scores = [np.zeros(1)]
+    for i in range(1, world.horizon + 1):
+        inside = np.where(candidates[i], np.exp(world.ref[i]), 0.0)
+        z, mass = world.up(i, inside * np.exp(beta * s[i])), world.up(i, inside)
+        empty = mass == 0
+        equivalent = (np.log(z + empty) - np.log(mass + empty)) / beta
+        scores.append(np.where(candidates[i], s[i], world.down(i, equivalent)))
+    return scores
+
+
+@for_all(world=labelled_worlds(), beta=betas(), seed=seeds)
+def test_it_is_the_tokenwise_policy_of_other_scores(world, beta, seed):
+    s, candidates = partial_reward(world), anywhere(world, seed)
+    q, scores = kept(world, s, beta, candidates), with_equivalents(world, s, beta, candidates)
+    verify("T17", "pi = ref exp(beta s~) / Z~ over all tokens (logs)", largest_gap(q, tokenwise(world, scores, beta)))
+    r = noise(world, seed)[-1]
+    log_w = log_weight(world, scores, beta) + beta * (r - scores[-1])
+    found = world.paths(q)[-1] + log_w - log_partition(world, world.horizon, r, beta)
+    verify(
+        "T17",
+        "T10's weights of s~, and R - s~ at the end: pi_T of R",
+        abs(found - rlhf(world, world.horizon, r, beta)).max(),
+    )
+
+
 def test_it_repairs_the_cut_of_t8():
     """Pairs from ref, guided at its two likeliest tokens; cut to them, the same scores lose to the cut reference."""
     s = partial_reward(CUT_AWAY)
@@ -94,7 +123,7 @@ def test_it_repairs_the_cut_of_t8():
     assert gain(CUT_AWAY, tokenwise(CUT_AWAY, s, 16.0, top_k(CUT_AWAY, 2))) < 0
 
 
-def test_control_candidates_may_not_depend_on_the_next_token_reward_through_the_mass():
+def test_control_the_cut_is_another_policy():
     """Candidates that took all the mass, not their own, would be the cut."""
     s = partial_reward(CUT_AWAY)
     cut, rest = tokenwise(CUT_AWAY, s, 16.0, top_k(CUT_AWAY, 2)), kept(CUT_AWAY, s, 16.0, likeliest(CUT_AWAY, 2))
