@@ -20,7 +20,7 @@ def low_rank(model: PreTrainedModel, rank: int | None) -> Iterator[None]:
     Adapters and head are float32 or wider; where W is bfloat16, W + 2 B A is rounded to it in the end.
 
     Args:
-        model: causal, with a head called `score`.
+        model: causal, with a head called `score`; or a language model, of which only adapters are trained.
         rank: R >= 1, or None, which changes nothing.
 
     Raises:
@@ -38,8 +38,8 @@ def low_rank(model: PreTrainedModel, rank: int | None) -> Iterator[None]:
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # GPT-2 holds its weights transposed: peft sees to it
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft's to change
         adapters = get_peft_model(model, config).base_model  # within the model, which stays what it is outside
-    head_dtype = torch.promote_types(model.score.weight.dtype, torch.float32)
-    model.score.to(head_dtype).requires_grad_(True)
+    if hasattr(model, "score"):
+        model.score.to(torch.promote_types(model.score.weight.dtype, torch.float32)).requires_grad_(True)
     model.config.lora_rank = rank  # checkpoints keep it
     try:
         yield

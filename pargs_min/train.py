@@ -110,14 +110,8 @@ def train_reward_model(
     """
     loss, items = objective_functions(objective, tail, reduction, lengths)
     end = tokenizer.eos_token_id if end is None else end
-    extend_with = end if (objective, tail) == ("partial", "extend") else None
-    pad_id = tokenizer.pad_token_id or 0
-
-    def collate_with_items(batch: Sequence[Pair]) -> dict[str, Tensor]:
-        tensors = collate(batch, pad_id, extend_with)
-        return tensors | {"labels": items(tensors)}
-
-    parts = dict(data_collator=collate_with_items, compute_metrics=prefix_metrics, loss=loss)
+    collator = pair_collator(tokenizer, items, end if (objective, tail) == ("partial", "extend") else None)
+    parts = dict(data_collator=collator, compute_metrics=prefix_metrics, loss=loss)
     return fit(PairTrainer, model, tokenizer, pairs, eval_pairs, args, lora_rank, resume, **parts)
 
 
@@ -205,7 +199,7 @@ def train_value_model(
         loss = partial(soft_value_loss, lam=lam, log_mean=log_mean, highest=highest)
     elif objective != "value":
         raise ValueError(f'objective must be "value" or "soft", got {objective!r}')
-    parts = dict(data_collator=_collate_texts(tokenizer), compute_metrics=value_metrics, loss=loss)
+    parts = dict(data_collator=text_collator(tokenizer), compute_metrics=value_metrics, loss=loss)
     return fit(ValueTrainer, model, tokenizer, texts, eval_texts, args, lora_rank, resume, **parts)
 
 
@@ -253,7 +247,7 @@ def train_language_model(
             "write more of them, or choose a lower beta",
             stacklevel=2,
         )
-    parts = dict(data_collator=_collate_texts(tokenizer), compute_metrics=likelihood_metrics, loss=likelihood_loss)
+    parts = dict(data_collator=text_collator(tokenizer), compute_metrics=likelihood_metrics, loss=likelihood_loss)
     metrics = fit(LikelihoodTrainer, model, tokenizer, drawn, held_out, args, lora_rank, resume, **parts)
     return metrics | {"effective_texts_mean": float(effective.mean()), "effective_texts_least": float(effective.min())}
 
@@ -263,8 +257,20 @@ def _check_rated(*texts: Sequence[Text]) -> None:
         raise ValueError(f"texts must have finite rewards, got {unrated} without: call rate() first")
 
 
-def _collate_texts(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Text]], dict[str, Tensor]]:
-    """Texts -> a batch, with labels for Trainer to count."""
+def pair_collator(
+    tokenizer: PreTrainedTokenizerBase, items: Callable[[dict[str, Tensor]], Tensor], extend_with: int | None = None
+) -> Callable[[Sequence[Pair]], dict[str, Tensor]]:
+    """Pairs -> a batch (`collate`), with `items` of it as labels for Trainer to count."""
+
+    def collate_with_items(batch: Sequence[Pair]) -> dict[str, Tensor]:
+        tensors = collate(batch, tokenizer.pad_token_id or 0, extend_with)
+        return tensors | {"labels": items(tensors)}
+
+    return collate_with_items
+
+
+def text_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Text]], dict[str, Tensor]]:
+    """Texts -> a batch (`collate_texts`), with its response tokens as labels for Trainer to count."""
 
     def collate_with_items(batch: Sequence[Text]) -> dict[str, Tensor]:
         tensors = collate_texts(batch, tokenizer.pad_token_id or 0)
@@ -545,7 +551,7 @@ class PairTrainer(PrefixTrainer):
         return *at_response_tokens(rewards, inputs), inputs["chosen_lengths"], inputs["rejected_lengths"]
 
     def predictions_and_labels(self, terms, inputs):
-        chosen, rejected, *ends = terms[:4]
+        chosen, rejected, *ends = terms[:4]  # what a loss reads besides comes behind
         longest = torch.maximum(*ends)[:, None]
         lengths = torch.cat([fractions(longest), longest.new_tensor(LENGTHS).expand(len(longest), -1)], 1)
         margins, differ = prefix_margins(chosen, rejected, inputs, lengths)
@@ -560,7 +566,7 @@ class GroupTrainer(PairTrainer):
 
     def predictions_and_labels(self, terms, inputs):
         of_pairs = inputs | {"input_ids": inputs["input_ids"][inputs["rows"]]}
-        return super().predictions_and_labels(terms[:-1], of_pairs)
+        return super().predictions_and_labels(terms, of_pairs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         _, (losses, items, wins, differ), longest = super().prediction_step(model, inputs, prediction_loss_only)

@@ -14,9 +14,12 @@ import torch
 from torch import distributed
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from pargs_min.baselines.farma import train_farma
+from pargs_min.baselines.genarm import train_genarm
 from pargs_min.cli.options import choice, parse
 from pargs_min.codec import Codec, check_vocabularies
 from pargs_min.data import Text, effective_texts, encode_preferences, encode_texts, records_form, split_by_prompt
+from pargs_min.decode import recorded_warp
 from pargs_min.lora import lora_config
 from pargs_min.models import load_language_model, load_reward_model, load_tokenizer, record, save, save_reward_model
 from pargs_min.records import Response, read_preferences, read_responses
@@ -94,6 +97,7 @@ class Recipe(NamedTuple):
     takes: tuple[str, ...] = ()  # options that it is told, and that are recorded with the model
     on_texts: bool = False  # rated samples of the reference; else preference pairs
     language_model: bool = False  # else a reward model
+    head: Literal["scalar", "vocab"] | None = None  # that it needs; None: any
 
 
 # Objective -> how it is trained.
@@ -101,6 +105,8 @@ RECIPES = {
     "partial": Recipe(train_reward_model, ("objective", "tail", "reduction")),
     "full": Recipe(train_reward_model, ("objective", "tail", "reduction")),
     "win": Recipe(train_reward_model, ("objective",)),
+    "farma": Recipe(train_farma, head="vocab"),
+    "autoregressive": Recipe(train_genarm, language_model=True),
     "value": Recipe(train_value_model, ("objective",), on_texts=True),
     "soft": Recipe(train_value_model, ("objective", "lam"), on_texts=True),
     "reweighted": Recipe(train_language_model, ("beta",), on_texts=True, language_model=True),
@@ -118,7 +124,8 @@ class TrainOptions(DataOptions):
             (needs the extra `hub`). With --reward-model or --soft-labels-from: texts of the reference, written by
             `pargs generate --method plain`.
         objective: From pairs: compare every prefix (partial: PARGS) or whole responses only (full: ARGS), or predict
-            at every prefix whether its response wins (win). From texts and the rewards of a whole-text model: predict
+            at every prefix whether its response wins (win); other papers' are farma, with a vocabulary head, and
+            autoregressive (GenARM), a language model. From texts and the rewards of a whole-text model: predict
             at every prefix the mean reward (value: controlled decoding) or the soft value (soft), or train a language
             model on the texts, drawn again in proportion to exp(beta * reward) (reweighted).
         reward_model: Whole-text model to rate the texts, for the objectives that learn from texts.
@@ -130,10 +137,10 @@ class TrainOptions(DataOptions):
         tail: Compare prefixes up to the longer response, with end tokens after the shorter one (extend), or up to the
             shorter one (min). Default: extend, or min with --no-append-eos.
         head: Head given to a language model: one reward per prefix (scalar), or one per next token (vocab), so that
-            decoding calls the reward model once per token, for any --top-k.
+            decoding calls the reward model once per token, for any --top-k. Default: scalar, or vocab for farma.
         reduction: Weight every prefix, or every pair, equally.
         lora_rank: Train the head, plus adapters of this rank on all remaining linear layers, instead of all weights.
-            They are merged in the end, and an ordinary reward model is saved (needs the extra `lora`). Use a larger
+            They are merged in the end, and an ordinary model is saved (needs the extra `lora`). Use a larger
             --learning-rate, such as 1e-4. With --bf16 the other weights are held in bfloat16.
 
     Raises:
@@ -146,7 +153,7 @@ class TrainOptions(DataOptions):
     lam: float | None = field(default=None, metadata={"aliases": ["--lambda"]})
     beta: float | None = None
     tail: Literal["extend", "min"] | None = None
-    head: Literal["scalar", "vocab"] = "scalar"
+    head: Literal["scalar", "vocab"] | None = None
     reduction: Literal["prefix", "pair"] = "prefix"
     lora_rank: int | None = None
 
@@ -157,12 +164,14 @@ class TrainOptions(DataOptions):
             raise ValueError("--tail extend appends end tokens and --no-append-eos forbids them: drop one of the two")
         if self.soft_labels_from is not None and self.objective != "partial":
             raise ValueError(f"--soft-labels-from is for --objective partial, got {self.objective}")
-        if RECIPES[self.objective].on_texts != (self.reward_model is not None):
+        if self.reward_model is not None and not RECIPES[self.objective].on_texts:
             learners = ", ".join(name for name, recipe in RECIPES.items() if recipe.on_texts)
+            raise ValueError(f"--reward-model is for --objective {learners}, got {self.objective}")
+        if self.reward_model is None and RECIPES[self.objective].on_texts:
             raise ValueError(
-                f"--reward-model goes together with --objective {learners}, got {self.objective}: it rates --dataset, "
-                "texts of the reference (written by `pargs generate --method plain`), and is a whole-text model (made "
-                "by `pargs train --objective full`)"
+                f"--objective {self.objective} learns from texts of the reference (--dataset, written by `pargs "
+                "generate --method plain`) and from what a whole-text model says of them (--reward-model, made by "
+                "`pargs train --objective full`): give both"
             )
         for name, flag in (("lam", "--lambda"), ("beta", "--beta")):
             value, takers = getattr(self, name), [one for one in RECIPES if name in RECIPES[one].takes]
@@ -172,8 +181,11 @@ class TrainOptions(DataOptions):
                 setattr(self, name, 1.0)
             elif value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} ({flag}) must be a positive number, got {value}")
-        if self.recipe.language_model and self.head != "scalar":
+        if self.recipe.language_model and self.head is not None:
             raise ValueError(f"--objective {self.objective} trains a language model, which takes no --head")
+        self.head = self.head or self.recipe.head or "scalar"
+        if self.recipe.head not in (None, self.head):
+            raise ValueError(f"--objective {self.objective} needs --head {self.recipe.head}, got {self.head}")
         if self.lora_rank is not None:
             lora_config(self.lora_rank)  # raises where the rank is below 1, or peft is missing
 
@@ -211,6 +223,7 @@ def train(arguments: list[str]) -> None:
     made = dict(objective=options.objective) | told | dict(append_eos=options.append_eos, prompt_format=form)
     made |= {} if options.lora_rank is None else dict(lora_rank=options.lora_rank)
     made |= {} if options.soft_labels_from is None else dict(soft_labels=True)
+    made |= dict(reference=sampled_as(records)) if recipe.on_texts else {}
     if "tail" in told:
         told["end"] = Codec(tokenizer, form).end
 
@@ -236,6 +249,15 @@ def read_texts(rater: str, name: str) -> list[Response]:
         raise ValueError(
             f"{error}; what {rater} is to rate are texts of the reference, written by `pargs generate --method plain`"
         ) from None
+
+
+def sampled_as(records: Records) -> dict:
+    """How the reference was sampled that wrote the texts (`Warp`). Raises ValueError if it was not always the same."""
+    warps = {recorded_warp(text.reference, text.source): text.source for some in records for text in some}
+    if len(warps) > 1:
+        (one, source), (other, its) = [*warps.items()][:2]
+        raise ValueError(f"the reference was sampled as {one} in {source} and as {other} in {its}: give texts of one")
+    return vars(next(iter(warps)))
 
 
 def few_from(texts: Sequence[Text]) -> str:

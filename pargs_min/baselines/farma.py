@@ -1,0 +1,97 @@
+"""The reward model of FaRMA: a vocabulary head, fitted on whole responses, and on prefixes to the best token that may
+come next."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from pargs_min.data import Pair, at_response_tokens
+from pargs_min.losses import bradley_terry_loss, written_tokens
+from pargs_min.reward_model import body_and_head, has_vocabulary_head, next_token_rewards, read, token_positions
+from pargs_min.train import PairTrainer, fit, pair_collator, prefix_metrics
+
+
+def farma_loss(
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    chosen_lengths: Tensor,
+    rejected_lengths: Tensor,
+    chosen_best: Tensor,
+) -> Tensor:
+    """Bradley-Terry loss of whole responses, and the squared gap between a prefix's reward and its best next token's.
+
+        L = -mean log sigmoid(r(chosen) - r(rejected)) + mean_i (r(chosen_1:i) - max_t r(chosen_1:i t))^2
+
+    with i < the length of the chosen response; the second mean is of each pair first. The maximum is over the whole
+    vocabulary, whatever the reference can write. Both terms are least where r of whole responses is that of the
+    Bradley-Terry model and r of a prefix that of its best completion.
+
+    Args:
+        chosen_rewards, rejected_rewards: (B, T) r at each response token, right padded.
+        chosen_lengths, rejected_lengths: (B,) number of tokens of each response, its own end token included.
+        chosen_best: (B, T) max_t r(chosen_1:i t).
+
+    Returns:
+        Scalar, per pair.
+
+    Raises:
+        ValueError: if the shapes do not fit, or for lengths outside 1..T.
+
+    Source: Rashid et al. (2025), arXiv 2502.04517, and its code: it trains on the two terms in turn, an epoch each, and
+    on the second with prefixes of chosen responses alone, from the tenth token on.
+
+    >>> rewards, best = torch.tensor([[0.5, 2.0]]), torch.tensor([[1.5, 9.0]])
+    >>> farma_loss(rewards, torch.zeros(1, 2), torch.tensor([2]), torch.tensor([1]), best)  # 0.1269 + 1
+    tensor(1.1269)
+    """
+    sides = (chosen_rewards, chosen_lengths), (rejected_rewards, rejected_lengths)
+    written = [written_tokens(rows, lengths) for rows, lengths in sides]
+    whole = bradley_terry_loss(*(rows.gather(1, lengths[:, None] - 1)[:, 0] for rows, lengths in sides))
+    before = written[0][:, 1:]  # where a token follows
+    gaps = (chosen_rewards - chosen_best)[:, :-1].masked_fill(~before, 0.0)
+    return whole + (gaps.square().sum(1) / before.sum(1).clamp(min=1)).mean()
+
+
+def rewards_and_best(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T) r(ids_1:t) as `prefix_rewards` gives it, and (B, T) max_v r(ids_1:t v), under a vocabulary head."""
+    body, head = body_and_head(model)
+    hidden = read(body, ids, mask, token_positions(mask), use_cache=False).last_hidden_state
+    rewards = F.pad(next_token_rewards(head, hidden[:, :-1], ids[:, 1:]), (1, 0))
+    return rewards, F.linear(hidden.to(rewards.dtype), head.weight.to(rewards.dtype)).amax(-1)
+
+
+def train_farma(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    eval_pairs: Sequence[Pair] = (),
+    *,
+    args: TrainingArguments,
+    lora_rank: int | None = None,
+    resume: bool = False,
+) -> dict[str, float]:
+    """Train a reward model with a vocabulary head in place (`farma_loss`).
+
+    All arguments, metrics and errors are those of `train_reward_model`.
+    """
+    collator = pair_collator(tokenizer, lambda batch: torch.zeros_like(batch["chosen_lengths"]))
+    parts = dict(data_collator=collator, compute_metrics=prefix_metrics, loss=farma_loss)
+    return fit(FarmaTrainer, model, tokenizer, pairs, eval_pairs, args, lora_rank, resume, **parts)
+
+
+class FarmaTrainer(PairTrainer):
+    """For batches of pairs, read by a reward model with a vocabulary head."""
+
+    reads = staticmethod(rewards_and_best)
+
+    @staticmethod
+    def check(model: PreTrainedModel) -> None:
+        if not has_vocabulary_head(model):
+            raise ValueError(f"{type(model).__name__} has no vocabulary head: load it with head='vocab' (--head vocab)")
+
+    def terms(self, both, inputs):
+        rewards, best = both
+        return *super().terms(rewards, inputs), at_response_tokens(best, inputs)[0]
