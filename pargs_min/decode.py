@@ -4,7 +4,7 @@ The loop takes functions, not models: a *policy stepper* for the language model 
 the reward model (`pargs_min.scoring`), and a *draw*. Tables of a tiny world work as well as networks.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -146,6 +146,16 @@ class Warp:
         if self.min_p:
             warpers.append(MinPLogitsWarper(self.min_p))
         return warpers(torch.empty(0), log_probs).log_softmax(-1) if warpers else log_probs
+
+
+def recorded_warp(reference: Mapping, source: str) -> Warp:
+    """The warp that a text or a guide says it is for; an empty one changes nothing. Raises ValueError with the source."""
+    try:
+        return Warp(**reference)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{source}: `reference` says how the reference was sampled, and this cannot be: {error}"
+        ) from None
 
 
 class WarpedPolicy:

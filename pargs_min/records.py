@@ -14,7 +14,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
@@ -60,6 +60,7 @@ class Response(NamedTuple):
     finished: bool  # whether it ended by itself
     source: str  # file:line, for errors
     form: str | None = None  # of the prompt (`codec.prompt_format`), where the record says so
+    reference: Mapping = {}  # how the model was sampled (`decode.Warp`); empty: as it is
 
 
 def read_responses(path: str | os.PathLike) -> list[Response]:
@@ -76,10 +77,12 @@ def read_responses(path: str | os.PathLike) -> list[Response]:
             raise ValueError(f"{source}: `finished` must be true or false, got {_shown(finished)}")
         if not isinstance(form, str | None):
             raise ValueError(f"{source}: `prompt_format` must be text, got {_shown(form)}")
+        if not isinstance(reference := record.get("reference", {}), dict):
+            raise ValueError(f"{source}: `reference` must be an object, got {_shown(reference)}")
         prompt, response = _prompt(record, source), _field(record, "response", source)
         if is_messages(response):
             raise ValueError(f"{source}: `response` must be text or token ids, got messages; give the text of the last")
-        responses.append(Response(prompt, response, finished, source, form))
+        responses.append(Response(prompt, response, finished, source, form, reference))
     if not responses:
         raise ValueError(f"{path} holds no records; expected one text per line")
     return responses

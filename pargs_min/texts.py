@@ -33,6 +33,7 @@ from pargs_min.decode import (
     Step,
     Warp,
     WarpedPolicy,
+    recorded_warp,
     response_log_probs,
     response_rewards,
     row_uniforms,
@@ -139,7 +140,7 @@ def generate_texts(
     how = Decoding(**settings)
     counts = dict(num_samples=num_samples, n=how.n, particles=how.particles, batch_size=batch_size)
     counts["max_new_tokens"] = how.max_new_tokens
-    _check(method, prompts, reward_model, final_reward_model, **counts)
+    _check(method, prompts, reward_model, final_reward_model, how.warp, **counts)
     guides = ((reward_model, reward_tokenizer), (final_reward_model, final_reward_tokenizer))
     same = [model for model, theirs in guides if model is not None and shares_ids(tokenizer, theirs)]
     form = common_form(prompt_format, *same) or recorded(lm).get("prompt_format")
@@ -296,7 +297,12 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def _check(
-    method: str, prompts: list[dict], reward_model: PreTrainedModel | None, final: PreTrainedModel | None, **counts: int
+    method: str,
+    prompts: list[dict],
+    reward_model: PreTrainedModel | None,
+    final: PreTrainedModel | None,
+    warp: Warp,
+    **counts: int,
 ) -> None:
     if not prompts:
         raise ValueError("prompts is empty; give at least one")
@@ -317,6 +323,13 @@ def _check(
     if wanted not in (None, objective):
         what = f"{OBJECTIVES[objective]} is {guided_by(objective)}"
         warnings.warn(f"{method} with {what}; train one with --objective {wanted}", stacklevel=3)
+    learned_on = recorded_warp(recorded(reward_model).get("reference", vars(warp)), "the guide")
+    if learned_on != warp:
+        warnings.warn(
+            f"this guide learned from texts of the reference sampled as {learned_on}, and guides it sampled as {warp}: "
+            "what it expects of a prefix is not what follows",
+            stacklevel=3,
+        )
     if not recorded(reward_model).get("append_eos", True):
         warnings.warn(
             "this reward model was trained on responses without an end token: its reward of ending is extrapolation",
@@ -472,7 +485,10 @@ def text_log_probs(lm: PreTrainedModel, codec: Codec, texts: Sequence[dict], bat
                 "model's tokenizer; take the model that wrote it, or one with the same tokenizer"
             )
     totals = []
-    runs = ((Warp(**dict(how)), [*run]) for how, run in groupby(texts, lambda text: text.get("reference", {})))
+    runs = (
+        (recorded_warp(how, f"prompt number {(run := [*some])[0]['prompt_number']}"), run)
+        for how, some in groupby(texts, lambda text: text.get("reference", {}))
+    )
     batches = ((warp, run[i : i + batch_size]) for warp, run in runs for i in range(0, len(run), batch_size))
     for warp, some in batches:
         prompt_ids, mask = left_pad([codec.prompt(text) for text in some])

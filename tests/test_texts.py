@@ -618,3 +618,20 @@ def test_a_file_that_another_run_has_written_since_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="another run has written"):
         list(write_records(path, texts(num_samples=1), {}, earlier=0))
     assert path.read_bytes() == before
+
+
+def test_a_guide_is_for_the_reference_whose_texts_it_learned_from():
+    rm = tiny_reward_model("llama")
+    rm.config.pargs = {"objective": "soft", "prompt_format": "text", "reference": vars(Warp(temperature=0.7))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        next(texts("soft", reward_model=rm, ref_temperature=0.7))
+    with pytest.warns(UserWarning, match=r"learned from texts of the reference sampled as Warp\(temperature=0.7"):
+        next(texts("soft", reward_model=rm))
+
+
+def test_a_reference_that_cannot_be_is_named():
+    record = next(texts("plain")) | {"reference": {"heat": 2}}
+    lm = tiny_lm("gpt2")
+    with pytest.raises(ValueError, match="prompt number 0: `reference` says how .* 'heat'"):
+        text_log_probs(lm, Codec.of(lm, TOKENIZER, "text"), [record])
