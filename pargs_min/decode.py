@@ -149,7 +149,7 @@ class Warp:
 
 
 def recorded_warp(reference: Mapping, source: str) -> Warp:
-    """The warp that a text or a guide says it is for; an empty one changes nothing. Raises ValueError with the source."""
+    """The warp that a text or a guide says it is for; nothing said is no warp. Raises ValueError with the source."""
     try:
         return Warp(**reference)
     except (TypeError, ValueError) as error:
