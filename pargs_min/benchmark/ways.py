@@ -126,9 +126,12 @@ def floor(lm: PreTrainedModel, rm: PreTrainedModel, ids: Tensor, queries: int, t
         tick()
 
 
-def ours(policy: PolicyStepper, scorer: RewardScorer, ids: Tensor, top_k: int, tokens: int, tick: Tick) -> None:
+def ours(
+    policy: PolicyStepper, scorer: RewardScorer, ids: Tensor, top_k: int, tokens: int, tick: Tick, **settings
+) -> None:
     """Our loop, over any steppers."""
-    generate(policy, scorer, ids, beta=1.0, top_k=top_k, max_new_tokens=tokens, on_step=lambda step: tick())
+    settings |= dict(beta=1.0, top_k=top_k, max_new_tokens=tokens)
+    generate(policy, scorer, ids, on_step=lambda step: tick(), **settings)
 
 
 class CopiedScorer(CachedText):
@@ -197,7 +200,7 @@ def all_ways(models: Models, setting: Setting, *names: str) -> dict[str, Way]:
         ),
         "vocabulary floor": lambda tick: floor(lm, models.vocabulary, ids, 1, tokens, tick),
         "vocabulary head": lambda tick: ours(policy, one_query, ids, 0, tokens, tick),
-        "k copies of the cache": lambda tick: ours(policy, CopiedScorer(rm, k), ids, k, tokens, tick),
+        "k copies of the cache": lambda tick: ours(policy, CopiedScorer(rm, k), ids, k, tokens, tick, truncate=True),
         "k passes, no cache": lambda tick: uncached(models, ids, k, tick),
     }
     return {name: found[name] for name in names or found}

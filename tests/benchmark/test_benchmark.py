@@ -42,7 +42,7 @@ def models():
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_copies_of_the_cache_write_the_same_tokens_as_ours(family, draw):
     lm, rm = tiny_lm("gpt2"), tiny_reward_model(family)
-    settings = dict(beta=2.0, top_k=4, max_new_tokens=10, eos=1, pad=0, draw=draw)
+    settings = dict(beta=2.0, top_k=4, truncate=True, max_new_tokens=10, eos=1, pad=0, draw=draw)
     settings["uniforms"] = row_uniforms(0, range(3), [0] * 3, 10)
     prompts = left_padded(6, 2, 4)
     ours = generate(ModelPolicy(lm), SiblingScorer(rm), *prompts, **settings)
