@@ -35,6 +35,17 @@ INKS = {
     "partial": (BLUE, "o"),
     "full": (RED, "^"),
 }
+
+
+def ink(name: str) -> tuple[str, str]:
+    """The colour and the mark of a method, or of a variant of it: "method (variant)".
+
+    >>> ink("smc (soft labels)") == INKS["smc"]
+    True
+    """
+    return INKS.get(name) or INKS[name.partition(" (")[0]]
+
+
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,

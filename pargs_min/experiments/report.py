@@ -129,7 +129,7 @@ def curve(
 def curves(axes: Axes, rows: list[Row], x: Callable[[Row], Any], y: str, **style) -> None:
     """A curve for each method."""
     for name, group in grouped(rows, "name").items():
-        curve(axes, group, x, y, name, plots.INKS[name], **style)
+        curve(axes, group, x, y, name, plots.ink(name), **style)
 
 
 def log_scale(axes: Axes, ticks: Sequence[float]) -> None:
@@ -147,7 +147,7 @@ def reward_against_kl(axes: Axes, rows: list[Row], labs: Sequence[Lab]) -> None:
     points = [[(point.kl, point.reward) for point in at_beta] for at_beta in zip(*map(optimum, labs), strict=False)]
     axes.plot(*np.mean(points, 1).T, color=plots.BLACK, label="RLHF (the most at each KL)")
     for name, group in grouped(rows, "name").items():
-        ink, mark = plots.INKS[name]
+        ink, mark = plots.ink(name)
         line, bound = "-" if group[0].cell.writes.guided else "none", group[0].cell.writes.bound
         label = f"{name} (KL is a bound)" if bound else name
         curve(axes, group, kl, "reward", label, (ink, mark), linestyle=line)

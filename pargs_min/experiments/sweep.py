@@ -94,16 +94,17 @@ def _read(file: Path, worlds: Worlds, cells: Sequence[Cell]) -> dict[Cell, dict]
 
 
 def _shared(worlds: Worlds, cells: Sequence[Cell]) -> list[list[tuple]]:
-    """Jobs that make what cells share: those that need nothing else, then the models that need what the first made."""
-    jobs: dict[tuple, bool] = {}  # whether each is for later
+    """Jobs that make what cells share, in stages: each needs what those before it make."""
+    stages: dict[tuple, int] = {}
     for cell in cells:
         lab = worlds[cell.seed][cell.lab]
-        models = [model for recipe in cell.recipes for model in (*recipe.ingredients, recipe)]
-        jobs |= {(recipes.make, lab, model, cell.seed): bool(model.ingredients) for model in models}
-        samples = any(model.training.source == "texts" for model in models)
-        texts = (recipes.samples, samples), (measure.plain_rewards, cell.method), (measure.siblings, cell.quality)
-        jobs |= {(make, lab): False for make, needed in texts if needed}
-    return [[job for job, later in jobs.items() if later == stage] for stage in (False, True)]
+        texts = {measure.plain_rewards: cell.method, measure.siblings: cell.quality}
+        stages |= {(make, lab): 0 for make, needed in texts.items() if needed}
+        for model in [model for recipe in cell.recipes for model in (*recipe.ingredients, recipe)]:
+            stages[recipes.make, lab, model, cell.seed] = {"pairs": 0, "rollouts": 1, "texts": 2}[model.training.source]
+            if model.training.source == "texts":
+                stages |= {(recipes.samples, lab): 0, (recipes.rated, lab, cell.seed): 1}
+    return [[job for job in stages if stages[job] == stage] for stage in range(3)]
 
 
 @contextmanager

@@ -136,7 +136,7 @@ def test_a_study_and_its_workers(made, monkeypatch):
     assert workers
     finished([*asked, "--output-dir", "study"])
     assert not [*made.glob("study/**/*.unfinished")]
-    assert "PARGS minus" in (made / "study" / "partial-vs-full.md").read_text()
+    assert "pargs (soft labels) minus others" in (made / "study" / "partial-vs-full.md").read_text()
 
 
 def children(pid: int) -> list[int]:

@@ -23,7 +23,7 @@ from pargs_min.reward_model import final_rewards
 from pargs_min.store import write_lines
 from pargs_min.world.journey import END, HELD_OUT_PROMPTS, Journey
 from pargs_min.world.reference import word_tokenizer
-from tests.strategies import tiny_reward_model
+from tests.strategies import tiny_lm, tiny_reward_model
 
 
 def some_prefixes(seed: int, count: int = 5):
@@ -66,6 +66,17 @@ def test_candidates_are_scored_as_texts_that_end_in_them():
         for token, found in zip(one.candidates, scores, strict=True):
             text = torch.tensor([[*one.prefix_ids, token]])
             assert found == pytest.approx(final_rewards(model, text, torch.ones_like(text)).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize(("objective", "beta"), [("reweighted", 2.0), ("autoregressive", None)])
+def test_candidates_are_scored_as_a_language_model_implies(objective, beta):
+    lm, model = tiny_lm(seed=0), tiny_lm(seed=1)
+    model.config.pargs = {"objective": objective} | ({"beta": beta} if beta else {})
+    some = [Siblings([3, 4], [2, 5], [], []), Siblings([6, 7, 8], [9, 2, 3], [], []), Siblings([5], [4], [], [])]
+    for one, scores in zip(some, score_siblings(model, some, lm, batch_size=2), strict=True):
+        ours, theirs = (m(torch.tensor([one.prefix_ids])).logits[0, -1].log_softmax(-1) for m in (model, lm))
+        expected = (ours - theirs) / beta if beta else ours
+        assert scores == pytest.approx(expected[one.candidates].tolist(), abs=1e-12)
 
 
 def test_the_exact_win_rate_of_a_prefix_is_the_mean_of_its_siblings(lab, monkeypatch):

@@ -14,10 +14,10 @@ from pargs_min.benchmark import ways
 from pargs_min.cli import main
 from pargs_min.evaluation.statistics import FrontierPoint
 from pargs_min.experiments import measure, report, studies
-from pargs_min.experiments.measure import Cell
-from pargs_min.experiments.recipes import FULL, make
+from pargs_min.experiments.measure import CAP, Cell
+from pargs_min.experiments.recipes import FULL, PARTIAL, SOFT_LABELS, make
 from pargs_min.experiments.report import legend, table
-from pargs_min.experiments.setup import embedded
+from pargs_min.experiments.setup import embedded, numbered
 from pargs_min.experiments.studies import NAMES, run
 from pargs_min.experiments.studies.attribute import relabelled
 from pargs_min.experiments.studies.partial_vs_full import conclude
@@ -89,19 +89,21 @@ def row(method, rewards, kls, **settings):
 def test_pargs_and_others_are_compared_at_the_kl_of_the_other_seed_by_seed():
     rows = [
         row("plain", [0.0, 1.0], [0.0, 0.0]),
-        row("pargs", [2.0, 3.0], [1.0, 2.0], beta=1.0),
+        row("pargs", [2.0, 3.0], [1.0, 2.0], beta=1.0, recipe=SOFT_LABELS),
+        row("pargs", [0.0, 0.0], [1.0, 2.0], beta=1.0, recipe=PARTIAL),
         row("args", [0.5, 1.0], [0.5, 1.0], beta=1.0),  # there PARGS has 1 and 2
         row("args", [0.0, 1.0], [9.0, 9.0], beta=2.0),  # beyond its largest KL: 2 and 3
         row("best-of-n", [3.0, 3.0], [1.0, 1.0], n=4),  # there PARGS has 2 and 2
         row("args-greedy", [9.0, 9.0], [9.0, 9.0], beta=2.0),
     ]
-    _, first, second, bound, plain = conclude(rows).split("\n")
+    _, paper, first, second, bound, plain = conclude(rows).split("\n")
+    assert "at the KL of pargs beta=1 (1.50): +2.50" in paper
     assert "beta=1 (0.75): +0.75" in first  # .5 and 1
     assert "beta=2 (9.00): +2.00" in second
     assert "best-of-n n=4 (1.00): at most -1.00" in bound
-    assert "PARGS minus plain, beta=1: +2.00, 95% [+2.00, +2.00] over 2 seeds" in plain
-    alone = [row("plain", [0.0], [0.0]), row("pargs", [2.0], [1.0], beta=1.0)]
-    assert conclude(alone).split("\n")[1:] == ["- PARGS minus plain, beta=1: +2.00 (one seed)"]
+    assert "- minus plain, beta=1: +2.00, 95% [+2.00, +2.00] over 2 seeds" in plain
+    alone = [row("plain", [0.0], [0.0]), row("pargs", [2.0], [1.0], beta=1.0, recipe=SOFT_LABELS)]
+    assert conclude(alone).split("\n")[1:] == ["- minus plain, beta=1: +2.00 (one seed)"]
 
 
 def test_the_table_names_what_was_varied_and_marks_bounds():
@@ -188,6 +190,33 @@ def test_a_study_of_a_model_of_ones_own(world, tmp_path, capsys):
 def test_what_cannot_be_studied_is_named(arguments, message, capsys):
     assert main(["study", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_gap_of_policies_is_part_of_the_study_of_guides(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(studies, "run", lambda name, *_, **__: asked.append(name) or "")
+    assert main(["study", "policy-gap", "--output-dir", str(tmp_path)]) == 0
+    assert asked == ["guides"]
+    assert "saved guides.md" in capsys.readouterr().out
+
+
+def test_the_share_of_the_cap_is_of_the_same_world_and_beta():
+    def beside(method, shares, beta):
+        found = row(method, [1.0, 2.0], [1.0, 1.0], beta=beta, recipe=FULL).found | {"share": interval(shares)}
+        return Row(Cell(0, method, beta=beta, recipe=FULL), found)
+
+    rows = [beside(CAP, [0.8, 0.5], 2.0), beside("args", [0.4, 0.4], 2.0), beside("args", [0.4, 0.4], 3.0)]
+    _, line = MODULES["guides"].conclude(rows).split("\n")  # no cap is known at beta 3
+    assert line == "- args beta=2: 0.40, 0.65 of the cap, sd 0.71"
+
+
+def test_every_world_of_a_study_is_its_own(tmp_path):
+    first, second = (numbered(tmp_path, True, seed) for seed in (0, 1))
+    weights = [Path(lab.model, "model.safetensors").read_bytes() for lab in (first, second)]
+    pairs = [Path(lab.pairs).read_text() for lab in (first, second)]
+    assert weights[0] != weights[1]
+    assert pairs[0] != pairs[1]
+    assert (first.folder, second.folder) == (f"{tmp_path}/world-0", f"{tmp_path}/world-1")
 
 
 def test_an_attribute_may_be_judged_by_a_reward_model_or_by_the_world(world, tmp_path):

@@ -66,6 +66,7 @@ def test_a_grid_that_was_killed_at_once_begins_anew(lab, tmp_path, monkeypatch):
 def test_what_cells_share_is_trained_once_and_ingredients_first(lab, tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(recipes, "make", lambda lab, recipe, seed: made.append(recipe.folder_name(seed)))
+    monkeypatch.setattr(recipes, "rated", lambda lab, seed: made.append(f"rated-{seed}"))
     monkeypatch.setattr(measure, "measure", lambda lab, cell: {})
     cells = [
         Cell(0, "cd", beta=1.0, recipe=VALUE),
@@ -75,7 +76,8 @@ def test_what_cells_share_is_trained_once_and_ingredients_first(lab, tmp_path, m
     ]
     sweep.sweep(everywhere(lab), cells, tmp_path / "grid.jsonl")
     assert sorted(made[:2]) == ["full-seed=0", "full-seed=1"]
-    assert sorted(made[2:]) == ["ppo-beta=1.0-seed=1", "value-seed=0"]
+    assert sorted(made[2:4]) == ["ppo-beta=1.0-seed=1", "rated-0"]
+    assert made[4:] == ["value-seed=0"]
 
 
 @pytest.mark.usefixtures("one_process")

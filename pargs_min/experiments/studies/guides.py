@@ -50,11 +50,15 @@ def conclude(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def passes(row: Row) -> float:
+    return row.found["calls"].mean
+
+
 def draw(rows: list[Row], labs: Sequence[Lab]) -> plots.Figure:
     drawing, (left, right) = plots.panels(2, (12.4, 4.4))
     for name, group in grouped(rows, "name").items():
         shown = [row for row in group if "calls" in row.found and row.cell.beta in (None, BETA, ETA)]
-        curve(left, shown, lambda row: row.found["calls"].mean, "share", str(name), plots.INKS[name], linestyle="none")
+        curve(left, shown, passes, "share", str(name), plots.ink(str(name)), linestyle="none")
     left.axhline(1, color=plots.BLACK, linewidth=0.8)
     left.set(xlabel=f"forward passes of one row by any model, per text ({INTERVALS})", ylabel="share of RLHF's gain")
     log_scale(left, (20, 50, 100, 200, 500, 1000, 2000))
