@@ -36,6 +36,7 @@ def low_rank(model: PreTrainedModel, rank: int | None) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # GPT-2 holds its weights transposed: peft sees to it
+        warnings.filterwarnings("ignore", "You have passed exclude_modules")  # a language model has no such head
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft's to change
         adapters = get_peft_model(model, config).base_model  # within the model, which stays what it is outside
     if hasattr(model, "score"):

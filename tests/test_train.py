@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import random
 import sys
+from itertools import combinations
 
 import pytest
 import torch
@@ -12,21 +14,26 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from pargs_min import minimal, train
-from pargs_min.data import Pair, Text, at_response_tokens, collate
-from pargs_min.losses import bradley_terry_loss, prefix_value_loss
+from pargs_min.baselines.farma import train_farma
+from pargs_min.baselines.genarm import train_genarm
+from pargs_min.data import Pair, Text, at_response_tokens, by_prompt, collate, reweighted
+from pargs_min.losses import bradley_terry_loss, prefix_value_loss, soft_value_loss, soft_value_scale
 from pargs_min.models import save_reward_model
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import model_rewards
 from pargs_min.train import (
+    keep_best,
     last_checkpoint,
     objective_functions,
     prefix_accuracy,
     rate,
+    train_language_model,
+    train_partial_on_texts,
     train_reward_model,
     train_value_model,
 )
 
-from .strategies import tiny_config, tiny_reward_model, tiny_tokenizer, token_pairs
+from .strategies import tiny_config, tiny_lm, tiny_reward_model, tiny_tokenizer, token_pairs
 
 pytestmark = pytest.mark.trains
 
@@ -544,6 +551,256 @@ def test_texts_are_rated_as_wholes():
         assert text.reward == pytest.approx(prefix_rewards(model, ids, torch.ones_like(ids))[0, -1].item())
     with pytest.raises(ValueError, match="texts must have finite rewards, got 1 without"):
         train_value_model(model, tiny_tokenizer(), [texts[0], Text([2], [7])], args=None)
+
+
+# ---- other losses, and what else learns from rated texts ----
+
+
+def language_model(seed=1):
+    return tiny_lm(vocabulary=14, seed=seed, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+
+def vocabulary_model(seed=1):
+    return reward_model(seed, num_labels=14)
+
+
+def by_objective(name):
+    """(model, train, data, held-out data) of an objective."""
+    texts, held_out = random_texts(12), random_texts(9, seed=1)
+    return {
+        "win": (reward_model, dict(objective="win"), train_reward_model, random_pairs(12), random_pairs(9, seed=1)),
+        "farma": (vocabulary_model, {}, train_farma, random_pairs(12), random_pairs(9, seed=1)),
+        "autoregressive": (language_model, {}, train_genarm, random_pairs(12), random_pairs(9, seed=1)),
+        "soft": (reward_model, dict(objective="soft", lam=1.5), train_value_model, texts, held_out),
+        "soft labels": (reward_model, dict(group_size=3), train_partial_on_texts, texts, held_out),
+        "reweighted": (language_model, dict(beta=1.5), train_language_model, several(texts), several(held_out)),
+    }[name]
+
+
+def several(texts):
+    """Of the prompts with at least two texts."""
+    return [text for some in by_prompt(texts) if len(some) > 1 for text in some]
+
+
+each = pytest.mark.parametrize("name", ["win", "farma", "autoregressive", "soft", "soft labels", "reweighted"])
+few_texts = pytest.mark.filterwarnings("ignore:at beta .* texts per prompt are effective")
+
+
+@each
+@few_texts
+def test_the_held_out_loss_does_not_depend_on_the_batch_size(tmp_path, name):
+    make, settings, method, data, held_out = by_objective(name)
+    metrics = []
+    for size in (1, 2, 32):
+        args = arguments(tmp_path, max_steps=1, learning_rate=0.0, per_device_eval_batch_size=size)
+        found = method(make(), tiny_tokenizer(), data, held_out, args=args, **settings)
+        metrics.append({key: value for key, value in found.items() if "second" not in key and "runtime" not in key})
+    assert metrics[0] == pytest.approx(metrics[2], rel=1e-6)
+    assert metrics[1] == pytest.approx(metrics[2], rel=1e-6)
+
+
+@each
+@few_texts
+def test_parts_of_a_batch_weigh_as_one_batch(tmp_path, name):
+    make, settings, method, data, _ = by_objective(name)
+    trained = []
+    for size, parts in ((4, 1), (1, 4)):
+        model = make()
+        sizes = dict(per_device_train_batch_size=size, gradient_accumulation_steps=parts)
+        method(model, tiny_tokenizer(), data, args=arguments(tmp_path, max_steps=2, optim="sgd", **sizes), **settings)
+        trained.append(weights(model))
+    torch.testing.assert_close(*trained, rtol=1e-9, atol=1e-12)
+
+
+@each
+@few_texts
+def test_a_run_that_is_resumed_equals_one_that_was_not_interrupted(tmp_path, name):
+    make, settings, method, data, _ = by_objective(name)
+
+    def run(folder, resume=False, **changes):
+        model = make(seed=resume + 1)
+        args = arguments(tmp_path / folder, max_steps=4, save_strategy="steps", save_steps=2, **changes)
+        method(model, tiny_tokenizer(), data, args=args, resume=resume, **settings)
+        return weights(model)
+
+    whole = run("run", learning_rate=1e-3)
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    checkpoint.rename(tmp_path / "last")
+    assert torch.equal(run("run", resume=True, learning_rate=1e-3), whole)
+
+
+@each
+@few_texts
+def test_training_lowers_the_held_out_loss_and_restores_the_model(tmp_path, name):
+    make, settings, method, data, held_out = by_objective(name)
+    losses = []
+    for steps in (1, 60):
+        model = make()
+        args = arguments(tmp_path, max_steps=steps, learning_rate=1e-2 if steps > 1 else 0.0)
+        losses.append(method(model, tiny_tokenizer(), data, held_out, args=args, **settings)["eval_loss"])
+        assert not model.training
+        assert "forward" not in vars(model)
+    assert losses[1] < losses[0]
+
+
+def log_prob(lm, prompt, response):
+    """(n,) log-probability of each token of one response, by the model's own forward."""
+    ids = torch.tensor([prompt + response])
+    with torch.no_grad():
+        found = lm(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    return found[len(prompt) - 1 :]
+
+
+def evaluated(tmp_path, name):
+    """(model, held-out data, its loss) before any step."""
+    make, settings, method, data, held_out = by_objective(name)
+    args = arguments(tmp_path, max_steps=1, learning_rate=0.0, per_device_eval_batch_size=4)
+    return make(), held_out, method(make(), tiny_tokenizer(), data, held_out, args=args, **settings)["eval_loss"]
+
+
+def test_the_autoregressive_loss_is_that_of_single_responses(tmp_path):
+    lm, pairs, loss = evaluated(tmp_path, "autoregressive")
+    margins = [log_prob(lm, p.prompt_ids, p.chosen_ids).sum() - log_prob(lm, p[0], p[2]).sum() for p in pairs]
+    assert loss == pytest.approx(-torch.nn.functional.logsigmoid(torch.stack(margins)).mean().item(), rel=1e-9)
+
+
+@few_texts
+def test_the_reweighted_loss_is_that_of_texts_drawn_again(tmp_path):
+    lm, texts, loss = evaluated(tmp_path, "reweighted")
+    drawn = reweighted(texts, 1.5, seed=42)  # the seed of transformers' arguments
+    tokens = torch.cat([log_prob(lm, text.prompt_ids, text.response_ids) for text in drawn])
+    assert loss == pytest.approx(-tokens.mean().item(), rel=1e-9)
+
+
+def test_the_soft_loss_is_on_the_scale_of_the_texts_trained_on(tmp_path):
+    model, texts, loss = evaluated(tmp_path, "soft")
+    log_mean, highest = soft_value_scale(torch.tensor([text.reward for text in random_texts(12)]), 1.5)
+    total = tokens = 0
+    for prompt, response, reward in texts:
+        values = prefix_rewards(model, torch.tensor([prompt + response]), torch.ones(1, len(prompt + response)))
+        terms = values[:, len(prompt) :], torch.tensor([reward]), torch.tensor([len(response)])
+        total += soft_value_loss(*terms, lam=1.5, log_mean=log_mean, highest=highest).item() * len(response)
+        tokens += len(response)
+    assert loss == pytest.approx(total / tokens, rel=1e-6)
+
+
+def test_the_farma_loss_asks_for_every_next_token(tmp_path):
+    model, pairs, loss = evaluated(tmp_path, "farma")
+    losses = []
+    for prompt, chosen, rejected in pairs:
+        margin = whole_reward(model, prompt + chosen) - whole_reward(model, prompt + rejected)
+        gaps = [
+            whole_reward(model, prompt + chosen[:i])
+            - max(whole_reward(model, [*prompt, *chosen[:i], token]) for token in range(14))
+            for i in range(1, len(chosen))
+        ]
+        squares = sum(gap**2 for gap in gaps) / len(gaps)
+        losses.append(torch.nn.functional.softplus(torch.tensor(-margin)).item() + squares)
+    assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize("tail", ["extend", "min"])
+def test_soft_labels_compare_all_pairs_of_a_prompt(tmp_path, tail):
+    model, texts = reward_model(), random_texts(6, seed=1)
+    args = arguments(tmp_path, max_steps=1, learning_rate=0.0, per_device_eval_batch_size=2)
+    texts = [text._replace(prompt_ids=[3 + (i > 6)]) for i, text in enumerate(texts)]  # seven and five
+    found = train_partial_on_texts(model, tiny_tokenizer(), texts, texts, args=args, group_size=9, tail=tail)
+    losses, right = [], []
+    for one, other in [pair for some in by_prompt(texts) for pair in combinations(some, 2)]:
+        sizes = len(one.response_ids), len(other.response_ids)
+        label = torch.tensor(one.reward - other.reward).sigmoid()
+        for i in range(1, (max if tail == "extend" else min)(*sizes) + 1):
+            sides = [(text.response_ids + [END] * 9)[:i] for text in (one, other)]
+            ahead = whole_reward(model, one.prompt_ids + sides[0]) - whole_reward(model, one.prompt_ids + sides[1])
+            wins = torch.tensor([ahead, -ahead], dtype=torch.float64).sigmoid().log()
+            losses.append(-(label * wins[0] + (1 - label) * wins[1]).item())
+        if one.response_ids != other.response_ids:
+            whole = [whole_reward(model, text.prompt_ids + text.response_ids) for text in (one, other)]
+            right.append((whole[0] > whole[1]) == (one.reward > other.reward))
+    assert found["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert found["eval_accuracy"] == pytest.approx(sum(right) / len(right))
+    assert found["eval_pairs"] == len(right)
+
+
+def test_few_effective_texts_are_warned_of(tmp_path):
+    texts = [Text([2], [7, END], 1.0), Text([2], [8, END], -1.0)]
+    args = arguments(tmp_path, max_steps=1)
+    with pytest.warns(UserWarning, match=r"at beta 2 only 1\.04 texts per prompt are effective, fewer than 100"):
+        metrics = train_language_model(language_model(), tiny_tokenizer(), texts, args=args, beta=2.0)
+    assert metrics["effective_texts_mean"] == pytest.approx(1.0366, abs=1e-3)
+
+
+@few_texts
+def test_models_of_the_wrong_kind_are_refused(tmp_path):
+    args, texts, pairs = arguments(tmp_path), several(random_texts(12)), random_pairs(4)
+    with pytest.raises(ValueError, match="no probability for the next token"):
+        train_language_model(reward_model(), tiny_tokenizer(), texts, args=args, beta=1.0)
+    with pytest.raises(ValueError, match="no probability for the next token"):
+        train_genarm(reward_model(), tiny_tokenizer(), pairs, args=args)
+    with pytest.raises(ValueError, match="no vocabulary head"):
+        train_farma(reward_model(), tiny_tokenizer(), pairs, args=args)
+    with pytest.raises(ValueError, match="no reward at every token"):
+        train_value_model(language_model(), tiny_tokenizer(), texts, args=args)
+    with pytest.raises(ValueError, match='objective must be "value" or "soft", got \'hard\''):
+        train_value_model(reward_model(), tiny_tokenizer(), texts, args=args, objective="hard")
+    for lam in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"lam \(--lambda\) must be a positive number"):
+            train_value_model(reward_model(), tiny_tokenizer(), texts, args=args, objective="soft", lam=lam)
+
+
+@few_texts
+def test_language_models_take_adapters_too(tmp_path):
+    lm = language_model()
+    before = copy.deepcopy(lm).state_dict()
+    args = arguments(tmp_path, max_steps=3)
+    train_language_model(lm, tiny_tokenizer(), several(random_texts(12)), args=args, beta=1.0, lora_rank=2)
+    assert list(lm.state_dict()) == list(before)
+    moved = {name for name, weight in lm.state_dict().items() if not torch.equal(weight, before[name])}
+    assert moved
+    assert all(".attn." in name or ".mlp." in name for name in moved)
+
+
+# ---- the best checkpoint ----
+
+
+@pytest.mark.parametrize(
+    ("given", "strategy", "steps"),
+    [
+        ({}, "steps", 0.1),
+        (dict(save_strategy="no"), "steps", 0.1),
+        (dict(save_strategy="steps"), "steps", 0.1),
+        (dict(save_strategy="steps", save_steps=2), "steps", 2),
+        (dict(save_strategy="epoch"), "epoch", None),
+        (dict(eval_strategy="steps", eval_steps=3, save_strategy="steps"), "steps", 3),
+        (dict(eval_strategy="epoch"), "epoch", None),
+    ],
+)
+def test_checkpoints_are_saved_when_they_are_evaluated(tmp_path, given, strategy, steps):
+    args = TrainingArguments(str(tmp_path), **given)
+    keep_best(args)
+    assert (args.save_strategy, args.eval_strategy) == (strategy, strategy)
+    assert steps is None or (args.save_steps, args.eval_steps) == (steps, steps)
+
+
+def test_the_best_checkpoint_is_kept_not_the_last(tmp_path):
+    """With steps far too large the held-out loss soon rises."""
+    model, held_out = reward_model(), random_texts(16, seed=1)
+    args = arguments(tmp_path, max_steps=10, learning_rate=0.3, save_total_limit=1)
+    keep_best(args)
+    logged = []
+
+    class Remember(train.ValueTrainer):
+        def evaluate(self, *inputs, **settings):
+            logged.append(super().evaluate(*inputs, **settings))
+            return logged[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "ValueTrainer", Remember)
+        metrics = train_value_model(model, tiny_tokenizer(), random_texts(16), held_out, args=args)
+    losses = [found["eval_loss"] for found in logged]
+    assert len(losses) == 11
+    assert metrics["eval_loss"] == pytest.approx(min(losses), rel=1e-9)
+    assert min(losses) < losses[-2]
 
 
 # ---- evaluation ----

@@ -314,12 +314,116 @@ def test_controlled_decoding_from_samples_to_texts(lm, pairs, prompts, tmp_path,
     assert "made by `pargs train --objective full`" in error
 
 
+@pytest.fixture
+def samples(lm, prompts, tmp_path, capsys):
+    """Texts of the reference, four for each prompt."""
+    file = tmp_path / "samples.jsonl"
+    plain = ["--method", "plain", "--num-samples", "4", "--prompt-format", "text"]
+    assert generate(lm, prompts, file, *plain) == 0
+    return file
+
+
+@pytest.fixture
+def rater(lm, pairs, tmp_path, capsys):
+    """A reward model of whole texts."""
+    assert train(lm, pairs, tmp_path / "rater", "--objective", "full") == 0
+    capsys.readouterr()
+    return tmp_path / "rater"
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize(
+    ("objective", "more", "method", "made"),
+    [
+        ("win", [], "win", {}),
+        ("farma", [], "farma", {}),
+        ("autoregressive", [], "genarm", {}),
+        ("soft", ["--lambda", "2"], "soft", {"lam": 2.0}),
+        ("reweighted", ["--beta", "2"], "reweighted", {"beta": 2.0}),
+        ("partial", ["--soft-labels-from"], "pargs", {"soft_labels": True, "tail": "extend"}),
+    ],
+)
+def test_every_objective_makes_a_model_that_guides(
+    lm, pairs, samples, rater, prompts, tmp_path, capsys, recwarn, objective, more, method, made
+):
+    """And says so; guided by it nothing is warned of."""
+    recipe = RECIPES[objective]
+    data = samples if recipe.on_texts or more == ["--soft-labels-from"] else pairs
+    more = [*more, str(rater)] if data == samples and not recipe.on_texts else more
+    more = [*more, "--reward-model", str(rater)] if recipe.on_texts else more
+    split = ["--objective", objective, "--eval-fraction", "0.4"]
+    assert train(lm, data, tmp_path / "out", *split, *more) == 0
+    said = capsys.readouterr().out
+    assert "eval_loss" in said
+    assert ("too few to learn what a larger beta pays" in said) == (data == samples)
+    few = [one for one in recwarn.list if "only 4 texts per prompt are effective" in str(one.message)]
+    assert len(few) == (objective == "reweighted")
+    recwarn.clear()
+    recorded_with = json.loads((tmp_path / "out" / "config.json").read_text())["pargs"]
+    made |= {"objective": objective, "append_eos": True, "prompt_format": "text"}
+    assert recorded_with.items() >= made.items()
+    guide = ["--reward-model", str(tmp_path / "out"), "--method", method, "--beta", "2", "--top-k", "4"]
+    assert generate(lm, prompts, tmp_path / "guided.jsonl", *guide) == 0
+    assert not recwarn.list
+    assert train(lm, data, tmp_path / "out", *split, *more, "--resume") == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["soft"], "--objective soft learns from texts of the reference (--dataset, written by `pargs generate"),
+        (["reweighted"], "(--reward-model, made by `pargs train --objective full`): give both"),
+        (["win", "--reward-model", "rm"], "--reward-model is for --objective value, soft, reweighted, got win"),
+        (["full", "--soft-labels-from", "rm"], "--soft-labels-from is for --objective partial, got full"),
+        (["full", "--lambda", "2"], "--lambda is for --objective soft, got full"),
+        (["soft", "--reward-model", "rm", "--beta", "2"], "--beta is for --objective reweighted, got soft"),
+        (["soft", "--reward-model", "rm", "--lambda", "0"], "lam (--lambda) must be a positive number, got 0.0"),
+        (["soft", "--reward-model", "rm", "--lambda", "nan"], "lam (--lambda) must be a positive number, got nan"),
+        (["reweighted", "--reward-model", "rm", "--beta", "-1"], "beta (--beta) must be a positive number, got -1.0"),
+        (["farma", "--head", "scalar"], "--objective farma needs --head vocab, got scalar"),
+        (["autoregressive", "--head", "vocab"], "trains a language model, which takes no --head"),
+        (["partial", "--load-best", "--eval-fraction", "0"], "--load-best needs held-out records: give --eval-dataset"),
+    ],
+)
+def test_options_of_objectives_that_cannot_be_are_refused(lm, pairs, tmp_path, capsys, more, message):
+    assert train(lm, pairs, tmp_path / "out", "--objective", *more) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.trains
+def test_texts_that_cannot_be_learned_from_are_refused(lm, pairs, rater, prompts, tmp_path, capsys):
+    soft = ["--objective", "soft", "--reward-model", str(rater)]
+    assert train(lm, pairs, tmp_path / "out", *soft) == 2
+    error = capsys.readouterr().err
+    assert "no field `response`" in error
+    assert "texts of the reference, written by `pargs generate --method plain`" in error
+    one = ["--method", "plain", "--num-samples", "1", "--prompt-format", "text"]
+    assert generate(lm, prompts, tmp_path / "one.jsonl", *one) == 0
+    for more in (["reweighted", "--reward-model"], ["partial", "--soft-labels-from"]):
+        assert train(lm, tmp_path / "one.jsonl", tmp_path / "out", "--objective", *more, str(rater)) == 2
+        assert "--num-samples N" in capsys.readouterr().err
+
+
+@pytest.mark.trains
+def test_the_checkpoint_with_the_least_held_out_loss_is_saved(lm, pairs, tmp_path, capsys):
+    more = ["--load-best", "--max-steps", "6", "--learning-rate", "0.1"]
+    assert train(lm, pairs, tmp_path / "out", *more) == 0
+    state = json.loads(max((tmp_path / "out").glob("checkpoint-*/trainer_state.json")).read_text())
+    losses = [line["eval_loss"] for line in state["log_history"] if "eval_loss" in line]
+    assert len(losses) == 6  # --save-steps 1
+    printed = re.search(r"^eval_loss +(\S+)", capsys.readouterr().out, re.MULTILINE)
+    assert float(printed[1]) == pytest.approx(min(losses), rel=1e-3)
+
+
 @pytest.mark.trains
 def test_fine_tuned_rivals_write_folders_that_generate_takes(lm, pairs, prompts, tmp_path, capsys):
     few = ["--max-steps", "2", "--save-steps", "1", "--disable-tqdm", "True", "--use-cpu", "True", "--beta", "2"]
     made = ["dpo", "--model", str(lm), "--dataset", str(pairs), "--output-dir", str(tmp_path / "dpo"), *few]
     assert main(made) == 0
     assert "eval_rewards/accuracies" in capsys.readouterr().out
+    recorded_with = json.loads((tmp_path / "dpo" / "config.json").read_text())["pargs"]
+    assert recorded_with == {"objective": "dpo", "beta": 2.0, "prompt_format": "text"}
     assert main(made) == 2
     assert "add --resume" in capsys.readouterr().err
     assert main([*made, "--resume", "--beta", "3"]) == 2
