@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from pargs_min.codec import Codec, encode_prompt, left_pad
 from pargs_min.data import Text
-from pargs_min.decode import ModelPolicy
+from pargs_min.decode import ModelPolicy, WarpedPolicy
 from pargs_min.experiments.setup import Lab, generated, judged, material
 from pargs_min.reward_model import is_language_model, recorded
 from pargs_min.scoring import LanguageModelScorer, model_rewards
@@ -156,7 +156,7 @@ def rollout_siblings(lab: Lab, top_k: int = 5, completions: int = 8, opponents: 
     """
     lm, tokenizer, prompts, *_, form = material(lab)
     codec = Codec.of(lm, tokenizer, form)
-    policy = ModelPolicy(lm, vocabulary=codec.vocabulary)
+    policy = WarpedPolicy(ModelPolicy(lm, vocabulary=codec.vocabulary), lab.warp)
 
     # What completions compete with.
     texts = generated(lab, prompts, opponents, seed=0)

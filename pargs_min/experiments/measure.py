@@ -33,6 +33,7 @@ from pargs_min.train import prefix_accuracy, rate
 # Seeds of the reference's own texts, which no cell shares: to estimate the RLHF policy from, and to correlate rewards
 # of prefixes on.
 PLAIN, CORRELATED = 2 * 10**6, 3 * 10**6
+EXAMPLES = 3  # texts that are shown of each method on a model of one's own
 CAP = "learned RLHF"  # in place of a method: the RLHF policy of a learned reward of whole texts
 
 
@@ -163,10 +164,11 @@ def measure(lab: Lab, cell: Cell) -> dict:
 
     Returns:
         of texts, each a mean over prompts: reward, kl (nats per text), length (tokens), calls (forward passes of one
-        row by any model, per text), seconds (per text), distinct2 (among the texts of a prompt), the judge's further
+        row by any model, per text), seconds (per text), distinct2 (among the texts of a prompt), second (the second
+        judge's reward), examples (the first text for some prompts, on a model of one's own), the judge's further
         measures, gap (`rlhf_gap`), flips (`Flips`); and by_prompt, the reward of each prompt. Of `CAP` only reward, kl
         and gap.
-        of a reward model: see `quality`; and training, the seconds that it took.
+        of a guide: training, the seconds that it took, and whole, its accuracy on held-out pairs; else see `quality`.
     """
     if cell.method == CAP:
         return _cap(lab, cell)
@@ -175,7 +177,8 @@ def measure(lab: Lab, cell: Cell) -> dict:
     if cell.method and cell.writes.guided and not cell.writes.rows:
         found["flips"] = flips.share
     if guide_or_tuned := cell.recipe or cell.tuned:
-        found["training"] = read_json(make(lab, guide_or_tuned, cell.seed) / "training.json")["seconds"]
+        told = read_json(make(lab, guide_or_tuned, cell.seed) / "training.json")
+        found |= {"training": told["seconds"]} | ({"whole": told["accuracy"]} if "accuracy" in told else {})
     if cell.quality and cell.recipe:
         found |= quality(lab, guide(lab, cell.recipe, cell.seed))
     return found
@@ -244,6 +247,10 @@ def _text_measures(lab: Lab, cell: Cell, texts: list[dict]) -> dict:
         "by_prompt": prompt_means(rewards, prompts).tolist(),
     }
     found |= {name: mean(map(of_reward, rewards)) for name, of_reward in judge_of(lab).measures.items()}
+    if lab.second_judge:
+        found["second"] = mean(judged(lab, texts, lab.second_judge))
+    if not lab.world:
+        found["examples"] = [text["response"] for text in texts[:: lab.samples][:EXAMPLES]]
     gap = rlhf_gap(lab, cell, found)
     return found if gap is None else found | {"gap": gap}
 

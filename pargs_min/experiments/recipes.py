@@ -40,6 +40,7 @@ from pargs_min.train import rate, train_language_model, train_partial_on_texts, 
 SAMPLES = 10**6  # seed of the texts of the reference that models learn from, which no cell shares
 HELD_OUT = 17  # one in so many is held out, to choose a model by; prime, so that every prompt has its part
 EVALUATIONS = 8  # of a model that is chosen so, while it is trained
+TOLD = ("loss", "accuracy")  # of held-out data, what is told of a model
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def guide(lab: Lab, recipe: Recipe, seed: int) -> PreTrainedModel:
 def _train(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> dict[str, float]:
     how, tokenizer = recipe.training, load_tokenizer(lab.model)
     data: list[Any] = rated(lab, seed) if how.source == "texts" else material(lab).pairs[: recipe.pairs]
-    held_out: list[Any] = []
+    held_out, labelled = [], material(lab).held_out if how.source == "pairs" else []
     best: dict[str, float] = {}
     began = time.perf_counter()
     if how.chosen or len(how.rates) > 1:
@@ -156,11 +157,12 @@ def _train(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> dict[str, float
         model = guide(lab, FULL, seed) if how.warm else _untrained(lab, recipe, tokenizer)
         with TemporaryDirectory() as checkpoints:
             args = _arguments(lab, recipe, len(data), factor * getattr(lab, how.rate), checkpoints, seed)
-            metrics = how.by(lab, recipe, model, tokenizer, data, held_out, args)
-        found = {"rate": factor, "held_out_loss": metrics["eval_loss"]} if held_out else {}
-        if not best or found["held_out_loss"] < best["held_out_loss"]:
+            metrics = how.by(lab, recipe, model, tokenizer, data, held_out or labelled, args)
+        found = {"rate": factor} | {name: metrics[f"eval_{name}"] for name in TOLD if f"eval_{name}" in metrics}
+        if not best or found["loss"] < best["loss"]:
             best, kept_model = found, model
-    known = dict(objective=recipe.objective, append_eos=lab.append_eos, prompt_format=material(lab).form)
+    known: dict[str, Any] = dict(objective=recipe.objective, append_eos=lab.append_eos)
+    known |= dict(prompt_format=material(lab).form) | ({"reference": vars(lab.warp)} if how.source == "texts" else {})
     record(kept_model, **known, **{} if recipe.beta is None else {"beta": recipe.beta})
     save(kept_model, tokenizer, folder)
     return {"seconds": time.perf_counter() - began, **best}
@@ -195,11 +197,12 @@ def _arguments(lab: Lab, recipe: Recipe, examples: int, rate: float, folder: str
     pace = dict(max_steps=steps, warmup_steps=steps // 20, per_device_train_batch_size=max(1, round(batch)))
     where = dict(output_dir=folder, use_cpu=on_cpu, dataloader_pin_memory=not on_cpu)
     quiet = dict(logging_strategy="no", disable_tqdm=True, report_to="none", save_strategy="no")
+    quiet |= dict(per_device_eval_batch_size=lab.batch_size)
     if how.chosen:
         every = max(1, steps // EVALUATIONS)
         quiet |= dict(eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every)
         quiet |= dict(load_best_model_at_end=True, metric_for_best_model="loss", save_only_model=True)
-        quiet |= dict(save_total_limit=1, per_device_eval_batch_size=lab.batch_size)
+        quiet |= dict(save_total_limit=1)
     return TrainingArguments(seed=seed, learning_rate=rate, **pace, **where, **quiet)
 
 
@@ -209,11 +212,11 @@ def _arguments(lab: Lab, recipe: Recipe, examples: int, rate: float, folder: str
 def _by_pairs(lab, recipe, model, tokenizer, pairs, held_out, args):
     """On every prefix of the pairs, or on whole responses."""
     how: dict[str, Any] = dict(objective=recipe.objective, lengths=recipe.lengths or (1, None), **_tail(lab, tokenizer))
-    return train_reward_model(model, tokenizer, pairs, held_out, args=args, **how)
+    return train_reward_model(model, tokenizer, pairs, held_out, args=args, lora_rank=lab.lora_rank, **how)
 
 
 def _by_soft_labels(lab, recipe, model, tokenizer, texts, held_out, args):
-    how = dict(group_size=GROUP, **_tail(lab, tokenizer))
+    how = dict(group_size=GROUP, lora_rank=lab.lora_rank, **_tail(lab, tokenizer))
     return train_partial_on_texts(model, tokenizer, texts, held_out, args=args, **how)
 
 
@@ -222,18 +225,19 @@ def _tail(lab: Lab, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _by_values(lab, recipe, model, tokenizer, texts, held_out, args):
-    how = dict(objective=recipe.objective, lam=recipe.beta or 1.0)
+    how = dict(objective=recipe.objective, lam=recipe.beta or 1.0, lora_rank=lab.lora_rank)
     return train_value_model(model, tokenizer, texts, held_out, args=args, **how)
 
 
 def _by_reweighting(lab, recipe, model, tokenizer, texts, held_out, args):
     several = ([text for some in by_prompt(part) if len(some) > 1 for text in some] for part in (texts, held_out))
-    return train_language_model(model, tokenizer, *several, beta=recipe.beta, args=args)
+    how = dict(beta=recipe.beta, lora_rank=lab.lora_rank)
+    return train_language_model(model, tokenizer, *several, args=args, **how)
 
 
 def _by_its_own(train, lab, recipe, model, tokenizer, pairs, held_out, args):
     """For baselines whose training knows no more than pairs."""
-    return train(model, tokenizer, pairs, held_out, args=args)
+    return train(model, tokenizer, pairs, held_out, args=args, lora_rank=lab.lora_rank)
 
 
 def _by_dpo(lab, recipe, model, tokenizer, pairs, held_out, args):
@@ -281,11 +285,12 @@ def _training_prompts(lab: Lab) -> list[list[int]]:
 
 
 def samples(lab: Lab) -> Path:
-    """Texts of the reference: two for each training pair, for the same prompts, an even number for each."""
+    """Texts of the reference: two for each training pair, for the same prompts, an even number for each; or as the lab
+    says."""
 
     def sampled(file: Path) -> None:
-        prompts = [{"prompt_ids": ids} for ids in _training_prompts(lab)]
-        per_prompt = 2 * math.ceil(len(material(lab).pairs) / len(prompts))
+        prompts = [{"prompt_ids": ids} for ids in _training_prompts(lab)][: lab.text_prompts]
+        per_prompt = lab.texts_per_prompt or 2 * math.ceil(len(material(lab).pairs) / len(prompts))
         write_lines(file, generated(lab, prompts, per_prompt, seed=SAMPLES))
 
     return kept(lab.file("samples.jsonl"), made_from(lab, "model", "pairs", "held_out"), sampled)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pargs_min.data import Pair, encode_preferences, records_form, split_by_prompt
+from pargs_min.decode import Warp
 from pargs_min.evaluation.judges import Judge, is_number, judge_code
 from pargs_min.experiments.judging import named_judge
 from pargs_min.models import default_device, load_language_model, load_tokenizer
@@ -43,6 +44,14 @@ class Sizes:
         ppo_learning_rate: Learning rate of PPO.
         ppo_updates: Batches of texts that PPO learns from.
         append_eos: Use --no-append-eos if responses were cut at a length limit.
+        text_prompts: How many of the pairs' prompts get texts of the reference, to learn from. Default: all.
+        texts_per_prompt: So many of them for each, an even number. Default: two for each pair.
+        lora_rank: Train adapters of this rank and the head instead of all weights.
+        ref_temperature: How the reference is sampled, as for `pargs generate`.
+        ref_top_k: As for `pargs generate`.
+        ref_top_p: As for `pargs generate`.
+        ref_min_p: As for `pargs generate`.
+        second_judge: Scores texts as well, as --judge does.
     """
 
     held_out: str | None = None
@@ -56,6 +65,14 @@ class Sizes:
     ppo_learning_rate: float = 1e-5
     ppo_updates: int = 100
     append_eos: bool = True
+    text_prompts: int | None = None
+    texts_per_prompt: int | None = None
+    lora_rank: int | None = None
+    ref_temperature: float = 1.0
+    ref_top_k: int = 0
+    ref_top_p: float = 1.0
+    ref_min_p: float = 0.0
+    second_judge: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +107,11 @@ class Lab(Sizes):
     def file(self, name: str) -> Path:
         """A file of the lab's folder."""
         return Path(self.folder) / name
+
+    @property
+    def warp(self) -> Warp:
+        """How its reference is sampled."""
+        return Warp(self.ref_temperature, self.ref_top_k, self.ref_top_p, self.ref_min_p)
 
 
 def embedded(
@@ -170,21 +192,22 @@ def material(lab: Lab) -> Material:
 @cache
 def contents(lab: Lab) -> dict[str, str]:
     """What tells apart the contents of what a lab names, read once per process."""
-    named = {name: getattr(lab, name) for name in ("model", "pairs", "held_out", "prompts", "judge")}
+    named = {name: getattr(lab, name) for name in ("model", "pairs", "held_out", "prompts", "judge", "second_judge")}
     found = {name: content(file) for name, file in named.items() if file}
-    return found | ({"judge": f"{lab.judge} {content(code)}"} if (code := judge_code(lab.judge)) else {})
+    code = {name: judge_code(named[name]) for name in ("judge", "second_judge") if named[name]}
+    return found | {name: f"{named[name]} {content(file)}" for name, file in code.items() if file}
 
 
 # Settings of a lab that what it makes depends on.
 MAKING = {"append_eos", "max_new_tokens", "pairs_per_step", "epochs", "learning_rate", "dpo_learning_rate"}
-MAKING |= {"ppo_learning_rate", "ppo_updates"}
+MAKING |= {"ppo_learning_rate", "ppo_updates", "text_prompts", "texts_per_prompt", "lora_rank", "warp"}
 
 
 def made_from(lab: Lab, *files: str, **settings: object) -> dict[str, object]:
     """What something of a lab is made from, for `store.kept`: these files, by content, and settings."""
     return (
         {name: contents(lab).get(name) for name in files}
-        | {name: getattr(lab, name) for name in sorted(MAKING)}
+        | {name: as_json(getattr(lab, name)) for name in sorted(MAKING)}
         | settings
     )
 
@@ -193,6 +216,7 @@ def generated(lab: Lab, prompts: list[dict], num_samples: int, **settings) -> li
     """Texts of the lab's length; those of the reference, unless settings name another model or method."""
     made = material(lab)
     limits = dict(num_samples=num_samples, max_new_tokens=lab.max_new_tokens, batch_size=lab.batch_size)
+    limits |= {f"ref_{name}": value for name, value in vars(lab.warp).items()}
     settings = {"lm": made.lm, "tokenizer": made.tokenizer, "method": "plain"} | limits | settings
     settings |= {"prompt_format": made.form}
     total = len(prompts) * num_samples
@@ -200,19 +224,24 @@ def generated(lab: Lab, prompts: list[dict], num_samples: int, **settings) -> li
 
 
 @cache
-def judge_of(lab: Lab) -> Judge:
-    """The lab's judge, loaded once per process."""
-    return named_judge(lab.judge, lab.file("verdicts.jsonl"))
+def judge_of(lab: Lab, name: str | None = None) -> Judge:
+    """The lab's judge, or another one, loaded once per process."""
+    return named_judge(name or lab.judge, lab.file("verdicts.jsonl"))
 
 
-def judged(lab: Lab, texts: Sequence[dict]) -> list[float]:
-    """The judge's reward of each text. Raises ValueError if it gives none, or only compares texts."""
-    if (score := judge_of(lab).score) is None:
-        raise ValueError(f"judge {lab.judge} compares texts; give one that scores them one by one")
+def judged(lab: Lab, texts: Sequence[dict], judge: str | None = None) -> list[float]:
+    """The reward of each text by the lab's judge, or another one.
+
+    Raises:
+        ValueError: if it gives none, or only compares texts.
+    """
+    name = judge or lab.judge
+    if (score := judge_of(lab, name).score) is None:
+        raise ValueError(f"judge {name} compares texts; give one that scores them one by one")
     answers = score(texts)
     for text, answer in zip(texts, answers, strict=True):
         if not is_number(answer):
-            raise ValueError(f"judge {lab.judge} answers {answer!r:.60} to {text['response']!r:.60}; expected a number")
+            raise ValueError(f"judge {name} answers {answer!r:.60} to {text['response']!r:.60}; expected a number")
     return [float(answer) for answer in answers]
 
 

@@ -175,7 +175,9 @@ def gather(measured: Mapping[Cell, dict]) -> list[Row]:
 
 def _summary(seeds: list[dict]) -> dict[str, Estimate]:
     known = [name for name in seeds[0] if all(name in found for found in seeds)]
-    summary = {name: interval([found[name] for found in seeds]) for name in known}
+    summary = {name: interval([found[name] for found in seeds]) for name in known if name != "examples"}
+    if "examples" in known:
+        summary["examples"] = Estimate(seeds[0]["examples"])
     if "by_prompt" in summary:
         summary["prompt_error"] = Estimate(interval(summary.pop("by_prompt").mean).error)
     return summary

@@ -150,7 +150,7 @@ def test_a_model_is_chosen_by_its_loss_on_what_was_held_out(lab, tmp_path, monke
     folder = make(lab, VALUE, 0)
     assert [rate for *_, rate in seen] == [1e-3, 2e-3, 4e-3]
     assert load_guide(folder).score.weight.mean().item() == pytest.approx(2e-3)
-    assert read_json(folder / "training.json") | {"seconds": 0} == {"seconds": 0, "rate": 2.0, "held_out_loss": 0.0}
+    assert read_json(folder / "training.json") | {"seconds": 0} == {"seconds": 0, "rate": 2.0, "loss": 0.0}
     (data, held_out, _), *_ = seen
     assert len(data) + len(held_out) == len(recipes.rated(lab, 0))
     assert 0 < len(held_out) < len(data) / 8

@@ -9,6 +9,7 @@
     cost             how does the time of a token grow?
     architecture     do reward models of other shapes and sizes work?
     partial-vs-full  what is gained by training on prefixes?
+    real             what is guidance worth on a real model, under judges that guided nothing?
 
 A file has `cells`, the grid for one seed, `draw`, and the COLUMNS of its table; it may have `labs`, if it needs further
 ones, and `conclude`, which reads an answer off the rows. One without a grid has `run` alone.

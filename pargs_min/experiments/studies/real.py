@@ -1,0 +1,45 @@
+"""What is guidance worth on a real model, under judges that guided nothing?"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pargs_min import plots
+from pargs_min.experiments.measure import Cell, guided
+from pargs_min.experiments.recipes import FULL, PARTIAL, SOFT_LABELS, Recipe
+from pargs_min.experiments.report import INTERVALS, KL_LABEL, PARTICLES, Row, reward_against_kl
+from pargs_min.experiments.setup import Lab
+from pargs_min.experiments.studies.partial_vs_full import signed
+
+COLUMNS = ("reward", "prompt_error", "second", "kl", "distinct2", "length", "calls", "seconds", "whole")
+BETAS = (1.0, 3.0)
+
+
+def cells(lab: Lab, seed: int) -> list[Cell]:
+    found = [Cell(seed, "plain"), *guided(seed, ("pargs", "args", "cd"), BETAS)]
+    found += guided(seed, ["pargs"], BETAS, recipe=SOFT_LABELS)
+    for beta in BETAS:
+        found += [Cell(seed, method, beta=beta, recipe=Recipe(method, beta=beta)) for method in ("soft", "reweighted")]
+    found += [Cell(seed, "best-of-n", n=n, recipe=FULL) for n in (4, 16)]
+    return [*found, Cell(seed, "smc", beta=BETAS[0], particles=PARTICLES, recipe=PARTIAL, final=FULL)]
+
+
+def draw(rows: list[Row], labs: Sequence[Lab]) -> plots.Figure:
+    drawing, (axes,) = plots.panels(1, (8.6, 5.0))
+    reward_against_kl(axes, rows, labs)
+    axes.set_xlabel(f"{KL_LABEL}; small marks: single seeds; {INTERVALS}")
+    return drawing
+
+
+def conclude(rows: list[Row]) -> str:
+    """Each method minus plain, seed by seed, and what it writes."""
+    (plain,) = (row for row in rows if row.cell.method == "plain")
+    lines = ["Reward minus plain, of the same seed:"]
+    for row in rows[1:]:
+        more = np.subtract(row.found["reward"].seeds, plain.found["reward"].seeds).tolist()
+        lines.append(f"- {row.cell}: {signed(more)}; each seed {' '.join(f'{one:+.2f}' for one in more)}")
+    lines.append("\nThe first text for each of the first prompts (first seed):")
+    for row in rows:
+        if "examples" in row.found:
+            lines += [f"- {row.cell}", *(f"  > {' '.join(text.split())}" for text in row.found["examples"].mean)]
+    return "\n".join(lines)
