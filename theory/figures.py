@@ -22,7 +22,7 @@ from theory.test_t09_small_rewards import ORDERS, errors
 from theory.test_t10_exactness_by_reweighting import BETA, WORLD, target
 from theory.test_t11_on_policy_rounds import losses, pair_rounds, value_rounds
 from theory.test_t16_one_family import BETA as FAMILY_BETA
-from theory.test_t16_one_family import SECOND_ROOT, divergence
+from theory.test_t16_one_family import SECOND_ROOT, divergence, second_root
 from theory.test_t19_autoregressive_reward_models import autoregressive, world_of_sharpness
 from theory.training import exact_policy, trained_policy, training_world
 from theory.world import World, bradley_terry_labels, kl, total_variation
@@ -78,7 +78,7 @@ def frontier() -> Figure:
     curve(guided(world.mean(r)), ORANGE, "controlled decoding", "s")
     curve(guided(world.rewards), RED, "ARGS, arbitrary prefix rewards", "^")
     curve([best_of_n(world, r, n) for n in 2 ** np.arange(0, 9)], GREEN, "best of N, N = 1, 2, 4, ..", "D")
-    axes.set(xlabel="KL(method || reference), nats a response", ylabel="expected reward")
+    axes.set(xlabel="KL(method || reference), nats per response", ylabel="expected reward")
     title(axes, "T15  One world, |V| = 3, T = 4: nothing is above RLHF")
     axes.legend(fontsize=8, loc="upper left")
     return drawing
@@ -152,10 +152,13 @@ def one_family() -> Figure:
     """T16: KL to RLHF of guidance by V_lambda, and of PARGS."""
     drawing, axes = panels(2)
     typical, lambdas = World.random(0, 4, 3, reward_scale=2.0), np.geomspace(0.02, 50, 300)
-    worlds = ((typical, 1.0, "T16  A random world"), (SECOND_ROOT, FAMILY_BETA, "T16  A world with a second root"))
-    for panel, (world, beta, text) in zip(axes, worlds, strict=True):
+    worlds = (
+        (typical, 1.0, [1.0], "T16  A random world"),
+        (SECOND_ROOT, FAMILY_BETA, [FAMILY_BETA, second_root()], "T16  A world with a second root"),
+    )
+    for panel, (world, beta, roots, text) in zip(axes, worlds, strict=True):
         world, r = labelled(world), world.rewards[-1]
-        inside = np.sort(np.append(lambdas, beta))
+        inside = np.sort(np.concatenate([lambdas, roots]))
         family = [max(divergence(world, soft_value(world, r, lam), beta), 1e-9) for lam in inside]
         panel.loglog(inside, family, color=BLACK, label="V_lambda")
         marks = (
@@ -175,7 +178,7 @@ def one_family() -> Figure:
 def full_length() -> Figure:
     """T8(c) and T11 in the embedded world with a safe exit, 25 tokens, by recursion."""
     automaton = Journey(stay_home_reward=0.0).automata[PROMPTS[0]]
-    betas = np.geomspace(0.1, 32, 25)
+    betas = 2.0 ** np.linspace(-3, 5, 25)
     scores = exact.partial_rewards(automaton)
     u = exact.win_rates(automaton)[-1]
     drawing, (left, right) = panels(2)
@@ -194,7 +197,7 @@ def full_length() -> Figure:
     optimum = exact.rlhf_frontier(automaton, betas)
     right.plot([j.kl for j in optimum], [j.reward for j in optimum], color=BLACK, label="RLHF, the optimum")
     left.set(xlabel="beta", ylabel="win rate against the reference")
-    right.set(xlabel="KL(method || reference), nats a response", ylabel="expected reward")
+    right.set(xlabel="KL(method || reference), nats per response", ylabel="expected reward")
     title(left, "T7, T8(c)  At 25 tokens: never below 1/2, not monotone")
     title(right, "T11(a)  One round of fresh pairs")
     left.legend(fontsize=8)
@@ -311,8 +314,8 @@ def two_objectives() -> Figure:
     sizes, seeds = np.geomspace(0.03, 2, 13), range(50)
     found = np.array([[noisy_distances(size, seed, beta) for seed in seeds] for size in sizes]).mean(1)
     lines = (
-        (BLACK, "D-", "soft value, reweighted likelihood"),
-        (GREEN, "v-", "the same for beta = 1, and so decoded"),
+        (BLACK, "D-", "the two objectives, beta = 2"),
+        (GREEN, "v-", "the two objectives, beta = 1"),
         (BLUE, "o-", "partial Bradley-Terry (PARGS)"),
         (ORANGE, "s-", "mean (controlled decoding)"),
     )

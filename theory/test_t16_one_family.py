@@ -68,16 +68,21 @@ def test_it_is_exact_at_beta(world, beta):
     verify("T16", "KL(pi_T || guided by V_beta)", divergence(world, soft_value(world, world.rewards[-1], beta), beta))
 
 
-def test_a_world_with_a_second_root():
-    world, r = SECOND_ROOT, SECOND_ROOT.rewards[-1]
+def second_root() -> float:
+    """The other lambda at which SECOND_ROOT is guided to its RLHF policy."""
 
     def gap(lam: float) -> float:
-        at_lam, at_beta = (soft_value(world, r, x)[1] for x in (lam, BETA))
-        return (at_lam[0] - at_lam[1]) - (at_beta[0] - at_beta[1])
+        first, other = soft_value(SECOND_ROOT, SECOND_ROOT.rewards[-1], lam)[1]
+        return first - other
 
-    second = brentq(gap, 1.0, 50.0, xtol=1e-14, rtol=1e-14)
+    return float(brentq(lambda lam: gap(lam) - gap(BETA), 1.0, 50.0, xtol=1e-14, rtol=1e-14))
+
+
+def test_a_world_with_a_second_root():
+    world, second = SECOND_ROOT, second_root()
     at_root, between, beyond = (
-        divergence(world, soft_value(world, r, lam), BETA) for lam in (second, (BETA + second) / 2, 3 * second)
+        divergence(world, soft_value(world, world.rewards[-1], lam), BETA)
+        for lam in (second, (BETA + second) / 2, 3 * second)
     )
     verify("T16", "a second root of KL to RLHF besides lambda = beta: KL there", at_root)
     verify("T16", "minus KL between the roots and beyond them", -min(between, beyond), -1e-4, "example")
