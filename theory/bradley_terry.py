@@ -26,8 +26,7 @@ def bt_loss(weight: np.ndarray, wins: np.ndarray, scores: np.ndarray) -> float:
 
 def stationarity(weight: np.ndarray, wins: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """(n,) how much more often a wins in the model than in the data, per comparison that a takes part in."""
-    margins = scores[:, None] - scores[None, :]
-    return (np.sum(weight * expit(margins), axis=1) - wins) / weight.sum(1)
+    return _expected_wins(weight, wins, scores)[1]
 
 
 def fit_bradley_terry(weight: np.ndarray, wins: np.ndarray, steps: int = 100) -> np.ndarray:
@@ -42,14 +41,15 @@ def fit_bradley_terry(weight: np.ndarray, wins: np.ndarray, steps: int = 100) ->
     weight, wins = weight[np.ix_(met, met)], wins[met]
     mass = weight.sum(1)
     root = np.sqrt(mass)
+    scale = np.outer(root, root)
     scores = np.zeros(len(mass))
-    residual = stationarity(weight, wins, scores)
+    beats, residual = _expected_wins(weight, wins, scores)
     for _ in range(steps):
         if np.abs(residual).max() < 1e-15:
             break
-        slopes = weight * _sigmoid_slope(scores)
-        hessian = np.diag(slopes.sum(1)) - slopes
-        scaled = hessian / np.outer(root, root) + np.outer(root, root) / mass.sum()  # the constant is held at its value
+        slopes = weight * beats * beats.T
+        scaled = scale / mass.sum() - slopes / scale  # the first term holds the constant at its value
+        scaled.flat[:: len(mass) + 1] += slopes.sum(1) / mass
         try:
             step = np.linalg.solve(scaled, residual * root) / root
         except np.linalg.LinAlgError:  # flat to the last digit: the scores have run off to infinity
@@ -57,13 +57,13 @@ def fit_bradley_terry(weight: np.ndarray, wins: np.ndarray, steps: int = 100) ->
         size = 1.0
         while size > 1e-4:
             trial = scores - size * step
-            trial_residual = stationarity(weight, wins, trial)
-            if np.linalg.norm(trial_residual) < np.linalg.norm(residual):
+            trial_beats, trial_residual = _expected_wins(weight, wins, trial)
+            if trial_residual @ trial_residual < residual @ residual:
                 break
             size /= 2
         else:
             break
-        scores, residual = trial, trial_residual
+        scores, beats, residual = trial, trial_beats, trial_residual
     if not np.abs(residual).max() <= 1e-10:
         raise ValueError(f"Bradley-Terry fit: stationarity residual {np.abs(residual).max():.3g} after {steps} steps")
     fitted = np.zeros(len(met))
@@ -71,9 +71,10 @@ def fit_bradley_terry(weight: np.ndarray, wins: np.ndarray, steps: int = 100) ->
     return fitted
 
 
-def _sigmoid_slope(scores: np.ndarray) -> np.ndarray:
-    wins = expit(scores[:, None] - scores[None, :])
-    return wins * wins.T
+def _expected_wins(weight: np.ndarray, wins: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """((n, n) sigmoid(s(a) - s(b)), `stationarity` of the scores)."""
+    beats = expit(scores[:, None] - scores[None, :])
+    return beats, (np.sum(weight * beats, axis=1) - wins) / weight.sum(1)
 
 
 # ---- the partial reward ---------------------------------------------------------------------------------------------

@@ -38,18 +38,13 @@ def laws(policy, reward, prompt_ids, mask, *, vocabulary: int, horizon: int, eos
     every = EveryWay(vocabulary, horizon, prompts=len(prompt_ids))
     prompt_ids, mask = (x.repeat_interleave(every.ways, 0) for x in (prompt_ids, mask))
     out = generate(policy, reward, prompt_ids, mask, max_new_tokens=horizon, eos=eos, draw=every, **settings)
-    responses, log_qs = responses_of(out.tokens, horizon, eos), out.log_probs.sum(1).tolist()
+    ended = [eos] * (horizon - out.tokens.shape[1])  # the loop stops when every row has ended
+    responses, log_qs = [tuple(y + ended) for y in out.tokens.tolist()], out.log_probs.sum(1).tolist()
     found: list[Law] = []
     for first in range(0, len(responses), every.ways):
         ways = slice(first, first + every.ways)
         found.append({y: x for y, x in zip(responses[ways], log_qs[ways], strict=True) if x > -np.inf})
     return found
-
-
-def responses_of(tokens: torch.Tensor, horizon: int, eos: int) -> list[tuple[int, ...]]:
-    """The rows of a generation as strings of T tokens: the loop stops when every row has ended."""
-    ended = [eos] * (horizon - tokens.shape[1])
-    return [tuple(y + ended) for y in tokens.tolist()]
 
 
 def law_of(world: World, q: Levels) -> Law:

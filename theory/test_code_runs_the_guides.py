@@ -20,16 +20,7 @@ from theory.ledger import verify
 from theory.policies import conditionals, kept, likeliest, rlhf, soft_value, tokenwise
 from theory.steppers import EveryWay, TabularGuide, TabularPolicy, TabularReward
 from theory.strategies import WORLDS, betas, for_all, labelled_worlds, worlds
-from theory.test_code_computes_the_theory import (
-    SMALL,
-    Law,
-    largest_difference,
-    law_of,
-    laws,
-    responses_of,
-    table_law,
-    tiny,
-)
+from theory.test_code_computes_the_theory import SMALL, Law, largest_difference, law_of, laws, table_law, tiny
 from theory.test_t08_where_the_guarantee_stops import CUT_AWAY
 from theory.test_t17_without_truncation import KS
 from theory.test_t18_the_win_tilt import etas, win_tilt
@@ -92,10 +83,13 @@ def smc_law(world: World, scores: Levels, beta: float, particles: int, **setting
     """(E[Z-hat], E[Z-hat sum_k w_k 1(Y_k = y)] over A_T) of `smc`, over every token and every ancestor."""
     every = EveryWay(world.vocabulary, world.horizon, particles=particles)
     one = torch.zeros(every.ways, 1, dtype=torch.long)
-    places = {tuple(y): place for place, y in enumerate(world.prefixes[-1].tolist())}
+    base = world.vocabulary ** np.arange(world.horizon)
+    places = np.full(world.vocabulary**world.horizon, -1)
+    places[world.prefixes[-1] @ base] = np.arange(len(world.prefixes[-1]))
 
     def located(tokens: torch.Tensor) -> np.ndarray:
-        return np.array([places.get(y, -1) for y in responses_of(tokens, world.horizon, world.eos)])
+        ended = np.full((len(tokens), world.horizon - tokens.shape[1]), world.eos)
+        return places[np.hstack([tokens.numpy(), ended]) @ base]
 
     def final(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         tokens = ids[:, 1:].where(mask[:, 1:] > 0, world.eos)
@@ -105,7 +99,7 @@ def smc_law(world: World, scores: Levels, beta: float, particles: int, **setting
               threshold=2.0, resampler=every.resampler, draw=every, max_new_tokens=world.horizon, eos=world.eos,
               **settings)  # fmt: skip
     mass = (every.log_mass + out.log_evidence).exp()
-    law = np.zeros(len(places) + 1)
+    law = np.zeros(len(world.prefixes[-1]) + 1)
     np.add.at(law, located(out.generation.tokens), (mass[:, None] * out.log_weights.exp()).flatten().numpy())
     assert law[-1] == 0  # nothing that the reference never writes
     return float(mass.sum()), law[:-1]

@@ -59,17 +59,19 @@ def test_it_is_the_bradley_terry_optimum(world, beta):
 
 def test_counting_measure_is_the_references_where_that_is_uniform():
     """Texts of one length, all alike to the reference, at beta = 1; ends break it."""
-    apart = []
+    apart, ends_at_once = [], []
     for seed in range(WORLDS):
         for eos in (-1, 2):
             world = world_of_sharpness(0.0, seed, eos)
-            q = world.paths(tokenwise(world, autoregressive(world), 1.0))[-1]
-            optimum = rlhf(world, world.horizon, world.rewards[-1], 1.0)
+            policy = tokenwise(world, autoregressive(world), 1.0)
+            q, optimum = world.paths(policy)[-1], rlhf(world, world.horizon, world.rewards[-1], 1.0)
             if eos == -1:
                 verify("T19", "ref uniform, one length, beta = 1: q = pi_T", abs(q - optimum).max())
             else:
                 apart.append(kl(optimum, q))
+                ends_at_once.append(np.exp(policy[1][eos]))
     assert min(apart) > 0.1
+    assert np.mean(ends_at_once) < 0.1  # the reference: 1/3
 
 
 def test_counting_measure_is_not_the_references():
