@@ -128,14 +128,16 @@ def test_the_scale_of_soft_values_is_that_of_all_texts():
 
 def test_far_above_every_reward_the_soft_loss_is_a_line():
     """Its slope is that of the exponential where they meet, and it goes on rising."""
-    values = torch.tensor([[0.0], [3.0 / LAM + 2.0], [3.0 / LAM + 50.0], [3.0 / LAM + 1e4]], dtype=torch.float64)
+    log_mean, highest = 0.7, 2.0
+    places = [0.0, 2.9, 3.1, 50.0, 1e4]  # of lam (V - highest), but for the shift of the scale
+    values = torch.tensor([[(place + LAM * highest - log_mean) / LAM] for place in places], dtype=torch.float64)
     values.requires_grad_()
-    one = torch.ones(4, dtype=torch.long)
-    loss = soft_value_loss(values, torch.zeros(4, dtype=torch.float64), one, lam=LAM, log_mean=0.0, highest=2.0)
+    texts = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.long)
+    loss = soft_value_loss(values, *texts, lam=LAM, log_mean=log_mean, highest=highest)
     loss.backward()
-    top = math.exp(3 + LAM * 2)
-    expected = torch.tensor([0.0, LAM * (top - 1), LAM * (top - 1), LAM * (top - 1)], dtype=torch.float64) / 4
-    torch.testing.assert_close(values.grad[:, 0], expected)
+    slopes = torch.tensor([min(place, 3.0) + LAM * highest - log_mean for place in places], dtype=torch.float64).exp()
+    torch.testing.assert_close(values.grad[:, 0], LAM * (slopes - math.exp(-log_mean)) / 5)
+    assert loss.isfinite()
 
 
 @seeds
@@ -197,6 +199,18 @@ def test_an_autoregressive_reward_is_the_reward_under_counting_measure(seed):
         return all_texts.of_pairs(autoregressive_loss, ones, all_texts.read(all_texts.normalised(table)))
 
     assert_least(loss, table)
+
+
+def test_farma_asks_nothing_of_whole_responses_and_of_padding():
+    nan = math.nan
+    chosen = torch.tensor([[1.0, 2.0, 5.0], [1.0, 3.0, nan], [2.0, nan, nan]], requires_grad=True)
+    best = torch.tensor([[2.0, 4.0, nan], [4.0, nan, nan], [nan, nan, nan]])
+    lengths = torch.tensor([3, 2, 1])
+    loss = farma_loss(chosen, torch.zeros(3, 3), lengths, torch.ones(3, dtype=torch.long), best)
+    whole = torch.nn.functional.softplus(-torch.tensor([5.0, 3.0, 2.0])).mean()
+    torch.testing.assert_close(loss.detach(), whole + ((1 + 4) / 2 + 9) / 3)
+    loss.backward()
+    assert chosen.grad.isfinite().all()
 
 
 @seeds

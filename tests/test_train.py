@@ -660,8 +660,15 @@ def evaluated(tmp_path, name):
 
 def test_the_autoregressive_loss_is_that_of_single_responses(tmp_path):
     lm, pairs, loss = evaluated(tmp_path, "autoregressive")
-    margins = [log_prob(lm, p.prompt_ids, p.chosen_ids).sum() - log_prob(lm, p[0], p[2]).sum() for p in pairs]
-    assert loss == pytest.approx(-torch.nn.functional.logsigmoid(torch.stack(margins)).mean().item(), rel=1e-9)
+    sides = [[log_prob(lm, p.prompt_ids, response) for response in (p.chosen_ids, p.rejected_ids)] for p in pairs]
+    margins = torch.stack([chosen.sum() - rejected.sum() for chosen, rejected in sides])
+    assert loss == pytest.approx(-torch.nn.functional.logsigmoid(margins).mean().item(), rel=1e-9)
+    args = arguments(tmp_path, max_steps=1, learning_rate=0.0)
+    metrics = train_genarm(lm, tiny_tokenizer(), pairs, pairs, args=args)
+    assert metrics["eval_accuracy"] == pytest.approx((margins > 0).double().mean().item())
+    halves = [[side[: (max(map(len, both)) + 1) // 2].sum() for side in both] for both in sides]
+    right = [chosen > rejected for chosen, rejected in halves]
+    assert metrics["eval_accuracy_50_percent"] == pytest.approx(sum(right).item() / len(right))
 
 
 @few_texts
