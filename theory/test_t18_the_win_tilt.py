@@ -1,6 +1,7 @@
 """T18. Tilted by an affine function of the win rate, tokens drawn one by one give one RLHF policy exactly.
 
-Here (proof in README.md; over the whole vocabulary). W of T6 is a martingale under ref, and so is g = 1 + c W for any
+Here (proof in README.md; over the whole vocabulary; for binary rewards the tilt is known: Q#, Zhou et al. 2025, and
+PITA, Bobbili et al. 2025). W of T6 is a martingale under ref, and so is g = 1 + c W for any
 c >= 0. So with c = exp(eta) - 1 the tokenwise policy pi(t | a) = ref(t | a) g(at) / g(a), guidance by log g(at) at
 beta = 1, telescopes: a response has the probability
 
