@@ -33,9 +33,9 @@ def draw(rows: list[Row], labs: Sequence[Lab]) -> plots.Figure:
 
 def conclude(rows: list[Row]) -> str:
     """Each method minus plain, seed by seed, and what it writes."""
-    (plain,) = (row for row in rows if row.cell.method == "plain")
+    plain, *others = rows  # the cells are in this order
     lines = ["Reward minus plain, of the same seed:"]
-    for row in rows[1:]:
+    for row in others:
         more = np.subtract(row.found["reward"].seeds, plain.found["reward"].seeds).tolist()
         lines.append(f"- {row.cell}: {signed(more)}; each seed {' '.join(f'{one:+.2f}' for one in more)}")
     lines.append("\nThe first text for each of the first prompts (first seed):")
