@@ -61,7 +61,7 @@ def test_its_code_runs_on_what_the_demonstration_leaves(tmp_path, monkeypatch, c
     demo = tmp_path / "runs" / "demo"
     shutil.copytree(ROOT / "pargs_min" / "world" / "reference_model", demo / "reference")
     untrained = load_reward_model(demo / "reference", head="scalar")
-    save_reward_model(untrained, load_tokenizer(demo / "reference"), demo / "models" / "partial-seed=0")
+    save_reward_model(untrained, load_tokenizer(demo / "reference"), demo / "models" / "partial-labels=soft-seed=0")
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     exec(compile(code, "README.md", "exec"), {})

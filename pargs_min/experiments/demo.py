@@ -7,6 +7,7 @@ small language model that has learned to write such journeys; reward models guid
 gold reward, the world's own: from -2.75 to 2.75, or -3.5 for a text that is no journey. No model is trained on it.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +17,13 @@ import torch
 from pargs_min import plots
 from pargs_min.experiments import report
 from pargs_min.experiments.measure import Cell, guided, write
-from pargs_min.experiments.recipes import FULL, PARTIAL
+from pargs_min.experiments.recipes import FULL, SOFT_LABELS
 from pargs_min.experiments.setup import Lab, embedded, judged, material
 from pargs_min.experiments.sweep import Row, gather, sweep
 
 PAIRS, MODELS, RESULTS, NEXT = Path(__file__).with_name("demo.txt").read_text("utf-8").rstrip().split("\n\n")
 SHIPPED, TRAINED = "shipped with the package, made by pargs_min.world.reference.reference", "trained now"
+BETAS = (1.0, report.BETA)
 COLUMNS = ("reward", "kl", "off_grammar", "calls")
 say = partial(print, flush=True)  # at once, also where stdout is a pipe
 
@@ -36,12 +38,12 @@ def run(folder: Path, *, quick: bool = False, seed: int = 0) -> None:
     torch.set_num_threads(1)  # the models are so small that a second thread only waits; processes do not
     say(__doc__)
     say(PAIRS.format(TRAINED if seed else SHIPPED))
-    lab = small(folder, seed) if quick else replace(embedded(folder, seed=seed), plain_samples=2000)
+    lab = small(folder, seed) if quick else replace(embedded(folder, seed=seed), samples=64, plain_samples=1000)
     say(MODELS)
     rows = gather(sweep({seed: {"": lab}}, cells(seed), folder / "demo.jsonl"))
     text = "\n\n".join([report.table(rows, COLUMNS), report.legend(rows, COLUMNS, seeds=1), side_by_side(lab, seed)])
     report.write(folder / "demo", text, draw(rows, lab), dict(lab=lab, seed=seed, rows=[row.as_json() for row in rows]))
-    saved = NEXT.format(folder, PARTIAL.folder_name(seed), material(lab).prompts[0]["prompt"])
+    saved = NEXT.format(folder, SOFT_LABELS.folder_name(seed), material(lab).prompts[0]["prompt"])
     say("\n\n".join([RESULTS, text, saved]))
 
 
@@ -52,8 +54,12 @@ def small(folder: Path, seed: int) -> Lab:
 
 
 def cells(seed: int) -> list[Cell]:
-    by_pairs, by_value = guided(seed, ("args", "pargs"), (1.0, report.BETA)), guided(seed, ["cd"], [report.BETA])
-    return [Cell(seed, "plain"), *by_pairs, *by_value, Cell(seed, "best-of-n", n=16, recipe=FULL)]
+    args, cd = guided(seed, ["args"], BETAS), guided(seed, ["cd"], [report.BETA])
+    return [Cell(seed, "plain"), *args, *pargs(seed, BETAS), *cd, Cell(seed, "best-of-n", n=16, recipe=FULL)]
+
+
+def pargs(seed: int, betas: Sequence[float]) -> list[Cell]:
+    return guided(seed, ["pargs"], betas, recipe=SOFT_LABELS)
 
 
 def draw(rows: list[Row], lab: Lab) -> plots.Figure:
@@ -71,7 +77,7 @@ def side_by_side(lab: Lab, seed: int) -> str:
     """One prompt under plain, ARGS and PARGS: of each method's texts for it, the one with the median gold reward."""
     prompt = material(lab).prompts[0]["prompt"]
     lines = [f'"{prompt}" under three methods (beta {report.BETA:g}); of the texts of each, the one of median gold:']
-    for cell in (Cell(seed, "plain"), *guided(seed, ("args", "pargs"), [report.BETA])):
+    for cell in (Cell(seed, "plain"), *guided(seed, ["args"], BETAS[1:]), *pargs(seed, BETAS[1:])):
         texts = [text for text in write(lab, cell) if text["prompt"] == prompt]
         ranked = sorted(zip(judged(lab, texts), (text["response"] for text in texts), strict=True))
         gold, response = ranked[len(ranked) // 2]

@@ -21,7 +21,7 @@ from pargs_min.evaluation.statistics import FrontierPoint, distinct_n, mean_and_
 from pargs_min.experiments import concordance
 from pargs_min.experiments.recipes import PARTIAL, Recipe, guide, make
 from pargs_min.experiments.setup import Lab, generated, judge_of, judged, made_from, material
-from pargs_min.methods import FINE_TUNED, METHODS, Method
+from pargs_min.methods import FINE_TUNED, METHODS, Method, as_is
 from pargs_min.models import default_device, load_language_model
 from pargs_min.records import read_jsonl, read_responses
 from pargs_min.reward_model import context_length, is_language_model, prefix_rewards
@@ -261,9 +261,9 @@ def rlhf_gap(lab: Lab, cell: Cell, found: dict) -> float | None:
         (beta E_pi*[R] - KL(pi* || pi_ref)) - (beta E_pi[R] - KL(pi || pi_ref))
 
     that is, beta times how much less pi has of the objective E[R] - KL / beta than the best policy. None for policies
-    without beta or with one text per prompt, and where too few samples tell of pi*.
+    without beta (that of win is none) or with one text per prompt, and where too few samples tell of pi*.
     """
-    if cell.beta is None or cell.writes.greedy:
+    if cell.beta is None or cell.writes.greedy or cell.writes.tilt is not as_is:
         return None
     best = rlhf_policies(lab, [cell.beta])
     return cell.beta * (best[0].reward - found["reward"]) - best[0].kl + found["kl"] if best else None

@@ -133,7 +133,8 @@ def make(lab: Lab, recipe: Recipe, seed: int) -> Path:
         found = (_by_ppo if recipe.objective == "ppo" else _train)(lab, recipe, seed, folder)
         write_json(folder / "training.json", found)
 
-    source = made_from(lab, "model", "pairs", "held_out", recipe=str(recipe), seed=seed)
+    how = dict(recipe=str(recipe), training=recipe.training[1:], seed=seed)
+    source = made_from(lab, "model", "pairs", "held_out", **how)
     return kept(lab.file("models") / recipe.folder_name(seed), source, trained)
 
 
@@ -267,7 +268,7 @@ TRAINING = {
     "win": Training(_by_pairs),
     "soft labels": Training(_by_soft_labels, source="texts", per_step=1 / GROUP, steps=2, warm=True, chosen=True),
     "value": Training(_by_values, source="texts", steps=2, chosen=True),
-    "soft": Training(_by_values, source="texts", steps=2, chosen=True),
+    "soft": Training(_by_values, source="texts", steps=2, rates=(2.0,), chosen=True),
     "reweighted": Training(_by_reweighting, source="texts", rates=(2.0,), chosen=True),
     "farma": Training(partial(_by_its_own, train_farma), rates=(0.3, 1.0, 3.0), chosen=True),
     "autoregressive": Training(partial(_by_its_own, train_genarm), rates=(0.1, 0.3, 1.0), chosen=True),

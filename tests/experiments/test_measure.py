@@ -93,6 +93,7 @@ def test_the_gap_to_the_rlhf_policy_is_a_divergence(lab, monkeypatch, beta):
         found = rlhf_gap(lab, Cell(0, "pargs", beta=beta), {"kl": kl, "reward": p})
         assert found == pytest.approx(expected, abs=1e-12)
     assert rlhf_gap(lab, Cell(0, "plain"), {"kl": 0, "reward": 0}) is None
+    assert rlhf_gap(lab, Cell(0, "win", beta=beta), {"kl": 0, "reward": 0}) is None
     assert rlhf_gap(lab, Cell(0, "pargs-greedy", beta=beta), {"kl": 0, "reward": 0}) is None
     # at a huge beta the estimate of Z would rest on the few best texts
     monkeypatch.setattr(module, "plain_rewards", lambda lab: np.linspace(0, 1, 800)[None])

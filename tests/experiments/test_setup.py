@@ -118,7 +118,7 @@ def test_a_lab_of_chats_is_of_chats_throughout(lab, tmp_path, monkeypatch):
     pairs = [{"prompt": prompt, "chosen": "b c", "rejected": "d"} for prompt in asked]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     ends = []
-    monkeypatch.setattr(recipes, "train_reward_model", lambda *_, end, **__: ends.append(end))
+    monkeypatch.setattr(recipes, "train_reward_model", lambda *_, end, **__: ends.append(end) or {})
     lab = replace(lab, held_out=lab.pairs)
     (text, *_) = generated(lab, [{"prompt": "a"}], 1)
     assert text["prompt_format"] == recorded(recipes.guide(lab, recipes.PARTIAL, 0))["prompt_format"] == "chat"
