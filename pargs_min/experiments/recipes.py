@@ -266,7 +266,9 @@ TRAINING = {
     "partial": Training(_by_pairs),
     "full": Training(_by_pairs),
     "win": Training(_by_pairs),
-    "soft labels": Training(_by_soft_labels, source="texts", per_step=1 / GROUP, steps=2, warm=True, chosen=True),
+    "soft labels": Training(
+        _by_soft_labels, source="texts", per_step=1 / GROUP, steps=2, warm=True, rates=(2.0,), chosen=True
+    ),
     "value": Training(_by_values, source="texts", steps=2, chosen=True),
     "soft": Training(_by_values, source="texts", steps=2, rates=(2.0,), chosen=True),
     "reweighted": Training(_by_reweighting, source="texts", rates=(2.0,), chosen=True),
