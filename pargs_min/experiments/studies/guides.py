@@ -16,7 +16,7 @@ from pargs_min.methods import FINE_TUNED
 
 COLUMNS = ("reward", "rlhf", "share", "kl", "gap", "concordance", "flips", "off_grammar", "calls", "training")
 BETAS = (1.0, BETA, 3.0)
-ETA = 4.0  # of win: e^4 times the chance for a text that always wins
+ETA = 10.0  # of win: close to its limit, the winner of a pair
 FLOOR = 0.003  # candidates are at least as likely to the reference: of rarer tokens the guides have seen too little
 
 
