@@ -270,11 +270,11 @@ TRAINING = {
         _by_soft_labels, source="texts", per_step=1 / GROUP, steps=2, warm=True, rates=(2.0,), chosen=True
     ),
     "value": Training(_by_values, source="texts", steps=2, chosen=True),
-    "soft": Training(_by_values, source="texts", steps=2, rates=(2.0,), chosen=True),
+    "soft": Training(_by_values, source="texts", steps=2, chosen=True),
     "reweighted": Training(_by_reweighting, source="texts", rates=(2.0,), chosen=True),
     "farma": Training(partial(_by_its_own, train_farma), rates=(0.3, 1.0, 3.0), chosen=True),
     "autoregressive": Training(partial(_by_its_own, train_genarm), rates=(0.1, 0.3, 1.0), chosen=True),
-    "dpo": Training(_by_dpo, rate="dpo_learning_rate"),
+    "dpo": Training(_by_dpo, rate="dpo_learning_rate", rates=(0.3, 1.0, 3.0)),
     "ppo": Training(_by_ppo, source="rollouts"),
 }
 
