@@ -13,6 +13,7 @@ The ground floor is the method; read it in this order:
     smc.py             the same loop with many particles, towards the RLHF policy
     methods.py         the table of methods
     data.py train.py lora.py      from preference pairs to a reward model
+    distil.py                     from a scalar head to one for the whole vocabulary
     texts.py trace.py             files of texts; one text token by token
     static.py                     compiled steppers for the same loop
 

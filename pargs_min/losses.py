@@ -1,5 +1,5 @@
 """Bradley-Terry losses on whole responses (ARGS) and on every prefix of them (PARGS); losses of values, win rates and
-likelihoods of prefixes.
+likelihoods of prefixes, and of what is distilled from another guide.
 
 The paper writes the partial loss in one line. An implementation must also decide the following, and the paper's own
 code decides it silently. What is chosen here, and why:
@@ -246,6 +246,43 @@ def prefix_win_loss(
     written = written_tokens(torch.cat([chosen_logits, rejected_logits]), torch.cat([chosen_lengths, rejected_lengths]))
     behind = torch.cat([-chosen_logits, rejected_logits]).masked_fill(~written, 0.0)
     return (F.softplus(behind) * written).sum() / written.sum()
+
+
+def distillation_loss(rewards: Tensor, guide_rewards: Tensor, ref_log_probs: Tensor, beta: float) -> Tensor:
+    """Cross-entropy of the policy that a guide makes of the reference among its candidates, and the one that r makes.
+
+        L = -mean_a sum_c p(c | a) log q(c | a),
+        p(c | a) proportional to pi_ref(c | a) exp(beta guide(ac)),   q(c | a) to pi_ref(c | a) exp(beta r(ac))
+
+    It is convex in r, and least, at the mean entropy of p, where r and the guide's rewards of the candidates of each
+    prefix differ by a constant.
+
+    Args:
+        rewards, guide_rewards: (..., K) r and the guide's reward of the prefixes that end in each candidate.
+        ref_log_probs: (..., K) log pi_ref of each, in nats; -inf for what is no candidate.
+        beta: weight of the reward, in nats per unit of reward.
+
+    Returns:
+        Scalar, in nats per prefix; one without candidates does not count.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Source: here; of the distillation of Hinton et al. (2015), arXiv 1503.02531.
+
+    >>> ref, guide = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.0, 1.0]])
+    >>> distillation_loss(guide + 3.0, guide, ref, beta=2.0), distillation_loss(0 * guide, guide, ref, beta=2.0)
+    (tensor(0.3653), tensor(0.6931))
+    """
+    if not rewards.shape == guide_rewards.shape == ref_log_probs.shape:
+        shapes = ", ".join(str(tuple(of.shape)) for of in (rewards, guide_rewards, ref_log_probs))
+        raise ValueError(f"rewards, guide_rewards and ref_log_probs must have one shape, got {shapes}")
+    out = ref_log_probs.isneginf()
+    asked = ~out.all(-1)
+    ref_log_probs = ref_log_probs.masked_fill(~asked[..., None], 0.0)
+    p = (ref_log_probs + beta * guide_rewards).softmax(-1)
+    log_q = (ref_log_probs + beta * rewards).log_softmax(-1).masked_fill(out, 0.0)
+    return -(p * log_q).sum() / asked.sum().clamp(min=1)
 
 
 def written_tokens(values: Tensor, lengths: Tensor, rewards: Tensor | None = None) -> Tensor:

@@ -140,7 +140,7 @@ def load_reward_model(
         check_fits(model, tokenizer)
         separate_pad_token(model, tokenizer)
     if head == "vocab" and not trained:
-        _give_vocabulary_head(model)
+        give_vocabulary_head(model)
     return model if hasattr(model, "score") else model.to(torch.promote_types(model.dtype, torch.float32))
 
 
@@ -218,7 +218,8 @@ def separate_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _give_vocabulary_head(model: PreTrainedModel) -> None:
+def give_vocabulary_head(model: PreTrainedModel) -> None:
+    """Replace a reward model's head by one with a number for each token, all zero."""
     rows, old = model.get_input_embeddings().num_embeddings, model.score.weight
     model.config.num_labels = model.num_labels = rows
     model.score = nn.Linear(old.shape[1], rows, bias=False, dtype=old.dtype, device=old.device)

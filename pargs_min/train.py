@@ -512,6 +512,7 @@ class PrefixTrainer(Watched):
     """
 
     reads: Callable[..., Any] = staticmethod(prefix_rewards)  # what calling the model gives
+    given: tuple[str, ...] = ("input_ids", "attention_mask")  # what it is called with
 
     @staticmethod
     def check(model: PreTrainedModel) -> None:
@@ -525,7 +526,7 @@ class PrefixTrainer(Watched):
         self.model_accepts_loss_kwargs = True  # makes Trainer count the labels
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        terms = self.terms(model(inputs["input_ids"], inputs["attention_mask"]), inputs)
+        terms = self.terms(model(*(inputs[name] for name in self.given)), inputs)
         loss = self.loss(*terms)
         if num_items_in_batch is not None:
             # Gradients are summed over accumulation steps and averaged over processes: the mean of all items.
@@ -755,7 +756,7 @@ def prefix_metrics(evaluation: EvalPrediction) -> dict[str, float]:
     (losses, items, wins, differ), longest = evaluation.predictions, evaluation.label_ids
     names = _percent_names("accuracy") + [f"accuracy_after_{length}" for length in LENGTHS if length < longest.max()]
     accuracies = {name: (wins[:, n].sum(), count) for n, name in enumerate(names) if (count := differ[:, n].sum())}
-    counts = {"loss": _mean_loss(losses, items), "pairs": int(differ[:, len(FRACTIONS) - 1].sum())}
+    counts = {"loss": mean_loss(losses, items), "pairs": int(differ[:, len(FRACTIONS) - 1].sum())}
     return counts | {name: float(won / count) for name, (won, count) in accuracies.items()}
 
 
@@ -766,16 +767,16 @@ def value_metrics(evaluation: EvalPrediction) -> dict[str, float]:
     columns = zip(_percent_names("correlation"), values.T, strict=True)
     varied = {name: column for name, column in columns if rewards.std() > 0 and column.std() > 0}
     correlations = {name: float(np.corrcoef(column, rewards)[0, 1]) for name, column in varied.items()}
-    return {"loss": _mean_loss(losses, items), "texts": len(rewards)} | correlations
+    return {"loss": mean_loss(losses, items), "texts": len(rewards)} | correlations
 
 
 def likelihood_metrics(evaluation: EvalPrediction) -> dict[str, float]:
     """For Trainer: `loss`."""
     losses, items = evaluation.predictions
-    return {"loss": _mean_loss(losses, items), "texts": len(losses)}
+    return {"loss": mean_loss(losses, items), "texts": len(losses)}
 
 
-def _mean_loss(losses: np.ndarray, items: np.ndarray) -> float:
+def mean_loss(losses: np.ndarray, items: np.ndarray) -> float:
     """Of rows that are means of so many items each."""
     return float((losses.astype(float) * items).sum() / max(items.sum(), 1))
 

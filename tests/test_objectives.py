@@ -13,6 +13,7 @@ from scipy.special import logit
 from pargs_min.baselines.farma import farma_loss
 from pargs_min.baselines.genarm import autoregressive_loss
 from pargs_min.losses import (
+    distillation_loss,
     likelihood_loss,
     partial_bradley_terry_loss,
     prefix_value_loss,
@@ -199,6 +200,24 @@ def test_an_autoregressive_reward_is_the_reward_under_counting_measure(seed):
         return all_texts.of_pairs(autoregressive_loss, ones, all_texts.read(all_texts.normalised(table)))
 
     assert_least(loss, table)
+
+
+@seeds
+def test_a_distilled_head_is_its_guide_up_to_a_constant_per_prefix(seed):
+    """Whatever a prefix has for candidates; one without any, and what is no candidate, counts nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    guide, ref = torch.randn(2, 4, 3, 5, generator=generator, dtype=torch.float64)
+    ref = ref.log_softmax(-1)
+    ref[0, 1, 2:] = ref[1, 2] = -math.inf
+    rewards = guide + torch.randn(4, 3, 1, generator=generator, dtype=torch.float64)
+    rewards[0, 1, 2:] = 7.0
+    rewards.requires_grad_()
+    assert_least(lambda: distillation_loss(rewards, guide, ref, LAM), [rewards])
+    p = (ref + LAM * guide)[~ref.isneginf().all(-1)].softmax(-1)
+    entropies = torch.special.entr(p).sum(-1)
+    assert distillation_loss(rewards, guide, ref, LAM).item() == pytest.approx(entropies.mean().item(), rel=1e-12)
+    loss = distillation_loss(rewards, guide, ref, LAM + 0.5)  # at another beta it is least there, too
+    assert torch.autograd.grad(loss, rewards)[0].abs().max() < 1e-10
 
 
 def test_farma_asks_nothing_of_whole_responses_and_of_padding():

@@ -19,7 +19,8 @@ from pargs_min.baselines.genarm import train_genarm
 from pargs_min.cli.options import choice, parse
 from pargs_min.codec import Codec, check_vocabularies
 from pargs_min.data import Text, effective_texts, encode_preferences, encode_texts, records_form, split_by_prompt
-from pargs_min.decode import recorded_warp
+from pargs_min.decode import Warp, recorded_warp
+from pargs_min.distil import train_distilled, vocabulary_headed
 from pargs_min.lora import lora_config
 from pargs_min.models import load_language_model, load_reward_model, load_tokenizer, record, save, save_reward_model
 from pargs_min.records import Response, read_preferences, read_responses
@@ -112,6 +113,7 @@ RECIPES = {
     "reweighted": Recipe(train_language_model, ("beta",), on_texts=True, language_model=True),
 }
 SOFT_LABELS = Recipe(train_partial_on_texts, ("tail",), on_texts=True)  # "partial" with --soft-labels-from
+DISTILLED = Recipe(train_distilled, ("beta", "top_k"), on_texts=True, head="vocab")  # with --distil-from
 
 
 @dataclass(kw_only=True)
@@ -119,10 +121,10 @@ class TrainOptions(DataOptions):
     """Options of `pargs train`.
 
     Args:
-        model: Language model or reward model to start from: a folder or a hub id.
+        model: Language model or reward model to start from: a folder or a hub id. With --distil-from: the reference.
         dataset: Preference pairs: a .jsonl or .jsonl.gz file, or a hub data set as owner/name or owner/name:split
-            (needs the extra `hub`). With --reward-model or --soft-labels-from: texts of the reference, written by
-            `pargs generate --method plain`.
+            (needs the extra `hub`). With --reward-model, --soft-labels-from or --distil-from: texts of the reference,
+            written by `pargs generate --method plain`.
         objective: From pairs: compare every prefix (partial: PARGS) or whole responses only (full: ARGS), or predict
             at every prefix whether its response wins (win); other papers' are farma, with a vocabulary head, and
             autoregressive (GenARM), a language model. From texts and the rewards of a whole-text model: predict
@@ -132,12 +134,17 @@ class TrainOptions(DataOptions):
         soft_labels_from: For --objective partial: whole-text model to rate texts, all of whose pairs within a prompt
             are then compared with soft labels.
         lam: For --objective soft: weight of the reward in the soft value, in nats per unit of reward. Default: 1.
-        beta: For --objective reweighted: weight of the reward, in nats per unit of reward; other values can be asked
-            for when decoding. Default: 1.
+        distil_from: Scalar guide, whose body gets a vocabulary head that is to guide as the scalar one does; its
+            objective, and so the method, stays the guide's.
+        beta: For --objective reweighted, and with --distil-from: weight of the reward, in nats per unit of reward;
+            other values can be asked for when decoding. Default: 1.
+        top_k: With --distil-from: candidates per prefix that the guide is asked for, 0 for the whole vocabulary.
+            Default: 10.
         tail: Compare prefixes up to the longer response, with end tokens after the shorter one (extend), or up to the
             shorter one (min). Default: extend, or min with --no-append-eos.
         head: Head given to a language model: one reward per prefix (scalar), or one per next token (vocab), so that
-            decoding calls the reward model once per token, for any --top-k. Default: scalar, or vocab for farma.
+            decoding calls the reward model once per token, for any --top-k. Default: scalar, or vocab for farma and
+            with --distil-from.
         reduction: Weight every prefix, or every pair, equally.
         lora_rank: Train the head, plus adapters of this rank on all remaining linear layers, instead of all weights.
             They are merged in the end, and an ordinary model is saved (needs the extra `lora`). Use a larger
@@ -150,8 +157,10 @@ class TrainOptions(DataOptions):
     objective: str = choice(RECIPES, "partial")
     reward_model: str | None = None
     soft_labels_from: str | None = None
+    distil_from: str | None = None
     lam: float | None = field(default=None, metadata={"aliases": ["--lambda"]})
     beta: float | None = None
+    top_k: int | None = None
     tail: Literal["extend", "min"] | None = None
     head: Literal["scalar", "vocab"] | None = None
     reduction: Literal["prefix", "pair"] = "prefix"
@@ -164,6 +173,8 @@ class TrainOptions(DataOptions):
             raise ValueError("--tail extend appends end tokens and --no-append-eos forbids them: drop one of the two")
         if self.soft_labels_from is not None and self.objective != "partial":
             raise ValueError(f"--soft-labels-from is for --objective partial, got {self.objective}")
+        if self.distil_from is not None and (self.objective != "partial" or self.soft_labels_from is not None):
+            raise ValueError("--distil-from takes objective and labels from its guide: drop --objective and the like")
         if self.reward_model is not None and not RECIPES[self.objective].on_texts:
             learners = ", ".join(name for name, recipe in RECIPES.items() if recipe.on_texts)
             raise ValueError(f"--reward-model is for --objective {learners}, got {self.objective}")
@@ -175,22 +186,29 @@ class TrainOptions(DataOptions):
             )
         for name, flag in (("lam", "--lambda"), ("beta", "--beta")):
             value, takers = getattr(self, name), [one for one in RECIPES if name in RECIPES[one].takes]
-            if self.objective not in takers and value is not None:
+            if name not in self.recipe.takes and value is not None:
                 raise ValueError(f"{flag} is for --objective {', '.join(takers)}, got {self.objective}")
-            if self.objective in takers and value is None:
+            if name in self.recipe.takes and value is None:
                 setattr(self, name, 1.0)
             elif value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} ({flag}) must be a positive number, got {value}")
+        if self.top_k is not None and self.distil_from is None:
+            raise ValueError("--top-k is for --distil-from; else it is said when decoding")
+        if self.top_k is not None and self.top_k < 0:
+            raise ValueError(f"top_k (--top-k) must be at least 1, or 0 for the whole vocabulary, got {self.top_k}")
         if self.recipe.language_model and self.head is not None:
             raise ValueError(f"--objective {self.objective} trains a language model, which takes no --head")
         self.head = self.head or self.recipe.head or "scalar"
         if self.recipe.head not in (None, self.head):
-            raise ValueError(f"--objective {self.objective} needs --head {self.recipe.head}, got {self.head}")
+            what = f"--objective {self.objective}" if self.distil_from is None else "--distil-from"
+            raise ValueError(f"{what} needs --head {self.recipe.head}, got {self.head}")
         if self.lora_rank is not None:
             lora_config(self.lora_rank)  # raises where the rank is below 1, or peft is missing
 
     @property
     def recipe(self) -> Recipe:
+        if self.distil_from is not None:
+            return DISTILLED
         return SOFT_LABELS if self.soft_labels_from else RECIPES[self.objective]
 
 
@@ -202,6 +220,8 @@ DEFAULTS = dict(num_train_epochs=1, learning_rate=1e-5, warmup_steps=0.05, loggi
 def train(arguments: list[str]) -> None:
     """Train a model that guides: by default a reward model on every prefix of the responses of preference pairs."""
     options, args = begin(train, arguments, TrainOptions, output_dir="runs/reward_model")
+    if options.distil_from is not None:
+        return distil(options, args)
     recipe, rater = options.recipe, options.reward_model or options.soft_labels_from
     records = read(options, partial(read_texts, rater) if recipe.on_texts else read_preferences)
     form = records_form([record for some in records for record in some])  # an error now, not after training
@@ -241,13 +261,39 @@ def train(arguments: list[str]) -> None:
     fit_and_save(options, args, records, encode, fit, write)
 
 
+def distil(options: TrainOptions, args: TrainingArguments) -> None:
+    """Train a vocabulary head on the body of a scalar guide."""
+    name, device = str(options.distil_from), str(args.device)
+    records = read(options, partial(read_texts, name))
+    form, sampled = records_form([record for some in records for record in some]), sampled_as(records)
+
+    set_seed(args.seed)
+    tokenizer = load_tokenizer(name)
+    check_vocabularies(load_tokenizer(options.model), tokenizer)
+    guide = load_reward_model(name, tokenizer, device=device)
+    model, reference = vocabulary_headed(guide), load_language_model(options.model, device=device)
+    form = recorded(guide).get("prompt_format", form)
+    limit = options.max_length or min((n for n in map(context_length, (guide, reference)) if n), default=None)
+
+    def encode(some: Sequence[Response]) -> tuple[list[Text], dict[str, int]]:
+        check_forms(some, form, name)
+        return encode_texts(some, tokenizer, limit, form)
+
+    told: dict[str, Any] = dict(beta=options.beta, top_k=options.top_k)
+    asked: dict[str, Any] = dict(guide=guide, reference=reference, warp=Warp(**sampled), lora_rank=options.lora_rank)
+    made = recorded(guide) | dict(prompt_format=form, reference=sampled, distilled=told)
+    record(model, **made)
+    write = partial(save_reward_model, model, tokenizer, **made)
+    fit_and_save(options, args, records, encode, partial(train_distilled, model, tokenizer, **asked, **told), write)
+
+
 def read_texts(rater: str, name: str) -> list[Response]:
     """The texts of a file. Raises ValueError, saying what makes such a file, if it cannot be read."""
     try:
         return read_responses(name)
     except ValueError as error:
         raise ValueError(
-            f"{error}; what {rater} is to rate are texts of the reference, written by `pargs generate --method plain`"
+            f"{error}; what {rater} reads are texts of the reference, written by `pargs generate --method plain`"
         ) from None
 
 
@@ -285,16 +331,21 @@ def rated(
     reward_fn = model_rewards(rater)
 
     def encode(records: Sequence[Response]) -> tuple[list[Text], dict[str, int]]:
-        for text in records:
-            if text.form not in (None, "ids", theirs):
-                raise ValueError(
-                    f"{text.source} continues a prompt of the form {text.form}, and {name} was trained on {theirs} "
-                    f"prompts: write texts with --prompt-format {theirs}"
-                )
+        check_forms(records, theirs, name)
         texts, counts = encode_texts(records, tokenizer, max_length, theirs)
         return rate(texts, reward_fn, device=device), counts
 
     return theirs, encode
+
+
+def check_forms(texts: Sequence[Response], form: str, name: str) -> None:
+    """Raises ValueError if texts were written for prompts of another form than a reward model was trained on."""
+    for text in texts:
+        if text.form not in (None, "ids", form):
+            raise ValueError(
+                f"{text.source} continues a prompt of the form {text.form}, and {name} was trained on {form} "
+                f"prompts: write texts with --prompt-format {form}"
+            )
 
 
 # What `pargs train` and `pargs dpo` share: begin, read, fit_and_save.
@@ -323,7 +374,7 @@ def begin(command: Callable, arguments: list[str], kind: type, **defaults: Any) 
 
 def recipe(options: Any, args: TrainingArguments | None = None) -> dict:
     """What a model is made from, files by their content; kept next to checkpoints, for --resume to compare."""
-    files = ("model", "dataset", "eval_dataset", "reward_model", "soft_labels_from", "value_model")
+    files = ("model", "dataset", "eval_dataset", "reward_model", "soft_labels_from", "distil_from", "value_model")
     read = {f"content of {name}": content(file) for name in files if (file := getattr(options, name, None))}
     ours = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_WEIGHTS}
     theirs = args.to_dict() if args else {}
@@ -371,7 +422,7 @@ def fit_and_save(
     if options.load_best and not held_out:
         raise ValueError("--load-best needs held-out records: give --eval-dataset, or an --eval-fraction above 0")
 
-    named = ("model", "reward_model", "soft_labels_from")
+    named = ("model", "reward_model", "soft_labels_from", "distil_from")
     folder, sources = Path(args.output_dir), tuple(getattr(options, name, None) for name in named)
     goes_on = options.resume and last_checkpoint(folder) is not None
     replace = options.overwrite or (goes_on and (folder / KEPT).exists())  # the model of a run that goes on is its own

@@ -12,7 +12,7 @@ from pargs_min import methods
 from pargs_min.cli import main
 from pargs_min.cli.train import RECIPES
 from pargs_min.models import load_reward_model, load_tokenizer, save_reward_model
-from pargs_min.reward_model import prefix_rewards, recorded
+from pargs_min.reward_model import has_vocabulary_head, prefix_rewards, recorded
 from tests.strategies import tiny_lm, tiny_tokenizer
 from tests.test_codec import chat_tokenizer
 
@@ -377,6 +377,12 @@ def test_every_objective_makes_a_model_that_guides(
         (["full", "--soft-labels-from", "rm"], "--soft-labels-from is for --objective partial, got full"),
         (["full", "--lambda", "2"], "--lambda is for --objective soft, got full"),
         (["soft", "--reward-model", "rm", "--beta", "2"], "--beta is for --objective reweighted, got soft"),
+        (["soft", "--distil-from", "rm", "--reward-model", "rm"], "--distil-from takes objective and labels from its"),
+        (["partial", "--distil-from", "rm", "--soft-labels-from", "rm"], "drop --objective and the like"),
+        (["partial", "--distil-from", "rm", "--head", "scalar"], "--distil-from needs --head vocab, got scalar"),
+        (["partial", "--distil-from", "rm", "--top-k", "-1"], "top_k (--top-k) must be at least 1, or 0 for the whole"),
+        (["partial", "--distil-from", "rm", "--beta", "0"], "beta (--beta) must be a positive number, got 0.0"),
+        (["partial", "--top-k", "3"], "--top-k is for --distil-from"),
         (["soft", "--reward-model", "rm", "--lambda", "0"], "lam (--lambda) must be a positive number, got 0.0"),
         (["soft", "--reward-model", "rm", "--lambda", "nan"], "lam (--lambda) must be a positive number, got nan"),
         (["reweighted", "--reward-model", "rm", "--beta", "-1"], "beta (--beta) must be a positive number, got -1.0"),
@@ -389,6 +395,38 @@ def test_options_of_objectives_that_cannot_be_are_refused(lm, pairs, tmp_path, c
     assert train(lm, pairs, tmp_path / "out", "--objective", *more) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize(("objective", "method"), [("partial", "pargs"), ("soft", "soft")])
+def test_a_distilled_head_guides_under_the_method_of_its_guide(
+    lm, pairs, samples, rater, prompts, tmp_path, capsys, recwarn, objective, method
+):
+    scalar, out = tmp_path / "scalar", tmp_path / "out"
+    soft = ["--objective", "soft", "--reward-model", str(rater)]
+    assert train(lm, *(pairs, scalar) if objective == "partial" else (samples, scalar, *soft)) == 0
+    distil = ["--distil-from", str(scalar), "--beta", "2", "--top-k", "4", "--eval-fraction", "0.4"]
+    assert train(lm, samples, out, "--head", "vocab", *distil) == 0
+    assert "eval_divergence" in capsys.readouterr().out
+    model = load_reward_model(out)
+    assert has_vocabulary_head(model)
+    assert recorded(model).items() >= {"objective": objective, "distilled": {"beta": 2.0, "top_k": 4}}.items()
+    recwarn.clear()
+    guide = ["--reward-model", str(out), "--method", method, "--beta", "2", "--top-k", "4"]
+    assert generate(lm, prompts, tmp_path / "guided.jsonl", *guide) == 0
+    assert not recwarn.list
+    assert train(lm, samples, out, *distil, "--resume") == 0
+    assert train(lm, samples, scalar, *distil, "--overwrite") == 2
+    assert load_reward_model(scalar).score.out_features == 1
+    assert train(lm, samples, tmp_path / "twice", "--distil-from", str(out)) == 2
+    assert "has a vocabulary head already" in capsys.readouterr().err
+    assert train(lm, pairs, tmp_path / "bad", "--distil-from", str(scalar)) == 2
+    assert "texts of the reference, written by `pargs generate --method plain`" in capsys.readouterr().err
+    tokens = json.loads((scalar / "tokenizer.json").read_text("utf-8"))
+    tokens["model"]["vocab"] |= {"a": 8, "b": 7}
+    (scalar / "tokenizer.json").write_text(json.dumps(tokens))
+    assert train(lm, samples, tmp_path / "bad", "--distil-from", str(scalar)) == 2
+    assert "the tokenizers of language model and reward model differ at 2 ids" in capsys.readouterr().err
 
 
 @pytest.mark.trains
