@@ -20,6 +20,7 @@ INKS = {
     "args-greedy": (ORANGE, "v"),
     "pargs (soft labels)": (SKY, "o"),
     "pargs (vocabulary head)": (SKY, "d"),
+    "pargs (soft labels, vocabulary head)": (SKY, "s"),
     "best-of-n": (GREEN, "D"),
     "cd": (PINK, "P"),
     "smc": ("#004B75", "*"),

@@ -21,6 +21,7 @@ from pargs_min.baselines.genarm import train_genarm
 from pargs_min.baselines.ppo import PPOSettings, train_ppo
 from pargs_min.codec import Codec, end_tokens
 from pargs_min.data import Text, by_prompt, encode_texts
+from pargs_min.distil import train_distilled, vocabulary_headed
 from pargs_min.experiments.setup import Lab, generated, made_from, material
 from pargs_min.models import (
     default_device,
@@ -51,7 +52,7 @@ class Recipe:
         objective: a name of `methods.OBJECTIVES`, or "ppo".
         pairs: how many of the training pairs; None means all (not for what learns from texts).
         labels: "soft" (partial): of texts of the reference, by the full-sequence reward model; None: the pairs' own.
-        head: "scalar" (None) or "vocab".
+        head: "scalar" (None) or "vocab"; with soft labels it is distilled from the scalar one.
         start: family, layers and width of a model with random weights; None starts from the reference.
         lengths: first and last prefix length to train on (partial); no end where the last is None.
         beta: of the policy that it is trained for (soft, reweighted, dpo, ppo).
@@ -82,12 +83,15 @@ class Recipe:
 
     @property
     def training(self) -> "Training":
+        if self == DISTILLED:
+            return TRAINING["distilled"]
         return TRAINING[f"{self.labels} labels" if self.labels else self.objective]
 
     @property
     def ingredients(self) -> list["Recipe"]:
         """The models that this one is made from: what learns from texts, and PPO, need a full-sequence reward model."""
-        return [] if self.training.source == "pairs" else [FULL]
+        needed = {"pairs": [], "guide": [FULL, SOFT_LABELS]}
+        return needed.get(self.training.source, [FULL])
 
 
 def _joined(value: object) -> str:
@@ -96,6 +100,7 @@ def _joined(value: object) -> str:
 
 PARTIAL, FULL, VALUE = Recipe("partial"), Recipe("full"), Recipe("value")
 SOFT_LABELS = Recipe("partial", labels="soft")
+DISTILLED = Recipe("partial", labels="soft", head="vocab")
 NEED_TRL = {"dpo"}
 
 
@@ -105,7 +110,7 @@ class Training(NamedTuple):
     Args:
         by: trains a model in place: (lab, recipe, model, tokenizer, data, held_out, args) -> metrics.
         source: what it learns from: "pairs", or what the full-sequence reward model says of texts of the reference
-            ("texts") or of its own ("rollouts").
+            ("texts") or of its own ("rollouts"), or what a scalar guide says of the reference's candidates ("guide").
         per_step: examples per training step, times the lab's pairs per step.
         steps: times those that the lab's epochs over its pairs take.
         rate: the lab's learning rate for it.
@@ -145,7 +150,7 @@ def guide(lab: Lab, recipe: Recipe, seed: int) -> PreTrainedModel:
 
 def _train(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> dict[str, float]:
     how, tokenizer = recipe.training, load_tokenizer(lab.model)
-    data: list[Any] = rated(lab, seed) if how.source == "texts" else material(lab).pairs[: recipe.pairs]
+    data: list[Any] = rated(lab, seed) if how.source in ("texts", "guide") else material(lab).pairs[: recipe.pairs]
     held_out, labelled = [], material(lab).held_out if how.source == "pairs" else []
     best: dict[str, float] = {}
     began = time.perf_counter()
@@ -155,7 +160,7 @@ def _train(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> dict[str, float
         )  # two at a time, for texts are compared with others for their prompt
     for factor in how.rates:
         set_seed(seed)
-        model = guide(lab, FULL, seed) if how.warm else _untrained(lab, recipe, tokenizer)
+        model = guide(lab, FULL, seed) if how.warm else _untrained(lab, recipe, tokenizer, seed)
         with TemporaryDirectory() as checkpoints:
             args = _arguments(lab, recipe, len(data), factor * getattr(lab, how.rate), checkpoints, seed)
             metrics = how.by(lab, recipe, model, tokenizer, data, held_out or labelled, args)
@@ -169,7 +174,9 @@ def _train(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> dict[str, float
     return {"seconds": time.perf_counter() - began, **best}
 
 
-def _untrained(lab: Lab, recipe: Recipe, tokenizer: Tokenizer) -> PreTrainedModel:
+def _untrained(lab: Lab, recipe: Recipe, tokenizer: Tokenizer, seed: int) -> PreTrainedModel:
+    if recipe == DISTILLED:
+        return vocabulary_headed(guide(lab, SOFT_LABELS, seed))
     if recipe.start:
         return _new_model(*recipe.start, tokenizer)
     if recipe.objective in LANGUAGE_MODELS:
@@ -193,7 +200,7 @@ def _new_model(family: str, layers: int, width: int, tokenizer: Tokenizer) -> Pr
 def _arguments(lab: Lab, recipe: Recipe, examples: int, rate: float, folder: str, seed: int) -> TrainingArguments:
     """Trainer's arguments: the lab's epochs over its pairs, or as many steps for other data."""
     how, on_cpu = recipe.training, default_device() == "cpu"
-    pairs = len(material(lab).pairs) if how.source == "texts" else examples
+    pairs = len(material(lab).pairs) if how.source in ("texts", "guide") else examples
     steps, batch = max(1, round(how.steps * lab.epochs * pairs / lab.pairs_per_step)), lab.pairs_per_step * how.per_step
     pace = dict(max_steps=steps, warmup_steps=steps // 20, per_device_train_batch_size=max(1, round(batch)))
     where = dict(output_dir=folder, use_cpu=on_cpu, dataloader_pin_memory=not on_cpu)
@@ -230,6 +237,13 @@ def _by_values(lab, recipe, model, tokenizer, texts, held_out, args):
     return train_value_model(model, tokenizer, texts, held_out, args=args, **how)
 
 
+def _by_distilling(lab, recipe, model, tokenizer, texts, held_out, args):
+    """Its guide is the model that it starts from, with a scalar head."""
+    teacher = guide(lab, SOFT_LABELS, args.seed)
+    how = dict(guide=teacher, reference=material(lab).lm, beta=DISTILLED_AT, warp=lab.warp)
+    return train_distilled(model, tokenizer, texts, held_out, args=args, **how)
+
+
 def _by_reweighting(lab, recipe, model, tokenizer, texts, held_out, args):
     several = ([text for some in by_prompt(part) if len(some) > 1 for text in some] for part in (texts, held_out))
     how = dict(beta=recipe.beta, lora_rank=lab.lora_rank)
@@ -261,6 +275,7 @@ def _by_ppo(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> dict[str, floa
     return {"seconds": time.perf_counter() - began}
 
 
+DISTILLED_AT = 2.0  # the beta at which a distilled guide is to be like its teacher
 GROUP = 8  # texts of a prompt that are compared with each other
 TRAINING = {
     "partial": Training(_by_pairs),
@@ -269,6 +284,7 @@ TRAINING = {
     "soft labels": Training(
         _by_soft_labels, source="texts", per_step=1 / GROUP, steps=2, warm=True, rates=(2.0,), chosen=True
     ),
+    "distilled": Training(_by_distilling, source="guide", chosen=True),
     "value": Training(_by_values, source="texts", steps=2, chosen=True),
     "soft": Training(_by_values, source="texts", steps=2, chosen=True),
     "reweighted": Training(_by_reweighting, source="texts", rates=(2.0,), chosen=True),

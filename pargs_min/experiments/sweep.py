@@ -93,6 +93,9 @@ def _read(file: Path, worlds: Worlds, cells: Sequence[Cell]) -> dict[Cell, dict]
     return {cell: line["found"] for line in found for cell, written in known if written == line["cell"]}
 
 
+STAGES = {"pairs": 0, "rollouts": 1, "texts": 2, "guide": 3}  # when models are trained, by what they learn from
+
+
 def _shared(worlds: Worlds, cells: Sequence[Cell]) -> list[list[tuple]]:
     """Jobs that make what cells share, in stages: each needs what those before it make."""
     stages: dict[tuple, int] = {}
@@ -101,10 +104,12 @@ def _shared(worlds: Worlds, cells: Sequence[Cell]) -> list[list[tuple]]:
         texts = {measure.plain_rewards: cell.method, measure.siblings: cell.quality}
         stages |= {(make, lab): 0 for make, needed in texts.items() if needed}
         for model in [model for recipe in cell.recipes for model in (*recipe.ingredients, recipe)]:
-            stages[recipes.make, lab, model, cell.seed] = {"pairs": 0, "rollouts": 1, "texts": 2}[model.training.source]
+            stages[recipes.make, lab, model, cell.seed] = {"pairs": 0, "rollouts": 1, "texts": 2, "guide": 3}[
+                model.training.source
+            ]
             if model.training.source == "texts":
                 stages |= {(recipes.samples, lab): 0, (recipes.rated, lab, cell.seed): 1}
-    return [[job for job in stages if stages[job] == stage] for stage in range(3)]
+    return [[job for job in stages if stages[job] == stage] for stage in range(len(STAGES))]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pargs_min.decode import Step
 from pargs_min.experiments import measure as module
 from pargs_min.experiments import recipes
 from pargs_min.experiments.measure import CAP, Cell, measure, rlhf_gap
-from pargs_min.experiments.recipes import FULL, PARTIAL, SOFT_LABELS, VALUE, Recipe, make
+from pargs_min.experiments.recipes import DISTILLED, FULL, PARTIAL, SOFT_LABELS, VALUE, Recipe, make
 from pargs_min.models import load_config, load_guide, load_tokenizer
 from pargs_min.records import read_jsonl
 from pargs_min.reward_model import final_rewards
@@ -50,6 +50,7 @@ def test_every_kind_of_cell_is_measured(lab):
         Cell(0, "args-greedy", beta=1.0, recipe=FULL),
         Cell(0, "cd", beta=1.0, recipe=VALUE),
         Cell(0, "pargs", beta=1.0, recipe=SOFT_LABELS, quality=True),
+        Cell(0, "pargs", beta=1.0, recipe=DISTILLED, quality=True),
         Cell(0, "soft", beta=1.0, recipe=Recipe("soft", beta=1.0), min_ref_prob=0.01),
         Cell(0, "win", beta=1.0, recipe=Recipe("win")),
         Cell(0, "reweighted", beta=1.0, recipe=Recipe("reweighted", beta=1.0)),

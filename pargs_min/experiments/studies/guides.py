@@ -8,7 +8,7 @@ import numpy as np
 
 from pargs_min import plots
 from pargs_min.experiments.measure import CAP, Cell, guided
-from pargs_min.experiments.recipes import FULL, PARTIAL, SOFT_LABELS, Recipe
+from pargs_min.experiments.recipes import DISTILLED, FULL, PARTIAL, SOFT_LABELS, Recipe
 from pargs_min.experiments.report import BETA, INTERVALS, PARTICLES, Row, curve, grouped, log_scale, reward_against_kl
 from pargs_min.experiments.setup import Lab
 from pargs_min.experiments.sweep import interval
@@ -31,7 +31,8 @@ def cells(lab: Lab, seed: int) -> list[Cell]:
     found += guided(seed, ("args", "farma", "genarm"), [BETA], quality=True)
     found += guided(seed, ["win"], [ETA], quality=True)
     found += [Cell(seed, "implicit", beta=BETA, recipe=Recipe("dpo", beta=BETA), quality=True)]
-    found += [Cell(seed, "pargs", beta=BETA, recipe=replace(PARTIAL, head="vocab"), quality=True)]
+    heads = replace(PARTIAL, head="vocab"), DISTILLED
+    found += [Cell(seed, "pargs", beta=BETA, recipe=recipe, quality=True) for recipe in heads]
     found += [Cell(seed, method, beta=BETA) for method in FINE_TUNED]
     found += guided(seed, ["smc"], [BETA], particles=PARTICLES, final=FULL)
     found += [Cell(seed, "best-of-n", n=16, recipe=FULL)]
