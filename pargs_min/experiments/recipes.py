@@ -114,6 +114,7 @@ class Training(NamedTuple):
         per_step: examples per training step, times the lab's pairs per step.
         steps: times those that the lab's epochs over its pairs take.
         rate: the lab's learning rate for it.
+        head: of its reward model, unless the recipe says otherwise.
         warm: it starts from the full-sequence reward model instead of the reference.
         rates: times that rate; the one with the least held-out loss is kept.
         chosen: the step with the least held-out loss is kept.
@@ -124,6 +125,7 @@ class Training(NamedTuple):
     per_step: float = 1.0
     steps: float = 1.0
     rate: str = "learning_rate"
+    head: str = "scalar"
     warm: bool = False
     rates: tuple[float, ...] = (1.0,)
     chosen: bool = False
@@ -135,7 +137,7 @@ def make(lab: Lab, recipe: Recipe, seed: int) -> Path:
     def trained(folder: Path) -> None:
         for one in recipe.ingredients:
             make(lab, one, seed)
-        found = (_by_ppo if recipe.objective == "ppo" else _train)(lab, recipe, seed, folder)
+        found = (_by_ppo if recipe.training.source == "rollouts" else _train)(lab, recipe, seed, folder)
         write_json(folder / "training.json", found)
 
     how = dict(recipe=str(recipe), training=recipe.training[1:], seed=seed)
@@ -181,9 +183,7 @@ def _untrained(lab: Lab, recipe: Recipe, tokenizer: Tokenizer, seed: int) -> Pre
         return _new_model(*recipe.start, tokenizer)
     if recipe.objective in LANGUAGE_MODELS:
         return load_language_model(lab.model)
-    return load_reward_model(
-        lab.model, tokenizer, head="vocab" if recipe.objective == "farma" else recipe.head or "scalar"
-    )
+    return load_reward_model(lab.model, tokenizer, head=recipe.head or recipe.training.head)
 
 
 def _new_model(family: str, layers: int, width: int, tokenizer: Tokenizer) -> PreTrainedModel:
@@ -288,7 +288,7 @@ TRAINING = {
     "value": Training(_by_values, source="texts", steps=2, chosen=True),
     "soft": Training(_by_values, source="texts", steps=2, chosen=True),
     "reweighted": Training(_by_reweighting, source="texts", rates=(2.0,), chosen=True),
-    "farma": Training(partial(_by_its_own, train_farma), rates=(0.3, 1.0, 3.0), chosen=True),
+    "farma": Training(partial(_by_its_own, train_farma), head="vocab", rates=(0.3, 1.0, 3.0), chosen=True),
     "autoregressive": Training(partial(_by_its_own, train_genarm), rates=(0.1, 0.3, 1.0), chosen=True),
     "dpo": Training(_by_dpo, rate="dpo_learning_rate", rates=(0.3, 1.0, 3.0)),
     "ppo": Training(_by_ppo, source="rollouts"),

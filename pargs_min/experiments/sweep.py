@@ -104,9 +104,7 @@ def _shared(worlds: Worlds, cells: Sequence[Cell]) -> list[list[tuple]]:
         texts = {measure.plain_rewards: cell.method, measure.siblings: cell.quality}
         stages |= {(make, lab): 0 for make, needed in texts.items() if needed}
         for model in [model for recipe in cell.recipes for model in (*recipe.ingredients, recipe)]:
-            stages[recipes.make, lab, model, cell.seed] = {"pairs": 0, "rollouts": 1, "texts": 2, "guide": 3}[
-                model.training.source
-            ]
+            stages[recipes.make, lab, model, cell.seed] = STAGES[model.training.source]
             if model.training.source == "texts":
                 stages |= {(recipes.samples, lab): 0, (recipes.rated, lab, cell.seed): 1}
     return [[job for job in stages if stages[job] == stage] for stage in range(len(STAGES))]
