@@ -38,8 +38,8 @@ def run(folder: Path, *, quick: bool = False, seed: int = 0) -> None:
     torch.set_num_threads(1)  # the models are so small that a second thread only waits; processes do not
     say(__doc__)
     say(PAIRS.format(TRAINED if seed else SHIPPED))
-    less = dict(samples=64, plain_samples=1000, texts_per_prompt=None)
-    lab = small(folder, seed) if quick else replace(embedded(folder, seed=seed), **less)
+    lab = small(folder, seed) if quick else embedded(folder, seed=seed)
+    lab = lab if quick else replace(lab, samples=64, plain_samples=1000, texts_per_prompt=None)
     say(MODELS)
     rows = gather(sweep({seed: {"": lab}}, cells(seed), folder / "demo.jsonl"))
     text = "\n\n".join([report.table(rows, COLUMNS), report.legend(rows, COLUMNS, seeds=1), side_by_side(lab, seed)])

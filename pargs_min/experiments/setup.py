@@ -135,7 +135,7 @@ def embedded(
             grammar.
         pairs, held_out: how many to train on and to test on.
     """
-    sizes: dict[str, Any] = dict(samples=128, plain_samples=4000, batch_size=256, epochs=3.2, ppo_updates=80)
+    sizes: dict[str, Any] = dict(samples=512, plain_samples=4000, batch_size=256, epochs=3.2, ppo_updates=80)
     if quick:
         steps, pairs, held_out = 60, 200, 20
         sizes = dict(samples=2, plain_samples=40, batch_size=16, epochs=0.6, ppo_updates=2)
