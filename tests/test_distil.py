@@ -98,30 +98,41 @@ def random_texts(lm, count, seed):
     return texts
 
 
-def agreement(model, texts):
-    """How often the head orders two candidates of a prefix as the guide does."""
-    batch = collate_taught(texts, pad_id=0)
-    with torch.no_grad():
-        rewards = candidate_rewards(model, batch["input_ids"], batch["attention_mask"], batch["candidates"])
-    asked = batch["labels"] == 0
-    ours, theirs = ((r[..., :, None] - r[..., None, :])[asked].sign() for r in (rewards, batch["rewards"]))
-    differ = theirs != 0
-    return (ours == theirs)[differ].double().mean().item()
+def ordered_alike(ours, theirs):
+    """How often (N, K) rewards order two candidates of a prefix as others do."""
+    ours, theirs = (rewards[:, :, None] - rewards[:, None] for rewards in (ours, theirs))
+    return (ours.sign() == theirs.sign())[theirs != 0].double().mean().item()
 
 
 @pytest.mark.trains
 @pytest.mark.parametrize("seed", range(3))
 def test_the_head_ranks_candidates_as_the_guide_does(tmp_path, seed):
-    """On texts for other prompts."""
+    """On texts for other prompts, and better than the best ranking that does not read the prefix.
+
+    Behind each bound stands the least favourable number of eight seeds, without vector instructions.
+    """
     lm, guide, tokenizer = language_model(seed), scalar(seed + 10), tiny_tokenizer()
+    for name, parameter in guide.named_parameters():
+        parameter.data *= 2 if "attn" in name else 1  # or the last token alone would nearly tell the reward
     texts, others = random_texts(lm, 384, 2 * seed), random_texts(lm, 48, 2 * seed + 1)
     model, divergences = vocabulary_headed(guide), []
     for steps, rate in ((1, 0.0), (150, 5e-3)):
         args = arguments(tmp_path, max_steps=steps, learning_rate=rate, per_device_train_batch_size=32)
         how = dict(guide=guide, reference=lm, beta=BETA, top_k=6, args=args)
         divergences.append(train_distilled(model, tokenizer, texts, others, **how)["eval_divergence"])
-    assert divergences[1] < divergences[0] / 10
-    assert agreement(model, taught(others, guide, lm, top_k=6)) > 0.9
+    assert divergences[1] < divergences[0] / 3  # 5.9
+
+    batch = collate_taught(taught(others, guide, lm, top_k=6), pad_id=0)
+    asked = batch["labels"] == 0
+    candidates, theirs = batch["candidates"][asked], batch["rewards"][asked]
+    with torch.no_grad():
+        ours = candidate_rewards(model, batch["input_ids"], batch["attention_mask"], batch["candidates"])
+    above = theirs - theirs.mean(-1, keepdim=True)
+    table = above.new_zeros(VOCABULARY).scatter_reduce(
+        0, candidates.flatten(), above.flatten(), "mean", include_self=False
+    )
+    blind = ordered_alike(table[candidates], theirs)
+    assert ordered_alike(ours[asked], theirs) > blind + 0.02  # 0.042
 
 
 def test_what_cannot_be_distilled_is_refused(tmp_path):
