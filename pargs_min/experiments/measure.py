@@ -288,7 +288,7 @@ def quality(lab: Lab, model: PreTrainedModel) -> dict:
     texts, gold = _plain_texts(lab)
     scores = _prefix_scores(lab, model, texts)
     return {
-        "accuracy": accuracy[: lab.max_new_tokens].tolist(),
+        "accuracy": np.pad(accuracy, (0, lab.max_new_tokens), mode="edge")[: lab.max_new_tokens].tolist(),
         "whole": accuracy[-1].item(),
         **ranked,
         "final": _correlations(scores, scores[:, -1], lab.samples),
