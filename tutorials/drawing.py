@@ -48,6 +48,24 @@ def seeds(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], ink
     axes.errorbar(x, found.mean, bars, color=ink, marker=mark, markersize=5, linewidth=2, label=label)
 
 
+def curves(
+    axes: Axes, points: Mapping[str, tuple[Sequence[float], Sequence[float]]], labels: Mapping[str, str]
+) -> None:
+    """A curve per method, in its ink; the RLHF policy is a plain line, methods of few settings are marks.
+
+    Args:
+        axes: where to draw.
+        points: for each method, "rlhf" or one of `INKS`, its x and its y.
+        labels: what the legend calls a method; one that is not among them is not named.
+    """
+    marks = {"linestyle": "", "markersize": 9, "markerfacecolor": "none"}
+    styles = {"dpo": marks, "ppo": marks, "best-of-n": {"linestyle": ":"}}
+    for method, (x, y) in points.items():
+        ink, mark = INKS.get(method, (BLACK, ""))
+        style = {"markersize": 5} | styles.get(method, {})
+        axes.plot(x, y, color=ink, marker=mark, label=labels.get(method), **style)
+
+
 def prefix_accuracy(curves: Mapping[str, Sequence[Sequence[float]]], title: str = "") -> Figure:
     """Pair accuracy against prefix length: a thin line per reward model, a thick one for their mean.
 
