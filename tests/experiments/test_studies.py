@@ -1,4 +1,4 @@
-"""The nine studies: each from start to end in miniature, and what they read off their numbers."""
+"""The studies: each from start to end in miniature, and what they read off their numbers."""
 
 from __future__ import annotations
 
