@@ -241,7 +241,8 @@ def _by_distilling(lab, recipe, model, tokenizer, texts, held_out, args):
     """Its guide is the model that it starts from, with a scalar head."""
     teacher = guide(lab, SOFT_LABELS, args.seed)
     how = dict(guide=teacher, reference=material(lab).lm, beta=DISTILLED_AT, warp=lab.warp)
-    return train_distilled(model, tokenizer, texts, held_out, args=args, **how)
+    enough = texts[:: max(1, len(texts) // DISTILLED_FROM)]  # of every prompt
+    return train_distilled(model, tokenizer, enough, held_out, args=args, **how)
 
 
 def _by_reweighting(lab, recipe, model, tokenizer, texts, held_out, args):
@@ -275,6 +276,7 @@ def _by_ppo(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> dict[str, floa
     return {"seconds": time.perf_counter() - began}
 
 
+DISTILLED_FROM = 8000  # texts or a few more: the teacher is asked at each of their tokens
 DISTILLED_AT = 2.0  # the beta at which a distilled guide is to be like its teacher
 GROUP = 8  # texts of a prompt that are compared with each other
 TRAINING = {
