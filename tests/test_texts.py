@@ -633,5 +633,5 @@ def test_a_guide_is_for_the_reference_whose_texts_it_learned_from():
 def test_a_reference_that_cannot_be_is_named():
     record = next(texts("plain")) | {"reference": {"heat": 2}}
     lm = tiny_lm("gpt2")
-    with pytest.raises(ValueError, match="prompt number 0: `reference` says how .* 'heat'"):
+    with pytest.raises(ValueError, match=r"prompt number 0: `reference` says how .* 'heat'"):
         text_log_probs(lm, Codec.of(lm, TOKENIZER, "text"), [record])
