@@ -486,7 +486,7 @@ def text_log_probs(lm: PreTrainedModel, codec: Codec, texts: Sequence[dict], bat
             )
     totals = []
     runs = (
-        (recorded_warp(how, f"prompt number {(run := [*some])[0]['prompt_number']}"), run)
+        (recorded_warp(how, f"prompt number {(run := [*some])[0].get('prompt_number')}"), run)
         for how, some in groupby(texts, lambda text: text.get("reference", {}))
     )
     batches = ((warp, run[i : i + batch_size]) for warp, run in runs for i in range(0, len(run), batch_size))

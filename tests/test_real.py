@@ -41,7 +41,7 @@ def test_a_pretrained_model_is_guided_by_the_rewards_of_whole_texts_read_at_ever
     lm = AutoModelForCausalLM.from_pretrained(real / "stories260K")
     rm = load_reward_model(real / "stories260K", head="scalar")
     prompt = torch.tensor([tokenizer("Once upon a time, there was").input_ids])
-    result = generate(ModelPolicy(lm), SiblingScorer(rm), prompt, beta=3.0, top_k=10, max_new_tokens=20)
+    result = generate(ModelPolicy(lm), SiblingScorer(rm), prompt, beta=3.0, top_k=10, max_new_tokens=20, truncate=True)
     for i in range(20):
         text = torch.cat([prompt, result.tokens[:, : i + 1]], 1)
         alone = final_rewards(rm, text, torch.ones_like(text))
@@ -67,7 +67,7 @@ def standard_errors_apart(real, folder, seed):
     for method in ("plain", "pargs"):
         outputs[method] = folder / f"{method}.jsonl"
         options = ["--model", model, "--prompts", str(real / "story_prompts.jsonl"), "--reward-model", rm]
-        options += ["--method", method, "--beta", "3", "--num-samples", "4", "--batch-size", "80", "--top-k", "10"]
+        options += ["--method", method, "--beta", "3", "--num-samples", "4", "--batch-size", "80"]
         options += ["--output", str(outputs[method]), "--max-new-tokens", "24", "--device", "cpu", "--seed", seed]
         assert main(["generate", *options]) == 0
     plain, guided = (
