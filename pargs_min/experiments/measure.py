@@ -246,7 +246,7 @@ def _text_measures(lab: Lab, cell: Cell, texts: list[dict]) -> dict:
         "distinct2": statistics.fmean(distinct_n(group, 2) for group in groups),
         "by_prompt": prompt_means(rewards, prompts).tolist(),
     }
-    found |= {name: mean(map(of_reward, rewards)) for name, of_reward in judge_of(lab).measures.items()}
+    found |= {name: mean(map(of_reward, rewards)) for name, of_reward in judge_of(lab, lab.judge).measures.items()}
     if lab.second_judge:
         found["second"] = mean(judged(lab, texts, lab.second_judge))
     if not lab.world:

@@ -225,9 +225,9 @@ def generated(lab: Lab, prompts: list[dict], num_samples: int, **settings) -> li
 
 
 @cache
-def judge_of(lab: Lab, name: str | None = None) -> Judge:
-    """The lab's judge, or another one, loaded once per process."""
-    return named_judge(name or lab.judge, lab.file("verdicts.jsonl"))
+def judge_of(lab: Lab, name: str) -> Judge:
+    """The judge of that name, loaded once per process."""
+    return named_judge(name, lab.file("verdicts.jsonl"))
 
 
 def judged(lab: Lab, texts: Sequence[dict], judge: str | None = None) -> list[float]:

@@ -1,16 +1,14 @@
 """What is guidance worth on a real model, under judges that guided nothing?"""
 
-from collections.abc import Sequence
-
 import numpy as np
 
-from pargs_min import plots
 from pargs_min.experiments.measure import Cell, guided
 from pargs_min.experiments.recipes import FULL, PARTIAL, SOFT_LABELS, Recipe
-from pargs_min.experiments.report import INTERVALS, KL_LABEL, PARTICLES, Row, reward_against_kl
+from pargs_min.experiments.report import PARTICLES, Row
 from pargs_min.experiments.setup import Lab
-from pargs_min.experiments.studies.partial_vs_full import signed
+from pargs_min.experiments.studies.partial_vs_full import draw, signed
 
+__all__ = ["COLUMNS", "cells", "conclude", "draw"]  # what a study has
 COLUMNS = ("reward", "prompt_error", "second", "kl", "distinct2", "length", "calls", "seconds", "whole")
 BETAS = (1.0, 3.0)
 
@@ -22,13 +20,6 @@ def cells(lab: Lab, seed: int) -> list[Cell]:
         found += [Cell(seed, method, beta=beta, recipe=Recipe(method, beta=beta)) for method in ("soft", "reweighted")]
     found += [Cell(seed, "best-of-n", n=n, recipe=FULL) for n in (4, 16)]
     return [*found, Cell(seed, "smc", beta=BETAS[0], particles=PARTICLES, recipe=PARTIAL, final=FULL)]
-
-
-def draw(rows: list[Row], labs: Sequence[Lab]) -> plots.Figure:
-    drawing, (axes,) = plots.panels(1, (8.6, 5.0))
-    reward_against_kl(axes, rows, labs)
-    axes.set_xlabel(f"{KL_LABEL}; small marks: single seeds; {INTERVALS}")
-    return drawing
 
 
 def conclude(rows: list[Row]) -> str:
