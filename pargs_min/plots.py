@@ -19,7 +19,6 @@ INKS = {
     "args": (RED, "^"),
     "args-greedy": (ORANGE, "v"),
     "pargs (soft labels)": (SKY, "o"),
-    "pargs (vocabulary head)": (SKY, "d"),
     "pargs (soft labels, vocabulary head)": (SKY, "s"),
     "best-of-n": (GREEN, "D"),
     "cd": (PINK, "P"),

@@ -519,6 +519,11 @@ class PrefixTrainer(Watched):
         """Raises ValueError if the model cannot be trained so."""
         if not is_causal(model):
             raise ValueError(f"{type(model).__name__} has no reward at every token; train a causal model")
+        if model.score.out_features != 1:
+            raise ValueError(
+                f"{type(model).__name__} has a vocabulary head, which would learn about a token only where it came; "
+                "train a scalar head and distil it (--distil-from), or use FaRMA's loss (--objective farma)"
+            )
 
     def __init__(self, *arguments, loss: Callable[..., Tensor], **keywords):
         super().__init__(*arguments, **keywords)

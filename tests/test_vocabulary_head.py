@@ -14,6 +14,7 @@ from pargs_min.models import load_reward_model, save_reward_model
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import ReencodeScorer, SiblingScorer, VocabularyScorer, model_rewards
 from pargs_min.texts import choose_scorer
+from pargs_min.train import train_reward_model, train_value_model
 from tests.strategies import left_padded, tiny_lm, tiny_reward_model, tiny_tokenizer
 
 EXACT = dict(rtol=0, atol=1e-12)
@@ -161,23 +162,46 @@ def test_a_scalar_reward_model_gets_no_vocabulary_head(tmp_path):
         load_reward_model(tmp_path, head="vocabulary")
 
 
+def test_losses_that_teach_it_little_are_refused():
+    """A row of the head gets a gradient only where its token came, by any loss of the prefixes that were written."""
+    how = dict(model=vocabulary_model().float(), tokenizer=tiny_tokenizer(), args=None)
+    for train in (train_reward_model, train_value_model):
+        with pytest.raises(ValueError, match="LlamaForSequenceClassification has a vocabulary head, which would learn"):
+            train(**how, **{"pairs" if train is train_reward_model else "texts": []})
+
+
 @pytest.mark.trains
 @pytest.mark.parametrize("seed", range(3))
 def test_it_is_trained_and_decoded_with_from_the_command_line(tmp_path, seed):
-    """The chosen response begins with a, the rejected one with b: the head learns it, and guided texts begin with a.
+    """The chosen response is a, the rejected one b: the head learns it, and guided texts begin with a.
 
-    The reward of a is ahead by 0.9 or more, which at beta 50 is 45 nats; the reference has 3 nats against it.
+    The reward of a is ahead by 1 or more, which at beta 50 is 50 nats; the reference has 3 nats against it.
     """
     tiny_lm(vocabulary=14, seed=seed).float().save_pretrained(tmp_path / "lm")
     tiny_tokenizer().save_pretrained(tmp_path / "lm")
     (tmp_path / "prompts.txt").write_text("c d\ne f\n")
-    records = [{"prompt": f"{w} {v}", "chosen": f"a {w}", "rejected": f"b {v}"} for w in "cdefg" for v in "cdefg"]
+    records = [{"prompt": f"{w} {v}", "chosen": "a", "rejected": "b"} for w in "cdefg" for v in "cdefg"]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, records)))
     steps = ["--max-steps", "40", "--learning-rate", "1e-2", "--save-strategy", "no", "--disable-tqdm", "True"]
     files = ["--dataset", str(tmp_path / "pairs.jsonl"), "--output-dir", str(tmp_path / "rm"), "--use-cpu", "True"]
-    options = ["--model", str(tmp_path / "lm"), "--head", "vocab", "--seed", str(seed), *files, *steps]
+    options = [
+        "--model",
+        str(tmp_path / "lm"),
+        "--objective",
+        "farma",
+        "--no-append-eos",
+        "--seed",
+        str(seed),
+        *files,
+        *steps,
+    ]
     assert main(["train", *options]) == 0
     files = ["--prompts", str(tmp_path / "prompts.txt"), "--output", str(tmp_path / "texts.jsonl")]
     models = ["--model", str(tmp_path / "lm"), "--reward-model", str(tmp_path / "rm")]
-    assert main(["generate", *models, *files, "--top-k", "0", "--beta", "50", "--max-new-tokens", "1"]) == 0
+    assert (
+        main(
+            ["generate", *models, *files, "--top-k", "0", "--beta", "50", "--max-new-tokens", "1", "--method", "farma"]
+        )
+        == 0
+    )
     assert [json.loads(line)["response"] for line in (tmp_path / "texts.jsonl").open()] == ["a", "a"]

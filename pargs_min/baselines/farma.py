@@ -90,7 +90,7 @@ class FarmaTrainer(PairTrainer):
     @staticmethod
     def check(model: PreTrainedModel) -> None:
         if not has_vocabulary_head(model):
-            raise ValueError(f"{type(model).__name__} has no vocabulary head: load it with head='vocab' (--head vocab)")
+            raise ValueError(f"{type(model).__name__} has no vocabulary head: load a language model with head='vocab'")
 
     def terms(self, both, inputs):
         rewards, best = both

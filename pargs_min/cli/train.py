@@ -98,7 +98,7 @@ class Recipe(NamedTuple):
     takes: tuple[str, ...] = ()  # options that it is told, and that are recorded with the model
     on_texts: bool = False  # rated samples of the reference; else preference pairs
     language_model: bool = False  # else a reward model
-    head: Literal["scalar", "vocab"] | None = None  # that it needs; None: any
+    head: Literal["scalar", "vocab"] = "scalar"  # of a reward model that it trains from a language model
 
 
 # Objective -> how it is trained.
@@ -113,7 +113,7 @@ RECIPES = {
     "reweighted": Recipe(train_language_model, ("beta",), on_texts=True, language_model=True),
 }
 SOFT_LABELS = Recipe(train_partial_on_texts, ("tail",), on_texts=True)  # "partial" with --soft-labels-from
-DISTILLED = Recipe(train_distilled, ("beta", "top_k"), on_texts=True, head="vocab")  # with --distil-from
+DISTILLED = Recipe(train_distilled, ("beta", "top_k"), on_texts=True)  # with --distil-from
 
 
 @dataclass(kw_only=True)
@@ -134,17 +134,15 @@ class TrainOptions(DataOptions):
         soft_labels_from: For --objective partial: whole-text model to rate texts, all of whose pairs within a prompt
             are then compared with soft labels.
         lam: For --objective soft: weight of the reward in the soft value, in nats per unit of reward. Default: 1.
-        distil_from: Scalar guide, whose body gets a vocabulary head that is to guide as the scalar one does; its
-            objective, and so the method, stays the guide's.
+        distil_from: Scalar guide, whose body gets a vocabulary head, a number for each token that may come next: it
+            is to guide as the scalar one does, by one query per token for any --top-k. Its objective, and so the
+            method, stays the guide's.
         beta: For --objective reweighted, and with --distil-from: weight of the reward, in nats per unit of reward;
             other values can be asked for when decoding. Default: 1.
         top_k: With --distil-from: candidates per prefix that the guide is asked for, 0 for the whole vocabulary.
             Default: 10.
         tail: Compare prefixes up to the longer response, with end tokens after the shorter one (extend), or up to the
             shorter one (min). Default: extend, or min with --no-append-eos.
-        head: Head given to a language model: one reward per prefix (scalar), or one per next token (vocab), so that
-            decoding calls the reward model once per token, for any --top-k. Default: scalar, or vocab for farma and
-            with --distil-from.
         reduction: Weight every prefix, or every pair, equally.
         lora_rank: Train the head, plus adapters of this rank on all remaining linear layers, instead of all weights.
             They are merged in the end, and an ordinary model is saved (needs the extra `lora`). Use a larger
@@ -162,7 +160,6 @@ class TrainOptions(DataOptions):
     beta: float | None = None
     top_k: int | None = None
     tail: Literal["extend", "min"] | None = None
-    head: Literal["scalar", "vocab"] | None = None
     reduction: Literal["prefix", "pair"] = "prefix"
     lora_rank: int | None = None
 
@@ -196,12 +193,6 @@ class TrainOptions(DataOptions):
             raise ValueError("--top-k is for --distil-from; else it is said when decoding")
         if self.top_k is not None and self.top_k < 0:
             raise ValueError(f"top_k (--top-k) must be at least 1, or 0 for the whole vocabulary, got {self.top_k}")
-        if self.recipe.language_model and self.head is not None:
-            raise ValueError(f"--objective {self.objective} trains a language model, which takes no --head")
-        self.head = self.head or self.recipe.head or "scalar"
-        if self.recipe.head not in (None, self.head):
-            what = f"--objective {self.objective}" if self.distil_from is None else "--distil-from"
-            raise ValueError(f"{what} needs --head {self.recipe.head}, got {self.head}")
         if self.lora_rank is not None:
             lora_config(self.lora_rank)  # raises where the rank is below 1, or peft is missing
 
@@ -232,7 +223,7 @@ def train(arguments: list[str]) -> None:
     if recipe.language_model:
         model = load_language_model(options.model, dtype=dtype)
     else:
-        model = load_reward_model(options.model, tokenizer, dtype=dtype, head=options.head)
+        model = load_reward_model(options.model, tokenizer, dtype=dtype, head=recipe.head)
 
     limit = options.max_length or context_length(model)
     if recipe.on_texts:

@@ -52,7 +52,7 @@ class Recipe:
         objective: a name of `methods.OBJECTIVES`, or "ppo".
         pairs: how many of the training pairs; None means all (not for what learns from texts).
         labels: "soft" (partial): of texts of the reference, by the full-sequence reward model; None: the pairs' own.
-        head: "scalar" (None) or "vocab"; with soft labels it is distilled from the scalar one.
+        head: "vocab": a vocabulary head, distilled from the scalar guide of these labels; None: a scalar one.
         start: family, layers and width of a model with random weights; None starts from the reference.
         lengths: first and last prefix length to train on (partial); no end where the last is None.
         beta: of the policy that it is trained for (soft, reweighted, dpo, ppo).
@@ -114,7 +114,7 @@ class Training(NamedTuple):
         per_step: examples per training step, times the lab's pairs per step.
         steps: times those that the lab's epochs over its pairs take.
         rate: the lab's learning rate for it.
-        head: of its reward model, unless the recipe says otherwise.
+        head: of its reward model.
         warm: it starts from the full-sequence reward model instead of the reference.
         rates: times that rate; the one with the least held-out loss is kept.
         chosen: the step with the least held-out loss is kept.
@@ -183,7 +183,7 @@ def _untrained(lab: Lab, recipe: Recipe, tokenizer: Tokenizer, seed: int) -> Pre
         return _new_model(*recipe.start, tokenizer)
     if recipe.objective in LANGUAGE_MODELS:
         return load_language_model(lab.model)
-    return load_reward_model(lab.model, tokenizer, head=recipe.head or recipe.training.head)
+    return load_reward_model(lab.model, tokenizer, head=recipe.training.head)
 
 
 def _new_model(family: str, layers: int, width: int, tokenizer: Tokenizer) -> PreTrainedModel:

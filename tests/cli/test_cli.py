@@ -148,7 +148,6 @@ def test_a_checkpoint_is_a_reward_model_that_knows_its_form(lm, pairs, tmp_path)
     [
         (["--objective", "full"], "(objective 'partial' there, 'full' now)"),
         (["--tail", "min", "--reduction", "pair"], "(tail 'extend' there, 'min' now; reduction 'prefix' there, 'pair'"),
-        (["--head", "vocab"], "(head 'scalar' there, 'vocab' now)"),
         (["--dataset", "others.jsonl"], "pairs.jsonl' there, 'others.jsonl' now)"),
         (["--seed", "5"], "(seed 42 there, 5 now)"),
     ],
@@ -210,9 +209,11 @@ def test_training_that_diverges_leaves_no_model(lm, pairs, tmp_path, capsys, com
 
 
 @pytest.mark.trains
-@pytest.mark.parametrize("head", ["scalar", "vocab"])
-def test_a_model_trained_by_adapters_is_an_ordinary_one_that_guides(lm, pairs, prompts, tmp_path, capsys, head):
-    assert train(lm, pairs, tmp_path / "out", "--lora-rank", "2", "--head", head) == 0
+@pytest.mark.parametrize(("objective", "method"), [("partial", "pargs"), ("farma", "farma")])
+def test_a_model_trained_by_adapters_is_an_ordinary_one_that_guides(
+    lm, pairs, prompts, tmp_path, capsys, objective, method
+):
+    assert train(lm, pairs, tmp_path / "out", "--lora-rank", "2", "--objective", objective) == 0
     assert train(lm, pairs, tmp_path / "out", "--resume") == 2
     assert "lora_rank 2 there, None now" in capsys.readouterr().err
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
@@ -379,15 +380,12 @@ def test_every_objective_makes_a_model_that_guides(
         (["soft", "--reward-model", "rm", "--beta", "2"], "--beta is for --objective reweighted, got soft"),
         (["soft", "--distil-from", "rm", "--reward-model", "rm"], "--distil-from takes objective and labels from its"),
         (["partial", "--distil-from", "rm", "--soft-labels-from", "rm"], "drop --objective and the like"),
-        (["partial", "--distil-from", "rm", "--head", "scalar"], "--distil-from needs --head vocab, got scalar"),
         (["partial", "--distil-from", "rm", "--top-k", "-1"], "top_k (--top-k) must be at least 1, or 0 for the whole"),
         (["partial", "--distil-from", "rm", "--beta", "0"], "beta (--beta) must be a positive number, got 0.0"),
         (["partial", "--top-k", "3"], "--top-k is for --distil-from"),
         (["soft", "--reward-model", "rm", "--lambda", "0"], "lam (--lambda) must be a positive number, got 0.0"),
         (["soft", "--reward-model", "rm", "--lambda", "nan"], "lam (--lambda) must be a positive number, got nan"),
         (["reweighted", "--reward-model", "rm", "--beta", "-1"], "beta (--beta) must be a positive number, got -1.0"),
-        (["farma", "--head", "scalar"], "--objective farma needs --head vocab, got scalar"),
-        (["autoregressive", "--head", "vocab"], "trains a language model, which takes no --head"),
         (["partial", "--load-best", "--eval-fraction", "0"], "--load-best needs held-out records: give --eval-dataset"),
     ],
 )
@@ -406,7 +404,7 @@ def test_a_distilled_head_guides_under_the_method_of_its_guide(
     soft = ["--objective", "soft", "--reward-model", str(rater)]
     assert train(lm, *(pairs, scalar) if objective == "partial" else (samples, scalar, *soft)) == 0
     distil = ["--distil-from", str(scalar), "--beta", "2", "--top-k", "4", "--eval-fraction", "0.4"]
-    assert train(lm, samples, out, "--head", "vocab", *distil) == 0
+    assert train(lm, samples, out, *distil) == 0
     assert "eval_divergence" in capsys.readouterr().out
     model = load_reward_model(out)
     assert has_vocabulary_head(model)

@@ -56,7 +56,7 @@ def test_every_kind_of_cell_is_measured(lab):
         Cell(0, "reweighted", beta=1.0, recipe=Recipe("reweighted", beta=1.0)),
         Cell(0, "smc", beta=1.0, particles=2, recipe=PARTIAL, final=FULL),
         Cell(0, "best-of-n", n=2, recipe=FULL),
-        Cell(0, recipe=replace(PARTIAL, head="vocab", lengths=(1, 2)), quality=True),
+        Cell(0, recipe=replace(PARTIAL, lengths=(1, 2)), quality=True),
         Cell(0, recipe=new, quality=True),
     ]
     for cell in cells:

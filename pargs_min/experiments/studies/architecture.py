@@ -15,7 +15,7 @@ SHAPES = ("gpt2", 1, 32), ("gpt2", 2, 64), ("gpt2", 4, 64), ("llama", 2, 64)  # 
 
 def cells(lab: Lab, seed: int) -> list[Cell]:
     shapes = SHAPES if lab.world else ()  # for its short texts
-    recipes = [PARTIAL, replace(PARTIAL, head="vocab"), *(replace(PARTIAL, start=shape) for shape in shapes)]
+    recipes = [PARTIAL, *(replace(PARTIAL, start=shape) for shape in shapes)]
     return [Cell(seed, "pargs", beta=BETA, recipe=recipe, quality=True) for recipe in recipes]
 
 

@@ -31,8 +31,7 @@ def cells(lab: Lab, seed: int) -> list[Cell]:
     found += guided(seed, ("args", "farma", "genarm"), [BETA], quality=True)
     found += guided(seed, ["win"], [ETA], quality=True)
     found += [Cell(seed, "implicit", beta=BETA, recipe=Recipe("dpo", beta=BETA), quality=True)]
-    heads = replace(PARTIAL, head="vocab"), DISTILLED
-    found += [Cell(seed, "pargs", beta=BETA, recipe=recipe, quality=True) for recipe in heads]
+    found += [Cell(seed, "pargs", beta=BETA, recipe=DISTILLED, quality=True)]
     found += [Cell(seed, method, beta=BETA) for method in FINE_TUNED]
     found += guided(seed, ["smc"], [BETA], particles=PARTICLES, final=FULL)
     found += [Cell(seed, "best-of-n", n=16, recipe=FULL)]
