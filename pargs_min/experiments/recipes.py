@@ -142,7 +142,12 @@ def make(lab: Lab, recipe: Recipe, seed: int) -> Path:
 
     how = dict(recipe=str(recipe), training=recipe.training[1:], seed=seed)
     source = made_from(lab, "model", "pairs", "held_out", **how)
-    return kept(lab.file("models") / recipe.folder_name(seed), source, trained)
+    return kept(folder(lab, recipe, seed), source, trained)
+
+
+def folder(lab: Lab, recipe: Recipe, seed: int) -> Path:
+    """Where a model is kept."""
+    return lab.file("models") / recipe.folder_name(seed)
 
 
 def guide(lab: Lab, recipe: Recipe, seed: int) -> PreTrainedModel:
@@ -311,10 +316,15 @@ def samples(lab: Lab) -> Path:
 
     def sampled(file: Path) -> None:
         prompts = [{"prompt_ids": ids} for ids in _training_prompts(lab)][: lab.text_prompts]
-        per_prompt = lab.texts_per_prompt or 2 * math.ceil(len(material(lab).pairs) / len(prompts))
-        write_lines(file, generated(lab, prompts, per_prompt, seed=SAMPLES))
+        write_lines(file, generated(lab, prompts, text_count(lab) // len(prompts), seed=SAMPLES))
 
     return kept(lab.file("samples.jsonl"), made_from(lab, "model", "pairs", "held_out"), sampled)
+
+
+def text_count(lab: Lab) -> int:
+    """How many `samples` there are."""
+    prompts = len(_training_prompts(lab)[: lab.text_prompts])
+    return prompts * (lab.texts_per_prompt or 2 * math.ceil(len(material(lab).pairs) / prompts))
 
 
 def rated(lab: Lab, seed: int) -> list[Text]:

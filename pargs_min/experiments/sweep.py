@@ -4,6 +4,7 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
@@ -20,8 +21,10 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 from transformers.utils import logging
+from transformers.utils.logging import is_progress_bar_enabled
 
 from pargs_min.experiments import measure, recipes
+from pargs_min.experiments.forecast import forecast, pace, told
 from pargs_min.experiments.measure import Cell
 from pargs_min.experiments.setup import Lab, as_json, contents
 from pargs_min.progress import progress
@@ -52,14 +55,25 @@ def sweep(worlds: Worlds, cells: Sequence[Cell], file: Path, processes: int = 2)
     done = _read(file, worlds, cells)
     if left := [cell for cell in cells if cell not in done]:
         with workers(processes) as pool, appending(file) as append:
-            for jobs in _shared(worlds, left):  # first, so that none of it is made twice
+            shared = _shared(worlds, left)  # first, so that none of it is made twice
+            of_cells = [(measure.measure, worlds[cell.seed][cell.lab], cell) for cell in left]
+            _say_how_long(pool, [*shared, of_cells], processes)
+            for jobs in shared:
                 for _ in _run(pool, jobs, "models and texts"):
                     pass
-            jobs = [(measure.measure, worlds[cell.seed][cell.lab], cell) for cell in left]
-            for (_, _, cell), found in _run(pool, jobs, "cells"):
+            for (_, _, cell), found in _run(pool, of_cells, "cells"):
                 append({"cell": as_json(cell), "found": found})
                 done[cell] = found
     return {cell: done[cell] for cell in cells}
+
+
+def _say_how_long(pool: Executor, stages: list[list[tuple]], processes: int) -> None:
+    """On stderr, for models of one's own: those of the embedded world are known, and small."""
+    labs = {lab for jobs in stages for _, lab, *_ in jobs if lab.world is None}
+    if labs and is_progress_bar_enabled():
+        paces = {lab: found for (_, lab), found in _run(pool, [(pace, lab) for lab in labs], "a short measurement")}
+        seconds = forecast(stages, paces, processes)
+        print(f"this takes {told(seconds)}; it can be interrupted, and goes on from what is made", file=sys.stderr)
 
 
 def _run(pool: Executor, jobs: list[tuple], desc: str) -> Iterator[tuple[tuple, Any]]:
