@@ -55,8 +55,8 @@ OPTIONS = {
         lora-rank ref-temperature=1.0 ref-top-k=0 ref-top-p=1.0 ref-min-p=0.0 second-judge
     """,
     "benchmark": """
-        config=tiny{tiny,gpt2,smollm2-135m,gpt2-large,llama-1b,llama-7b} model reward-model top-k=10 batch-size=1 prompt-length=128 tokens=8
-        rounds=7 dtype=float32{float32,bfloat16,float16} device threads=1 quick=False check=False
+        config=tiny{tiny,gpt2,smollm2-135m,gpt2-large,llama-1b,llama-7b} model reward-model top-k=10 batch-size=1
+        prompt-length=128 tokens=8 rounds=7 dtype=float32{float32,bfloat16,float16} device threads=1 quick=False check=False
         output-dir=runs/benchmark
     """,
     "dpo": """
