@@ -132,7 +132,7 @@ OPTIONAL: dict[str, Callable[[Any], bool]] = {
 
 
 def read_texts(path: str | os.PathLike) -> list[dict]:
-    """Records of `pargs generate`, or {instruction, output} as AlpacaEval has them, sorted by prompt and sample.
+    """Records of `pargs generate`, or {instruction, input, output} as AlpacaEval has them, by prompt and sample.
 
     Raises:
         ValueError: naming file and line, at the first that is no such record or repeats one; if there are none.
@@ -173,19 +173,28 @@ def has_ids(text: dict) -> bool:
 
 def _numbered(record: dict, source: str, asked: dict[str, tuple[int, int]]) -> dict:
     """A record of AlpacaEval as one of ours: prompts are numbered as they first appear, and so are samples of each."""
-    prompt, response = record["instruction"], record.get("output")
-    if not (isinstance(prompt, str) and isinstance(response, str)):
-        raise ValueError(f"{source}: `instruction` and `output` must be text, got {_shown([prompt, response])}")
+    prompt, response = _instruction(record, source), record.get("output")
+    if not isinstance(response, str):
+        raise ValueError(f"{source}: `output` must be text, got {_shown(response)}")
     number, sample = asked.get(prompt, (len(asked), 0))
     asked[prompt] = number, sample + 1
     return record | {"prompt": prompt, "response": response, "prompt_number": number, "sample": sample}
+
+
+def _instruction(record: dict, source: str) -> str:
+    """The prompt of a record of AlpacaEval: its instruction, and its input in a paragraph of its own, if it has one."""
+    parts = [record["instruction"], record.get("input") or ""]
+    if not all(map(_is_text, parts)):
+        raise ValueError(f"{source}: `instruction` and `input` must be text, got {_shown(parts)}")
+    return "\n\n".join(filter(None, parts))
 
 
 def read_prompts(path: str | os.PathLike) -> list[dict]:
     """Read prompts: records with a `prompt` (text or messages), or plain text, one prompt per line.
 
     A file whose name or beginning is that of JSON is read as `read_jsonl` does, and its records keep all other fields
-    (`prompt_ids` among them); in any other file each line that is not empty becomes `{"prompt": line}`.
+    (`prompt_ids` among them); in any other file each line that is not empty becomes `{"prompt": line}`. A record of
+    AlpacaEval has its prompt in `instruction` and, if it has one, `input`.
 
     Raises:
         ValueError: naming file and line, if a record has no usable prompt, or if there are none at all.
@@ -197,6 +206,8 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
     if _is_named_json(path) or re.match(r'\s*(\{|\[\s*([{"]|\]\s*\Z))', text):
         prompts = []
         for record, source in _objects(text, path):
+            if "instruction" in record and not record.keys() & {"prompt", "prompt_ids"}:
+                record = record | {"prompt": _instruction(record, source)}
             _prompt(record, source)
             # The ids of a text that was written are those of the model that wrote it.
             left_out = {"prompt_ids"} if {"prompt", "response"} <= record.keys() else set()

@@ -65,7 +65,8 @@ class GenerateOptions(DecodeOptions):
     """Options of `pargs generate`.
 
     Args:
-        prompts: JSONL records with a `prompt` (text or messages), or plain text, one prompt per line.
+        prompts: JSONL records with a `prompt` (text or messages), or plain text, one prompt per line; or a file of
+            AlpacaEval, whose instructions are the prompts.
         output: JSONL file to write, one record per text, as they come.
         method: How each token is chosen. The guide must be trained with --objective partial for pargs and smc, full
             for args and best-of-n, value for cd, autoregressive for genarm, by `pargs dpo` for implicit; soft,

@@ -3,15 +3,16 @@
 from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
-from pargs_min.cli.options import parse
+from pargs_min.cli.options import choice, parse
 from pargs_min.codec import Codec
 from pargs_min.evaluation.compare import compare, file_labels, read_files, with_kl_to
-from pargs_min.evaluation.tables import markdown, panels, write_comparison
+from pargs_min.evaluation.tables import alpaca_eval_records, markdown, panels, write_comparison
 from pargs_min.experiments.judging import named_judge
 from pargs_min.models import load_language_model, load_tokenizer
 from pargs_min.plots import intervals, save
-from pargs_min.store import results
+from pargs_min.store import results, write_json
 from pargs_min.texts import text_log_probs
 
 
@@ -20,19 +21,23 @@ class EvaluateOptions:
     """Options of `pargs evaluate`.
 
     Args:
-        files: Texts of `pargs generate`, one file per method.
+        files: Texts of `pargs generate`, or outputs as AlpacaEval has them, one file per method.
         judge: toy (the gold reward of the embedded world), a reward model (a folder or a hub id), MODULE:FUNCTION of
             (prompts, responses), or URL#MODEL, a language model behind an OpenAI-compatible address (with the key from
             OPENAI_API_KEY). May be given several times.
         against: Count how often the others beat this file, text by text.
         reference: Take every KL to this language model, which reads the texts again: for texts of fine-tuned models,
             whose own KL is to themselves.
+        export: alpacaeval writes each file once more, to alpacaeval-NAME.json in --output-dir, as AlpacaEval reads it
+            (--model_outputs): the first sample of each prompt. It knows no turns: a prompt of messages must be a single
+            one of the user.
         output_dir: For the table, the figure, and each judge's answers.
         overwrite: Replace those of an earlier evaluation in --output-dir.
     """
 
     against: str | None = None
     reference: str | None = None
+    export: str | None = choice(["alpacaeval"], None)
     output_dir: Path = Path("runs/evaluation")
     overwrite: bool = False
 
@@ -49,11 +54,16 @@ def evaluate(arguments: list[str]) -> None:
     options, repeated = parse(evaluate, arguments, EvaluateOptions, parents=[REPEATED])
     folder, against = options.output_dir, [options.against] if options.against else []
     labels = file_labels([*repeated.files, *against])
-    written = {(folder / name).resolve() for name in WRITTEN}
+    exported = {label: folder / f"alpacaeval-{quote(label, safe=' ()')}.json" for label in labels.values()}
+    exported = exported if options.export else {}
+    written = {path.resolve() for path in (*(folder / name for name in WRITTEN), *exported.values())}
     for file in labels:
         if file.resolve() in written:
             raise ValueError(f"{file} is read, and would be replaced: choose another --output-dir")
+    if there := [path for path in exported.values() if path.exists() and not options.overwrite]:
+        raise ValueError(f"{there[0]} exists: choose another --output-dir, or --overwrite it")
     files = read_files(labels)
+    outputs = {path: alpaca_eval_records(files[label], label) for label, path in exported.items()}
     if options.reference:
         lm = load_language_model(options.reference)
         codec = Codec.of(lm, load_tokenizer(options.reference))
@@ -66,6 +76,8 @@ def evaluate(arguments: list[str]) -> None:
             (folder / name).unlink(missing_ok=True)
         if shown := panels(comparison):
             save(intervals(shown), folder / "evaluation.png")
+        for path, records in outputs.items():
+            write_json(path, records)
         write_comparison(comparison, folder)
     print(markdown(comparison))
     print(f"saved {folder}")

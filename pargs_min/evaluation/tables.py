@@ -3,12 +3,14 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pargs_min.evaluation.compare import Comparison
 from pargs_min.evaluation.judges import is_number
 from pargs_min.markdown import markdown_table, one_line
+from pargs_min.records import is_messages
 from pargs_min.store import write_json
 
 
@@ -50,6 +52,36 @@ def write_comparison(comparison: Comparison, folder: str | os.PathLike) -> None:
     lines = [json.dumps(answer, ensure_ascii=False, default=_plain) + "\n" for answer in comparison.answers]
     (folder / "answers.jsonl").write_text("".join(lines), "utf-8")
     write_json(folder / "evaluation.json", {"rows": comparison.rows, "notes": comparison.notes})
+
+
+def alpaca_eval_records(texts: Sequence[dict], generator: str) -> list[dict[str, str]]:
+    """What AlpacaEval reads as the outputs of a model: one text per prompt, the first sample.
+
+    Args:
+        texts: of `read_texts`, ordered by prompt and sample.
+        generator: what AlpacaEval is to call the model.
+
+    Raises:
+        ValueError: for a prompt of token ids, or of messages other than a single one of the user: it has no turns.
+
+    >>> text = {"prompt": [{"role": "user", "content": "1 + 1?"}], "prompt_number": 0, "response": "2"}
+    >>> alpaca_eval_records([text], "plain")
+    [{'instruction': '1 + 1?', 'output': '2', 'generator': 'plain'}]
+    """
+    first = {text["prompt_number"]: text for text in reversed(texts)}
+    records = []
+    for number, text in sorted(first.items()):
+        prompt = text["prompt"]
+        if is_messages(prompt) and [message["role"] for message in prompt] == ["user"]:
+            prompt = prompt[0]["content"]
+        if not isinstance(prompt, str):
+            turns = ", ".join(message["role"] for message in prompt) if prompt else "token ids alone"
+            raise ValueError(
+                f"{generator}: prompt number {number} has {turns}; AlpacaEval takes one text, or a single message of "
+                "the user (--export)"
+            )
+        records.append({"instruction": prompt, "output": text["response"], "generator": generator})
+    return records
 
 
 def _plain(answer: Any) -> float | str:

@@ -47,7 +47,7 @@ OPTIONS = {
         prompt! method=pargs{plain,pargs,pargs-greedy,args,args-greedy,cd,soft,reweighted,win,genarm,farma,implicit}
         output shown=10 sample=0
     """,
-    "evaluate": "files! judge=[] against reference output-dir=runs/evaluation overwrite=False",
+    "evaluate": "files! judge=[] against reference export{alpacaeval} output-dir=runs/evaluation overwrite=False",
     "study": """
         output-dir=runs/study seeds=3 seed=0 processes=2 quick=False model dataset prompts judge held-out
         max-new-tokens=64 samples=16 batch-size=32 pairs-per-step=16 epochs=1.0 learning-rate=1e-05

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from pargs_min.evaluation.judges import Judge
 from pargs_min.evaluation.statistics import bootstrap_interval, mean_and_error, wilson, win_rate
 from pargs_min.evaluation.tables import KL, markdown, panels, write_comparison
 from pargs_min.experiments.judging import gold_rewards
-from pargs_min.records import read_texts
+from pargs_min.records import read_prompts, read_texts
 from pargs_min.texts import generate_texts, text_log_probs, write_records
 from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
 
@@ -359,6 +360,57 @@ def test_records_of_alpaca_eval_are_numbered_as_they_come(tmp_path, form):
     ]  # fmt: skip
 
 
+def test_the_input_of_an_instruction_belongs_to_its_prompt(tmp_path):
+    records = [ALPACA_EVAL[0] | {"input": given} for given in ("", None, "a text")]
+    (tmp_path / "x.json").write_text(json.dumps(records))
+    texts = read_texts(tmp_path / "x.json")
+    assert [(text["prompt"], text["sample"]) for text in texts] == [("Hi", 0), ("Hi", 1), ("Hi\n\na text", 0)]
+    assert [prompt["prompt"] for prompt in read_prompts(tmp_path / "x.json")] == ["Hi", "Hi", "Hi\n\na text"]
+
+
+def test_texts_go_to_alpaca_eval_and_come_back(tmp_path, monkeypatch, capsys):
+    """The first sample of each prompt, one file per method; nothing that is there is lost unasked."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b").mkdir()
+    asked = ["Hi", [{"role": "user", "content": "Bye"}]]
+    for path, answer in (("one.jsonl", "é"), ("b/one.jsonl", "no")):
+        write(tmp_path / path, [text(n, i, answer + "abc"[i], prompt=asked[n]) for n in (0, 1) for i in (1, 0)])
+    command = ["evaluate", "one.jsonl", "b/one.jsonl", "--output-dir", "out", "--export", "alpacaeval"]
+    (tmp_path / "out").mkdir()
+    theirs = tmp_path / "out" / "alpacaeval-b%2Fone.jsonl.json"
+    theirs.write_text("mine")
+    assert main(command) == 2
+    assert "alpacaeval-b%2Fone.jsonl.json exists: choose another --output-dir, or" in capsys.readouterr().err
+    assert [theirs.read_text(), len([*theirs.parent.iterdir()])] == ["mine", 1]
+    assert main([*command, "--overwrite"]) == 0
+    assert json.loads(theirs.read_text("utf-8")) == [
+        {"instruction": asked, "output": "noa", "generator": "b/one.jsonl"} for asked in ("Hi", "Bye")
+    ]
+    again = read_texts(tmp_path / "out" / "alpacaeval-one.jsonl.json")
+    assert [(one["prompt"], one["response"], one["sample"]) for one in again] == [("Hi", "éa", 0), ("Bye", "éa", 0)]
+    assert read_prompts(tmp_path / "out" / "alpacaeval-one.jsonl.json")[0]["prompt"] == "Hi"
+    mine = ["evaluate", str(theirs), "--output-dir", "out", "--export", "alpacaeval", "--overwrite"]
+    theirs.rename("out/alpacaeval-alpacaeval-x.json")  # as it would be called for alpacaeval-x.json elsewhere
+    Path("alpacaeval-x.json").symlink_to("out/alpacaeval-alpacaeval-x.json")
+    assert main([*mine[:1], "alpacaeval-x.json", *mine[2:]]) == 2
+    assert "alpacaeval-x.json is read, and would be replaced" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], "prompt number 1 has system, user;"),
+        ([{"role": "assistant", "content": "b"}], "prompt number 1 has assistant;"),
+        (None, "prompt number 1 has token ids alone;"),
+    ],
+)
+def test_prompts_that_alpaca_eval_does_not_know_are_not_exported(tmp_path, capsys, prompt, message):
+    file = write(tmp_path / "one.jsonl", [text(0, 0, "a"), text(1, 0, "a", prompt=prompt, prompt_ids=[3])])
+    assert main(["evaluate", str(file), "--output-dir", str(tmp_path / "out"), "--export", "alpacaeval"]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_texts_without_ids_are_judged_and_their_tokens_not_counted(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(ALPACA_EVAL))
     ours, theirs = read_texts(tmp_path / "x.json"), [text(n, i, "abc") for n in range(2) for i in range(2)]
@@ -378,9 +430,9 @@ def test_texts_without_ids_are_judged_and_their_tokens_not_counted(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"output": None}, "record 5: `instruction` and `output` must be text"),
-        ({"instruction": ["Hi"]}, "record 5: `instruction` and `output` must be text"),
-        ({"input": "a text"}, "record 5: `input` would be left out; put it into `prompt`"),
+        ({"output": None}, "record 5: `output` must be text"),
+        ({"instruction": ["Hi"]}, "record 5: `instruction` and `input` must be text"),
+        ({"input": ["a text"]}, "record 5: `instruction` and `input` must be text"),
         ({"response_ids": [[]]}, r"record 5: `response_ids` must not be \[\[\]\]"),
     ],
 )
