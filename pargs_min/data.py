@@ -39,6 +39,7 @@ def encode_preferences(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
     append_eos: bool = True,
+    form: str | None = None,
 ) -> tuple[list[Pair], dict[str, int]]:
     """Tokenise preferences, and drop those that cannot be trained on.
 
@@ -48,6 +49,7 @@ def encode_preferences(
         append_eos: end each response with the end token of the prompts' form (`Codec.end`), unless its ids end so
             already. Turn it off for responses that were cut at a length limit; empty responses then cannot be scored
             and are dropped.
+        form: that the prompts are brought to; None means their own.
 
     Returns:
         The pairs, and counts: "read", "kept", "too_long", "empty", "identical" (chosen equals rejected: nothing to
@@ -56,7 +58,7 @@ def encode_preferences(
     Raises:
         ValueError: naming the record, if it cannot be encoded; if no pair is left, or the tokenizer has no end token.
     """
-    rows, counts = _encode(preferences, ("chosen", "rejected"), tokenizer, max_length, lambda _: append_eos)
+    rows, counts = _encode(preferences, ("chosen", "rejected"), tokenizer, max_length, lambda _: append_eos, form)
     return [Pair(*row) for row in rows], counts
 
 
@@ -90,6 +92,16 @@ def records_form(records: Iterable[Record]) -> str:
     said = {record.form if isinstance(record, Response) else None for record in records}
     form = said.pop() if len(said) == 1 else None
     return form or prompt_format(record.prompt for record in records)
+
+
+def training_form(records: Sequence[Record], eval_records: Sequence[Record] = ()) -> str:
+    """The form of all prompts; beside chats, prompts of text to evaluate on may be users' messages without a role.
+
+    Raises:
+        ValueError: as `records_form`.
+    """
+    forms = [records_form(some) for some in (records, eval_records) if some]
+    return "chat" if forms == ["chat", "text"] else records_form([*records, *eval_records])
 
 
 def _encode(
@@ -167,6 +179,12 @@ def split_by_prompt(pairs: Sequence[Pair], fraction: float, seed: int = 0) -> tu
         raise ValueError(f"cannot hold out {fraction} of {len(prompts)} prompts; give more prompts, or fraction 0")
     train = [pair for pair in pairs if tuple(pair.prompt_ids) not in held_out]
     return train, [pair for pair in pairs if tuple(pair.prompt_ids) in held_out]
+
+
+def in_subsets(preferences: Sequence[Preference]) -> dict[str, list[Preference]]:
+    """The preferences of each subset of a benchmark, such as RewardBench, by its name."""
+    names = dict.fromkeys(one.subset for one in preferences if one.subset is not None)
+    return {name: [one for one in preferences if one.subset == name] for name in names}
 
 
 # ---- rated samples of the reference ----

@@ -7,6 +7,7 @@ One line of JSON per record, or one array of them, in any of these forms:
     {"chosen": [messages], "rejected": [messages]}                      whole chats: the last message is the response
     {"chosen": "...", "rejected": "..."}                                whole dialogues, as HH-RLHF was published
     {"prompt_ids": [...], "chosen_ids": [...], "rejected_ids": [...]}   token ids, preferred to text
+    {"prompt": "...", "chosen": ["..."], "rejected": ["...", "..."]}    as RewardBench 2: each chosen with each rejected
 """
 
 import gzip
@@ -16,6 +17,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -35,10 +37,11 @@ class Preference(NamedTuple):
     chosen: Prompt  # never messages
     rejected: Prompt
     source: str  # file:line, for errors
+    subset: str | None = None  # of a benchmark, such as RewardBench, where the record says so
 
 
 def read_preferences(name: str | os.PathLike) -> list[Preference]:
-    """Read a file (`read_jsonl`), or a data set of the model hub given as `owner/name` or `owner/name:split`.
+    """Read a file (`read_jsonl`, or .parquet), or a data set of the hub given as `owner/name` or `owner/name:split`.
 
     Raises:
         ValueError: naming file and line, at the first line that has none of the forms above.
@@ -46,7 +49,8 @@ def read_preferences(name: str | os.PathLike) -> list[Preference]:
     """
     name = str(name)
     is_file = os.path.exists(name) or name.count("/") != 1 or _is_named_json(name)
-    preferences = [check_preference(*row) for row in (read_jsonl(name) if is_file else _read_hub(name))]
+    rows = _read_parquet(name) if name.endswith(".parquet") else read_jsonl(name) if is_file else _read_hub(name)
+    preferences = [check_preference(one, source) for record, source in rows for one in _pairs(record)]
     if not preferences:
         raise ValueError(f"{name} holds no records; expected one preference per line")
     return preferences
@@ -332,6 +336,27 @@ def _read_hub(name: str) -> Iterator[tuple[dict, str]]:
         yield dict(row), f"{name} row {number}"
 
 
+def _read_parquet(name: str) -> Iterator[tuple[dict, str]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise ValueError(f"to read {name}: pip install 'pargs-min[hub]'") from None
+    try:
+        rows = parquet.read_table(name).to_pylist()
+    except ArrowException as error:
+        raise ValueError(f"{name} is no parquet file that can be read: {error}") from None
+    for number, row in enumerate(rows):
+        yield row, f"{name} row {number}"
+
+
+def _pairs(record: dict) -> Iterator[dict]:
+    """A record of each pair: every chosen response with every rejected one, where a side holds several texts."""
+    sides = [record.get(name) for name in ("chosen", "rejected")]
+    several = [side if isinstance(side, list) and side and all(map(_is_text, side)) else [side] for side in sides]
+    for chosen, rejected in product(*several):
+        yield record | {"chosen": chosen, "rejected": rejected}
+
+
 def check_preference(record: dict, source: str) -> Preference:
     """Bring a record of any form above to prompt, chosen and rejected.
 
@@ -339,7 +364,7 @@ def check_preference(record: dict, source: str) -> Preference:
         ValueError: naming `source`, if a field is missing or of the wrong type.
 
     >>> check_preference({"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}, "sums.jsonl:1")
-    Preference(prompt='1 + 1 =', chosen=' 2', rejected=' 3', source='sums.jsonl:1')
+    Preference(prompt='1 + 1 =', chosen=' 2', rejected=' 3', source='sums.jsonl:1', subset=None)
     """
     beside = {name: record.get(name) for name in BESIDE}
     record = {name: value for name, value in record.items() if value is not None}
@@ -352,7 +377,8 @@ def check_preference(record: dict, source: str) -> Preference:
     chosen, rejected = _field(record, "chosen", source), _field(record, "rejected", source)
     if _repeats(prompt, chosen) and _repeats(prompt, rejected):
         raise ValueError(f"{source}: chosen and rejected both repeat the prompt; give what follows it alone")
-    return Preference(prompt, chosen, rejected, source)
+    subset = record.get("subset")
+    return Preference(prompt, chosen, rejected, source, subset if _is_text(subset) else None)
 
 
 def _repeats(prompt: Prompt, response: Prompt) -> bool:

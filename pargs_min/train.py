@@ -7,7 +7,7 @@ precision and processes are those of transformers' `Trainer`; ours are the losse
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -727,6 +727,11 @@ def prefix_accuracy(model: PreTrainedModel, pairs: Sequence[Pair], *, batch_size
         margins, differ = prefix_margins(*rewards, batch, lengths.expand(len(batch["chosen_lengths"]), -1))
         ahead += torch.stack([_wins(margins) * differ, differ.double()]).sum(1)
     return PrefixAccuracy((ahead[0] / ahead[1]).cpu(), ahead[1].long().cpu())
+
+
+def subset_accuracies(model: PreTrainedModel, subsets: Mapping[str, Sequence[Pair]]) -> dict[str, float]:
+    """Pair accuracy on whole responses of each subset of a benchmark, by the name `eval_accuracy/subset`."""
+    return {f"eval_accuracy/{name}": prefix_accuracy(model, some).accuracy[-1].item() for name, some in subsets.items()}
 
 
 def prefix_margins(

@@ -20,10 +20,12 @@ from pargs_min.data import (
     records_form,
     reweighted,
     split_by_prompt,
+    training_form,
 )
 from pargs_min.records import Preference, Response
 
 from .strategies import tiny_tokenizer, token_pairs
+from .test_codec import chat_tokenizer
 from .test_reward_model import word_tokenizer
 
 END, START = 1, 2
@@ -167,6 +169,17 @@ def test_lengths_are_the_responses_own():
     assert batch["chosen_lengths"].tolist() == [3]
     assert batch["rejected_lengths"].tolist() == [1]
     torch.testing.assert_close(batch["input_ids"][1], torch.tensor([5, END, END, END]))
+
+
+def test_text_to_evaluate_on_is_a_users_message_beside_chats_and_nothing_else():
+    chat, text = Preference([{"role": "user", "content": "a"}], "b", "c", "-"), Preference("a", "b", "c", "-")
+    assert training_form([chat], [text]) == training_form([chat]) == training_form([chat], [chat]) == "chat"
+    assert training_form([text], [text]) == "text"
+    for some in (([text], [chat]), ([chat], [text, chat]), ([chat, text], []), ([chat], [text._replace(prompt=[3])])):
+        with pytest.raises(ValueError, match="prompts must all have one form, got"):
+            training_form(*some)
+    tokenizer = chat_tokenizer()
+    assert encode_preferences([text], tokenizer, form="chat")[0] == encode_preferences([chat], tokenizer)[0]
 
 
 def test_texts_that_say_what_they_were_written_for_have_that_form():

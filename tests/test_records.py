@@ -6,6 +6,7 @@ import os
 import re
 import sys
 
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -169,6 +170,44 @@ def test_an_empty_file_and_a_cut_archive_are_refused(tmp_path):
 def test_a_missing_file_is_an_oserror(name):
     with pytest.raises(FileNotFoundError):
         read_preferences(name)
+
+
+BENCH = GOOD | {"chosen_model": "a", "rejected_model": "b", "subset": "sums", "id": 5}
+
+
+@pytest.mark.parametrize("name", ["bench.jsonl", "bench.parquet"])
+def test_pairs_of_reward_bench_know_their_subset(tmp_path, name):
+    if name.endswith("parquet"):
+        table = pyarrow.Table.from_pylist([BENCH, BENCH | {"subset": None}])
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    else:
+        (tmp_path / name).write_text(lines(BENCH, GOOD))
+    assert [(*one[:3], one.subset) for one in read_preferences(tmp_path / name)] == [
+        ("1 + 1 =", " 2", " 3", "sums"), ("1 + 1 =", " 2", " 3", None),
+    ]  # fmt: skip
+
+
+def test_every_chosen_response_is_compared_with_every_rejected_one(tmp_path):
+    """As RewardBench 2 has them; ids and messages stay what they are."""
+    (tmp_path / "p.jsonl").write_text(lines(BENCH | {"chosen": ["2", "two"], "rejected": ["3", "1"]}))
+    found = read_preferences(tmp_path / "p.jsonl")
+    assert [one[1:3] for one in found] == [("2", "3"), ("2", "1"), ("two", "3"), ("two", "1")]
+    assert {one.source for one in found} == {f"{tmp_path}/p.jsonl:1"}
+    for wrong in (BENCH | {"chosen": []}, BENCH | {"rejected": ["3", 1]}):
+        (tmp_path / "p.jsonl").write_text(lines(wrong))
+        with pytest.raises(ValueError, match=r"p.jsonl:1: `(chosen|rejected)` must be a string"):
+            read_preferences(tmp_path / "p.jsonl")
+
+
+def test_a_damaged_table_and_a_missing_reader_are_one_line(tmp_path, monkeypatch):
+    (tmp_path / "p.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"p.parquet is no parquet file that can be read"):
+        read_preferences(tmp_path / "p.parquet")
+    with pytest.raises(FileNotFoundError):
+        read_preferences(tmp_path / "absent.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"to read .*p.parquet: pip install 'pargs-min\[hub\]'"):
+        read_preferences(tmp_path / "p.parquet")
 
 
 # ---- prompts ----

@@ -18,7 +18,16 @@ from pargs_min.baselines.farma import train_farma
 from pargs_min.baselines.genarm import train_genarm
 from pargs_min.cli.options import choice, parse
 from pargs_min.codec import Codec, check_vocabularies
-from pargs_min.data import Text, effective_texts, encode_preferences, encode_texts, records_form, split_by_prompt
+from pargs_min.data import (
+    Text,
+    effective_texts,
+    encode_preferences,
+    encode_texts,
+    in_subsets,
+    records_form,
+    split_by_prompt,
+    training_form,
+)
 from pargs_min.decode import Warp, recorded_warp
 from pargs_min.distil import train_distilled, vocabulary_headed
 from pargs_min.lora import lora_config
@@ -35,6 +44,7 @@ from pargs_min.train import (
     keep_best,
     last_checkpoint,
     rate,
+    subset_accuracies,
     train_language_model,
     train_partial_on_texts,
     train_reward_model,
@@ -65,7 +75,8 @@ class DataOptions:
         dataset: Preference pairs, as for `pargs train`.
         append_eos: End responses with the end token; --no-append-eos if they were cut.
         max_length: Tokens per text at most; prompts are cut. Default: the model's context.
-        eval_dataset: Records to evaluate on, instead of held-out ones.
+        eval_dataset: Records to evaluate on, instead of held-out ones. Pairs that name their `subset`, as those of
+            RewardBench do, also give the accuracy of each; beside chats, a prompt of text is a user's message.
         eval_fraction: Share of prompts to hold out, with all their records; 0 for none.
         load_best: Keep the checkpoint with the least held-out loss, not the last. Evaluates whenever a checkpoint is
             saved, by default after every tenth of the steps.
@@ -215,7 +226,7 @@ def train(arguments: list[str]) -> None:
         return distil(options, args)
     recipe, rater = options.recipe, options.reward_model or options.soft_labels_from
     records = read(options, partial(read_texts, rater) if recipe.on_texts else read_preferences)
-    form = records_form([record for some in records for record in some])  # an error now, not after training
+    form = training_form(*records)  # an error now, not after training
 
     set_seed(args.seed)  # draws the new head
     tokenizer = load_tokenizer(options.model)
@@ -229,7 +240,10 @@ def train(arguments: list[str]) -> None:
     if recipe.on_texts:
         form, encode = rated(rater, tokenizer, limit, str(args.device), form)
     else:
-        encode = partial(encode_preferences, tokenizer=tokenizer, max_length=limit, append_eos=options.append_eos)
+        asked = dict(max_length=limit, append_eos=options.append_eos, form=form)
+        encode = partial(encode_preferences, tokenizer=tokenizer, **asked)
+    named = {} if recipe.on_texts or recipe.language_model else in_subsets(records[1])
+    subsets = {name: encode(some)[0] for name, some in named.items()}
     told = {name: getattr(options, name) for name in recipe.takes}
     made = dict(objective=options.objective) | told | dict(append_eos=options.append_eos, prompt_format=form)
     made |= {} if options.lora_rank is None else dict(lora_rank=options.lora_rank)
@@ -241,7 +255,8 @@ def train(arguments: list[str]) -> None:
     def fit(items: list, held_out: list, **settings: Any) -> dict[str, float]:
         if recipe.on_texts and args.process_index == 0:
             print(few_from(items))
-        return recipe.train(model, tokenizer, items, held_out, lora_rank=options.lora_rank, **told, **settings)
+        metrics = recipe.train(model, tokenizer, items, held_out, lora_rank=options.lora_rank, **told, **settings)
+        return metrics | subset_accuracies(model, subsets)
 
     if recipe.language_model:
         model.config.pargs = made

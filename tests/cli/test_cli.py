@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from pargs_min import methods
 from pargs_min.cli import main
 from pargs_min.cli.train import RECIPES
+from pargs_min.codec import Codec
 from pargs_min.models import load_reward_model, load_tokenizer, save_reward_model
 from pargs_min.reward_model import has_vocabulary_head, prefix_rewards, recorded
 from tests.strategies import tiny_lm, tiny_tokenizer
@@ -227,6 +228,28 @@ def test_a_model_trained_by_adapters_is_an_ordinary_one_that_guides(
 def test_held_out_pairs_may_be_a_file_of_their_own(lm, pairs, tmp_path, capsys):
     assert train(lm, pairs, tmp_path / "out", "--eval-dataset", str(pairs)) == 0
     assert "eval_pairs                   49" in capsys.readouterr().out
+
+
+@pytest.mark.trains
+def test_a_benchmark_is_reported_subset_by_subset(lm, pairs, tmp_path, capsys):
+    records = [json.loads(line) for line in pairs.read_text().splitlines()]
+    bench = [one | {"subset": "easy" if n % 7 else "hard", "id": n} for n, one in enumerate(records)]
+    bench.append({"prompt": "a", "chosen": "b", "rejected": "c"})
+    (tmp_path / "bench.jsonl").write_text("\n".join(map(json.dumps, bench)))
+    assert train(lm, pairs, tmp_path / "out", "--eval-dataset", str(tmp_path / "bench.jsonl")) == 0
+    found = dict(re.findall(r"^(eval_\S+) +(\S+)$", capsys.readouterr().out, re.MULTILINE))
+    model, tokenizer = load_reward_model(tmp_path / "out"), load_tokenizer(tmp_path / "out")
+    won = {name: [] for name in ("easy", "hard", None)}
+    codec = Codec(tokenizer, "text")
+    for one in bench:
+        prompt, sides = codec.encode(one["prompt"], [one["chosen"], one["rejected"]], True)
+        ids = [torch.tensor([prompt + side]) for side in sides]
+        chosen, rejected = (prefix_rewards(model, one, torch.ones_like(one))[0, -1].item() for one in ids)
+        won[one.get("subset")].append((chosen > rejected) + 0.5 * (chosen == rejected))
+    for name in ("easy", "hard"):
+        assert float(found[f"eval_accuracy/{name}"]) == pytest.approx(sum(won[name]) / len(won[name]), abs=1e-3)
+    assert float(found["eval_accuracy"]) == pytest.approx(sum(map(sum, won.values())) / 50, abs=1e-3)
+    assert "eval_accuracy/None" not in found
 
 
 def test_prompts_of_two_forms_are_refused_before_training(lm, pairs, tmp_path, capsys):
