@@ -46,7 +46,7 @@ RECORD: dict[str, Any] = {
 # What `save` may have written.
 WRITTEN: tuple[str, ...] = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 WRITTEN += ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*chat_template*", "vocab.*", "merges.txt")
-WRITTEN += ("*.model",)  # sentencepiece
+WRITTEN += ("*.model", "README.md")  # sentencepiece, and the card
 HEADS = ("score", "classifier")  # what the families of transformers call theirs
 OLD_MASKS = re.compile(r"\.(attn|attention)\.(masked_)?bias$")  # constants that old checkpoints keep among the weights
 # What is read of a folder.
@@ -182,8 +182,11 @@ def save_reward_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     save(model, tokenizer, folder)
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Name) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Name, card: str | None = None) -> None:
     """Write an ordinary folder of transformers: configuration, safetensors, tokenizer; an old model there is replaced.
+
+    Args:
+        card: what the README.md says (`hub.model_card`); None means that there is none.
 
     Raises:
         OSError: if it cannot be written, as on a full disk.
@@ -191,6 +194,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Nam
     with _quietly(), saving(folder), replacing(folder, WRITTEN, last="config.json") as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        if card is not None:
+            (unfinished / "README.md").write_text(card, "utf-8")
 
 
 def record(model: PreTrainedModel, **settings) -> None:

@@ -95,7 +95,8 @@ def replacing(folder: str | os.PathLike, old: Iterable[str], last: str) -> Itera
 def content(name: str | os.PathLike) -> str:
     """What tells contents apart: 16 hex digits of a file, or of all files of a folder; of the hub, the name itself.
 
-    A model's folder (with a config.json) may hold results, too: its own files are those directly in it, but for JSONL.
+    A model's folder (with a config.json) may hold results, too: its own files are those directly in it, but for JSONL
+    and the README.md, which changes no number.
     What is neither file nor folder is read once, and equals nothing.
 
     >>> content("owner/model")
@@ -108,7 +109,7 @@ def content(name: str | os.PathLike) -> str:
         return f"that cannot be read again ({uuid.uuid4().hex[:8]})"
     files = [path]
     if (path / "config.json").exists():
-        files = [file for file in path.iterdir() if file.suffix != ".jsonl"]
+        files = [file for file in path.iterdir() if file.suffix != ".jsonl" and file.name != "README.md"]
     elif path.is_dir():
         files = [*path.rglob("*")]
     for file in sorted(files):
@@ -172,12 +173,13 @@ def saving(where: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def results(
-    folder: str | os.PathLike, last: str, *, overwrite: bool, sources: Iterable[str | None] = ()
+    folder: str | os.PathLike, last: str, *others: str, overwrite: bool, sources: Iterable[str | None] = ()
 ) -> Iterator[Path]:
     """Context manager: the folder that a command writes its results to, and nobody else in the meantime.
 
     Args:
         last: the file of the results that is written last.
+        others: files that are results, too.
         overwrite: whether results that are there may be replaced.
         sources: models that are read, which are never replaced: they must not lie in the folder.
 
@@ -189,8 +191,10 @@ def results(
         if Path(source).exists() and Path(source).resolve().is_relative_to(folder.resolve()):
             what = "is" if folder.samefile(source) else f"holds {source}, which is"
             raise ValueError(f"--output-dir {folder} {what} a model that is read and would be lost: choose another one")
-    if (folder / last).exists() and not overwrite:
-        raise ValueError(f"--output-dir {folder} holds {last} of an earlier run: choose another one, or --overwrite it")
+    if not overwrite and (there := [name for name in (last, *others) if (folder / name).exists()]):
+        raise ValueError(
+            f"--output-dir {folder} holds {there[0]} of an earlier run: choose another one, or --overwrite it"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:

@@ -358,7 +358,7 @@ ACCEPTED: dict[str, tuple[tuple, str]] = {
     "label_names": ((None,), IGNORED),
     "include_for_metrics": (([],), IGNORED),
     "do_predict": ((False,), IGNORED),
-    "push_to_hub": ((False,), "a model that is whole can be pushed from its folder (hf upload)"),
+    "push_to_hub": ((False,), "a model is pushed when it is whole, by `pargs train` or `hf upload`"),
 }
 
 

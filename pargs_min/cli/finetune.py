@@ -45,7 +45,7 @@ def dpo(arguments: list[str]) -> None:
     form = records_form([record for some in records for record in some])
     model.config.pargs = dict(objective="dpo", beta=options.beta, prompt_format=form)
     fit = partial(train_dpo, model, tokenizer, beta=options.beta)
-    fit_and_save(options, args, records, encode, fit, partial(save, model, tokenizer))
+    fit_and_save(options, args, records, encode, fit, model, tokenizer)
 
 
 @dataclass(kw_only=True)
@@ -98,7 +98,7 @@ def ppo(arguments: list[str]) -> None:
     sources = options.model, options.reward_model, options.value_model
     goes_on = options.resume and checkpoint.exists()
     replace = options.overwrite or (goes_on and (folder / KEPT).exists())  # the model of a run that goes on is its own
-    with results(folder, "config.json", overwrite=replace, sources=sources):
+    with results(folder, "config.json", "README.md", overwrite=replace, sources=sources):
         log = folder / "log.jsonl"
         logged = [line for line, _ in read_jsonl(log, growing=True)] if log.exists() else []
         if options.resume:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import distributed
-from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from pargs_min.baselines.farma import train_farma
 from pargs_min.baselines.genarm import train_genarm
@@ -30,8 +31,17 @@ from pargs_min.data import (
 )
 from pargs_min.decode import Warp, recorded_warp
 from pargs_min.distil import train_distilled, vocabulary_headed
+from pargs_min.hub import model_card, push
 from pargs_min.lora import lora_config
-from pargs_min.models import load_language_model, load_reward_model, load_tokenizer, record, save, save_reward_model
+from pargs_min.models import (
+    is_classifier,
+    load_config,
+    load_language_model,
+    load_reward_model,
+    load_tokenizer,
+    record,
+    save,
+)
 from pargs_min.records import Response, read_preferences, read_responses
 from pargs_min.reward_model import context_length, recorded
 from pargs_min.scoring import model_rewards
@@ -260,11 +270,9 @@ def train(arguments: list[str]) -> None:
 
     if recipe.language_model:
         model.config.pargs = made
-        write = partial(save, model, tokenizer)
     else:
         record(model, **made)
-        write = partial(save_reward_model, model, tokenizer, **made)
-    fit_and_save(options, args, records, encode, fit, write)
+    fit_and_save(options, args, records, encode, fit, model, tokenizer)
 
 
 def distil(options: TrainOptions, args: TrainingArguments) -> None:
@@ -289,8 +297,8 @@ def distil(options: TrainOptions, args: TrainingArguments) -> None:
     asked: dict[str, Any] = dict(guide=guide, reference=reference, warp=Warp(**sampled), lora_rank=options.lora_rank)
     made = recorded(guide) | dict(prompt_format=form, reference=sampled, distilled=told)
     record(model, **made)
-    write = partial(save_reward_model, model, tokenizer, **made)
-    fit_and_save(options, args, records, encode, partial(train_distilled, model, tokenizer, **asked, **told), write)
+    fit = partial(train_distilled, model, tokenizer, **asked, **told)
+    fit_and_save(options, args, records, encode, fit, model, tokenizer)
 
 
 def read_texts(rater: str, name: str) -> list[Response]:
@@ -370,6 +378,12 @@ def begin(command: Callable, arguments: list[str], kind: type, **defaults: Any) 
         options, args = parse(command, arguments, kind, TrainingArguments, defaults=defaults)
     if options.load_best:
         keep_best(args)
+    if args.push_to_hub and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", args.hub_model_id or ""):
+        raise ValueError(
+            f"hub_model_id (--hub-model-id) must be OWNER/NAME to push to (--push-to-hub), got {args.hub_model_id!r}"
+        )
+    args.hub_model_id = args.hub_model_id if args.push_to_hub else None
+    args.push_to_hub = False  # not by Trainer, and not its checkpoints: `fit_and_save` pushes what is whole
     check_settings(args, options.resume)
     if options.resume:
         check_same(Path(args.output_dir), recipe(options, args))
@@ -404,15 +418,23 @@ def read(options: DataOptions, reader: Callable[[str], list]) -> Records:
 
 
 def fit_and_save(
-    options: DataOptions, args: TrainingArguments, records: Records, encode: Callable, fit: Callable, save: Callable
+    options: DataOptions,
+    args: TrainingArguments,
+    records: Records,
+    encode: Callable,
+    fit: Callable,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Encode, hold out, train, save and report.
+    """Encode, hold out, train, save with a model card, report, and push if that is asked for.
 
     Args:
         records: from `read`.
         encode: records -> items to train on, and counts.
-        fit: (items, held-out items, args=, resume=) -> metrics.
-        save: writes the model to a folder.
+        fit: (items, held-out items, args=, resume=) -> metrics; trains the model in place.
+
+    Raises:
+        OSError: if the model cannot be pushed; it has been saved.
     """
     first = args.process_index == 0
     say = print if first else lambda *_: None
@@ -432,7 +454,11 @@ def fit_and_save(
     folder, sources = Path(args.output_dir), tuple(getattr(options, name, None) for name in named)
     goes_on = options.resume and last_checkpoint(folder) is not None
     replace = options.overwrite or (goes_on and (folder / KEPT).exists())  # the model of a run that goes on is its own
-    with results(folder, "config.json", overwrite=replace, sources=sources) if first else nullcontext():
+    base = getattr(options, "distil_from", None) or options.model
+    about: dict[str, Any] = dict(name=args.hub_model_id or folder.resolve().name, base=base, dataset=options.dataset)
+    about |= {} if is_classifier(load_config(options.model)) else dict(reference=options.model)
+    about |= dict(counts={"learned from": len(items), "held out": len(held_out)})
+    with results(folder, "config.json", "README.md", overwrite=replace, sources=sources) if first else nullcontext():
         if first and options.resume:
             check_same(folder, recipe(options, args))  # again, now that nobody else writes there
         if first and not goes_on:
@@ -441,7 +467,7 @@ def fit_and_save(
             write_json(folder / KEPT, recipe(options, args))
         metrics = fit(items, held_out, args=args, resume=options.resume)
         if first:
-            save(args.output_dir)
+            save(model, tokenizer, folder, model_card(model, tokenizer, metrics=metrics, **about))
     say("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items()))
     say(f"saved {args.output_dir}")
 
@@ -449,3 +475,5 @@ def fit_and_save(
     if distributed.is_available() and distributed.is_initialized():
         distributed.barrier()
         distributed.destroy_process_group()
+    if first and args.hub_model_id:
+        print("pushed to", push(folder, args.hub_model_id, private=args.hub_private_repo, token=args.hub_token))

@@ -323,7 +323,6 @@ def test_a_full_disk_is_one_line(made, share):
         (["--learning-rate", "-1"], "learning_rate"),
         (["--max-grad-norm", "nan"], "max_grad_norm (--max-grad-norm) must be a number, got nan"),
         (["--deepspeed", "x.json"], "deepspeed"),
-        (["--push-to-hub", "True"], "push_to_hub (--push-to-hub) must be False"),
         (["--optim", "adamw_bnb_8bit"], "transformers cannot train with these settings"),
         (["--metric-for-best-model", "nope", "--load-best-model-at-end", "--eval-strategy", "steps"], "nope"),
     ],
