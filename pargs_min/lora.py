@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,8 @@ def low_rank(model: PreTrainedModel, rank: int | None) -> Iterator[None]:
 
         W x  becomes  W x + 2 B (A x),   A (rank, in) random, B (out, rank) zero at first
 
-    Adapters and head are float32 or wider; where W is bfloat16, W + 2 B A is rounded to it in the end.
+    Adapters and head are float32 or wider; where W is bfloat16, W + 2 B A is rounded to it in the end. Weights that
+    need no gradient, such as those of a `frozen_trunk`, get no adapters.
 
     Args:
         model: causal, with a head called `score`; or a language model, of which only adapters are trained.
@@ -31,7 +32,8 @@ def low_rank(model: PreTrainedModel, rank: int | None) -> Iterator[None]:
     if rank is None:
         yield
         return
-    config = lora_config(rank)
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    config = lora_config(rank, [name.rpartition(".")[0] for name in frozen])
     from peft import get_peft_model
 
     with warnings.catch_warnings():
@@ -46,12 +48,13 @@ def low_rank(model: PreTrainedModel, rank: int | None) -> Iterator[None]:
         yield
     finally:
         adapters.merge_and_unload()
-        model.requires_grad_(True)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(name not in frozen)
         del model.config.lora_rank
 
 
-def lora_config(rank: int):
-    """The adapters of `low_rank`, as peft's configuration.
+def lora_config(rank: int, without: Iterable[str] = ()):
+    """The adapters of `low_rank`, as peft's configuration; `without` names modules that get none.
 
     Raises:
         ValueError: if the rank is below 1, or peft is missing.
@@ -62,7 +65,7 @@ def lora_config(rank: int):
         from peft import LoraConfig
     except ImportError as error:
         raise ValueError(f"lora_rank (--lora-rank) needs peft ({error}): pip install 'pargs-min[lora]'") from None
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=["score"])
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", exclude_modules=["score", *without])
 
 
 def check_rank(checkpoint: str | None, rank: int | None) -> None:

@@ -42,6 +42,7 @@ RECORD: dict[str, Any] = {
     "objective": ("partial", "full", "value", "soft", "win", "farma", *LANGUAGE_MODELS),
     "prompt_format": FORMS,
     "append_eos": (True, False),
+    "shared_layers": range(10_000),
 }
 # What `save` may have written.
 WRITTEN: tuple[str, ...] = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ from pargs_min.scoring import (
 )
 from pargs_min.static import StaticPolicy, StaticScorer
 from pargs_min.store import appending
+from pargs_min.trunk import TrunkScorer, one_query_scorer, share_trunk
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,9 @@ class _Writer:
         longest = _longest(self.encoded, how.max_new_tokens, lm)
         policy: PolicyStepper = ModelPolicy(lm, vocabulary=codec.vocabulary)
         asking: dict[str, Any] = dict(codec=codec, prompts=prompts, encoded=self.encoded)
-        asking |= dict(max_new_tokens=how.max_new_tokens)
+        asking |= dict(max_new_tokens=how.max_new_tokens, lm=None if compiled else lm)
+        for guide in filter(None, (reward[0], final[0])):
+            share_trunk(lm, guide)
         reward_fn, scorer = _reward(*reward, guided=method.guided, **asking)
         weigh, _ = _reward(*final, guided=False, **asking)
         if compiled:
@@ -217,7 +221,8 @@ class _Writer:
         # Passes are counted by hooks, but compiled steps count their own.
         self.static = [one for one in (policy, scorer) if isinstance(one, (StaticPolicy, StaticScorer))]
         self.raters = reward[0], final[0]
-        self.hooked = [one for one in (lm, *self.raters) if all(one is not stepper.model for stepper in self.static)]
+        read = lm, *self.raters, scorer.model if isinstance(scorer, TrunkScorer) else None
+        self.hooked = [one for one in read if all(one is not stepper.model for stepper in self.static)]
 
     def write(self, numbers: list[tuple[int, int]], seed: int) -> Iterator[dict]:
         """The records of a batch of (prompt number, sample number)."""
@@ -383,6 +388,7 @@ def _reward(
     prompts: list[dict],
     encoded: list[list[int]],
     max_new_tokens: int,
+    lm: PreTrainedModel | None,
 ) -> tuple[RewardFn | None, RewardScorer | None]:
     """The fastest right way to ask this reward model: of whole texts, and of the candidates of a step."""
     if model is None:
@@ -391,7 +397,8 @@ def _reward(
     if is_language_model(model):
         check_vocabularies(codec.tokenizer, tokenizer)
         _longest(encoded, max_new_tokens, model)
-        return None, LanguageModelScorer(model, recorded(model).get("beta"), codec.vocabulary)
+        how = dict(beta=recorded(model).get("beta"), vocabulary=codec.vocabulary)
+        return None, one_query_scorer(lm, model, partial(LanguageModelScorer, **how))
     try:
         check_vocabularies(codec.tokenizer, tokenizer)
         form = common_form(None, model) or codec.form
@@ -402,7 +409,7 @@ def _reward(
         reward_fn = text_rewards(model, tokenizer, codec, prompts)
         return reward_fn, ReencodeScorer(reward_fn)
     longest = _longest(encoded, max_new_tokens, model)
-    scorer = choose_scorer(model, longest, codec.ends or ()) if guided else None
+    scorer = choose_scorer(model, longest, codec.ends or (), lm) if guided else None
     if tokenizer.chat_template and not recorded(model):
         return text_rewards(model, tokenizer, codec, prompts), scorer  # whole chats, as its template closes them
     return model_rewards(model), scorer
@@ -415,7 +422,9 @@ def _check_prompts(codec: Codec, prompts: list[dict], encoded: list[list[int]]) 
             raise ValueError(f"the reward model reads prompt number {number} differently (another chat template?)")
 
 
-def choose_scorer(model: PreTrainedModel, longest: int, ends: Collection[int] = ()) -> RewardScorer:
+def choose_scorer(
+    model: PreTrainedModel, longest: int, ends: Collection[int] = (), lm: PreTrainedModel | None = None
+) -> RewardScorer:
     """The fastest scorer that is right for this model and texts of up to `longest` tokens.
 
     `VocabularyScorer` for a vocabulary head, `SiblingScorer` for others where it is right, else `ReencodeScorer`, with
@@ -423,9 +432,10 @@ def choose_scorer(model: PreTrainedModel, longest: int, ends: Collection[int] = 
 
     Args:
         ends: ids that end a response.
+        lm: the language model, whose lowest layers a vocabulary-headed model may share (`one_query_scorer`).
     """
     if has_vocabulary_head(model):
-        return VocabularyScorer(model)
+        return one_query_scorer(lm, model, VocabularyScorer)
     if (pad := pooled_padding(model)) in ends:
         why = f"this reward model takes an end token ({pad}) for padding, and reads a text that has ended before it"
     else:

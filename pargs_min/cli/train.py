@@ -61,6 +61,7 @@ from pargs_min.train import (
     train_value_model,
     usable_settings,
 )
+from pargs_min.trunk import copy_trunk, frozen_trunk
 
 Records = tuple[list, list]  # to train on, and of --eval-dataset
 KEPT = "pargs.json"  # the options of a run, next to its checkpoints
@@ -168,6 +169,9 @@ class TrainOptions(DataOptions):
         lora_rank: Train the head, plus adapters of this rank on all remaining linear layers, instead of all weights.
             They are merged in the end, and an ordinary model is saved (needs the extra `lora`). Use a larger
             --learning-rate, such as 1e-4. With --bf16 the other weights are held in bfloat16.
+        shared_layers: Train only what is above the embeddings and this many lowest layers, which stay those of the
+            language model. Next to it the guide then needs memory for its upper layers alone; and a guide that is asked
+            once per step (reweighted, autoregressive or with a vocabulary head) computes those alone.
 
     Raises:
         ValueError: for options that exclude each other, or are out of range.
@@ -183,6 +187,7 @@ class TrainOptions(DataOptions):
     tail: Literal["extend", "min"] | None = None
     reduction: Literal["prefix", "pair"] = "prefix"
     lora_rank: int | None = None
+    shared_layers: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -256,7 +261,7 @@ def train(arguments: list[str]) -> None:
     subsets = {name: encode(some)[0] for name, some in named.items()}
     told = {name: getattr(options, name) for name in recipe.takes}
     made = dict(objective=options.objective) | told | dict(append_eos=options.append_eos, prompt_format=form)
-    made |= {} if options.lora_rank is None else dict(lora_rank=options.lora_rank)
+    made |= {name: value for name in ("lora_rank", "shared_layers") if (value := getattr(options, name)) is not None}
     made |= {} if options.soft_labels_from is None else dict(soft_labels=True)
     made |= dict(reference=sampled_as(records)) if recipe.on_texts else {}
     if "tail" in told:
@@ -272,7 +277,8 @@ def train(arguments: list[str]) -> None:
         model.config.pargs = made
     else:
         record(model, **made)
-    fit_and_save(options, args, records, encode, fit, model, tokenizer)
+    with frozen_trunk(model, options.shared_layers):
+        fit_and_save(options, args, records, encode, fit, model, tokenizer)
 
 
 def distil(options: TrainOptions, args: TrainingArguments) -> None:
@@ -296,9 +302,14 @@ def distil(options: TrainOptions, args: TrainingArguments) -> None:
     told: dict[str, Any] = dict(beta=options.beta, top_k=options.top_k)
     asked: dict[str, Any] = dict(guide=guide, reference=reference, warp=Warp(**sampled), lora_rank=options.lora_rank)
     made = recorded(guide) | dict(prompt_format=form, reference=sampled, distilled=told)
+    made.pop("shared_layers", None)  # the guide's, whose weights are all trained unless they are asked for here
+    if options.shared_layers is not None:
+        copy_trunk(model, reference, options.shared_layers)
+        made["shared_layers"] = options.shared_layers
     record(model, **made)
     fit = partial(train_distilled, model, tokenizer, **asked, **told)
-    fit_and_save(options, args, records, encode, fit, model, tokenizer)
+    with frozen_trunk(model, options.shared_layers):
+        fit_and_save(options, args, records, encode, fit, model, tokenizer)
 
 
 def read_texts(rater: str, name: str) -> list[Response]:
