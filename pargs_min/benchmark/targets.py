@@ -57,6 +57,7 @@ def targets(rounds: int = 7) -> Iterator[Target]:
     tiny = models_of_shape("tiny")
     yield from passes_and_memory(tiny)
     yield from against_the_floor("4 layers", tiny, rounds, tokens=16)
+    yield shared_trunk(tiny, rounds)
     yield growth_with_length(tiny, rounds)
     yield from training(tiny, rounds)
     for way, setting in (
@@ -76,6 +77,10 @@ def passes_and_memory(tiny: Models) -> Iterator[Target]:
     counts = ways.passes_per_token(ways.all_ways(tiny, Setting())["our loop"], tiny)
     yield Target("our loop: passes per token", [counts["lm passes"] + counts["reward passes"]], at_most=2)
     yield Target("our loop: tokens read per token", [counts["lm tokens"] + counts["reward tokens"]], at_most=K + 2)
+    counts = ways.passes_per_token(ways.all_ways(tiny, Setting())["reweighted, shared trunk"], tiny)
+    yield Target("shared trunk: tokens read per token", [counts["lm tokens"] + counts["reward tokens"]], at_most=2)
+    both, alone = ways.weight_bytes(tiny.lm, tiny.trunk.model), ways.weight_bytes(tiny.lm)
+    yield Target("4 layers, 3 shared: weights / the language model's", [both / alone], at_most=1.2)
     weights = ways.weight_bytes(tiny.lm, tiny.scalar)
     for batch, length, k in ((1, 128, 10), (1, 128, 50), (8, 256, 10)):
         peak = ways.peak_bytes(ways.all_ways(tiny, Setting(k, batch, length))["our loop"], CPU)
@@ -94,6 +99,13 @@ def against_the_floor(shape: str, models: Models, rounds: int, tokens: int) -> I
         ("vocabulary head", "vocabulary floor", 1.25),
     ):
         yield Target(f"{shape}, P=128: {name} / {over}", ratios(seconds, name, over), at_most=bound)
+
+
+def shared_trunk(tiny: Models, rounds: int) -> Target:
+    """What is left of the cost of a guide that shares 3 of 4 layers: a report, since the loop's own cost weighs in."""
+    names = "reweighted, shared trunk", "reweighted"
+    seconds = ways.interleaved(ways.all_ways(tiny, Setting(tokens=16), *names), range(rounds), CPU)
+    return Target("4 layers, 3 shared, P=128: guide on the trunk / on its own", ratios(seconds, *names))
 
 
 def growth_with_length(tiny: Models, rounds: int) -> Target:

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property, partial
 from itertools import accumulate, pairwise
 from pathlib import Path
 from threading import Condition
@@ -31,9 +31,10 @@ from pargs_min.data import Pair, at_response_tokens, collate
 from pargs_min.decode import ModelPolicy, PolicyStepper, RewardGuidance, RewardScorer, generate
 from pargs_min.losses import partial_bradley_terry_loss
 from pargs_min.reward_model import body_and_head, prefix_rewards, token_rewards
-from pargs_min.scoring import CachedText, SiblingScorer, VocabularyScorer
+from pargs_min.scoring import CachedText, LanguageModelScorer, SiblingScorer, VocabularyScorer
 from pargs_min.static import StaticPolicy, StaticScorer
 from pargs_min.texts import counted_passes
+from pargs_min.trunk import TrunkScorer, layers_of, one_query_scorer, trunk_parameters
 
 # Name -> a family of models, and how its default configuration is changed.
 SHAPES: dict[str, tuple[str, dict]] = json.loads(Path(__file__).with_name("shapes.json").read_text("utf-8"))
@@ -48,6 +49,20 @@ class Models:
     lm: PreTrainedModel
     scalar: PreTrainedModel
     vocabulary: PreTrainedModel
+
+    @cached_property
+    def guide(self) -> PreTrainedModel:
+        """A language model to guide the other: a copy, since time does not depend on what it has learned."""
+        return copy.deepcopy(self.lm)
+
+    @cached_property
+    def trunk(self) -> LanguageModelScorer | VocabularyScorer | TrunkScorer:
+        """The same, on the language model's own embeddings and lowest four of five layers."""
+        layers = 4 * len(layers_of(self.lm)) // 5
+        below = trunk_parameters(self.lm, layers) if layers else {}
+        guide = copy.deepcopy(self.lm, {id(weight): weight for weight in below.values()})
+        guide.config.pargs = dict(shared_layers=layers)
+        return one_query_scorer(self.lm, guide, partial(LanguageModelScorer, beta=1.0))
 
 
 @dataclass(frozen=True)
@@ -200,6 +215,8 @@ def all_ways(models: Models, setting: Setting, *names: str) -> dict[str, Way]:
         ),
         "vocabulary floor": lambda tick: floor(lm, models.vocabulary, ids, 1, tokens, tick),
         "vocabulary head": lambda tick: ours(policy, one_query, ids, 0, tokens, tick),
+        "reweighted": lambda tick: ours(policy, LanguageModelScorer(models.guide, 1.0), ids, 0, tokens, tick),
+        "reweighted, shared trunk": lambda tick: ours(policy, models.trunk, ids, 0, tokens, tick),
         "k copies of the cache": lambda tick: ours(policy, CopiedScorer(rm, k), ids, k, tokens, tick, truncate=True),
         "k passes, no cache": lambda tick: uncached(models, ids, k, tick),
     }
@@ -292,7 +309,8 @@ def peak_bytes(way: Way, device: torch.device) -> int:
 def passes_per_token(way: Way, models: Models) -> dict[str, float]:
     """Forward passes of each model and the tokens they read, per token written; the reading of the prompt left out."""
     seen: list[tuple[Counter, Counter]] = []  # the counts at each tick
-    with counted_passes(models.lm) as lm, counted_passes(models.scalar) as reward:
+    guides = models.scalar, models.guide, models.trunk.model
+    with counted_passes(models.lm) as lm, counted_passes(*guides) as reward:
         way(lambda: seen.append((lm.copy(), reward.copy())))
     return {
         f"{model} {what}": (last[what] - first[what]) / (len(seen) - 1)

@@ -26,6 +26,7 @@ from pargs_min.cli import main
 from pargs_min.decode import ModelPolicy, generate, greedy, row_uniforms, sample
 from pargs_min.reward_model import has_vocabulary_head
 from pargs_min.scoring import SiblingScorer
+from pargs_min.trunk import layers_of
 from tests.strategies import left_padded, tiny_lm, tiny_reward_model, tiny_tokenizer
 
 CPU = torch.device("cpu")
@@ -63,6 +64,8 @@ def test_each_way_makes_the_passes_it_is_named_for(models):
         "RewardGuidance": fused,
         "vocabulary floor": one_query,
         "vocabulary head": one_query,
+        "reweighted": one_query,
+        "reweighted, shared trunk": one_query,
         "k copies of the cache": fused | {"reward tokens": 2 * 4},
         "k passes, no cache": {  # one text after the other
             "lm passes": 2,
@@ -91,6 +94,16 @@ def test_two_heads_share_one_backbone(models):
     assert models.vocabulary.config is not models.scalar.config
     assert has_vocabulary_head(models.vocabulary)
     assert weight_bytes(models.scalar, models.vocabulary) == weight_bytes(models.scalar) + 11 * 16 * 4
+
+
+def test_a_guide_on_the_trunk_has_its_upper_layers_alone(models):
+    upper, weight = models.lm.transformer.h[1], models.lm.transformer.h[1].mlp.c_fc.weight
+    assert len(layers_of(models.trunk.model)) == 1
+    assert not any(weight.data_ptr() == own.data_ptr() for own in models.trunk.model.parameters())
+    parts = [*upper.parameters(), *models.lm.transformer.ln_f.parameters()]
+    own = weight_bytes(models.lm, models.trunk.model) - weight_bytes(models.lm)
+    assert own == sum(weight.nbytes for weight in parts) + sum(b.nbytes for b in models.trunk.model.buffers())
+    assert weight_bytes(models.lm, models.guide) == 2 * weight_bytes(models.lm)
 
 
 def test_ways_take_turns_token_by_token_and_all_are_timed(monkeypatch):
@@ -212,13 +225,17 @@ def test_what_depends_on_the_hardware_is_reported_without_a_bound(small_shapes, 
         ways, "interleaved", lambda found, rounds, device: {name: [1.0 for _ in rounds] for name in found}
     )
     found = {target.name: target for target in targets(rounds=2)}
-    assert len(found) == 19
+    assert len(found) == 22
     assert all(target.holds or "memory" in name for name, target in found.items())  # small models have small caches
     reported = [name for name, target in found.items() if target.at_most is None and target.at_least is None]
-    assert reported == [name for name in found if "k passes" in name or "k copies of the cache / " in name]
-    assert len(reported) == 4
+    assert reported == [
+        name
+        for name in found
+        if name.startswith("4 layers, 3 shared, P=128") or "k passes" in name or "k copies of the cache / " in name
+    ]
+    assert len(reported) == 5
     counted = {name: target.values for name, target in found.items() if "per token" in name}
-    assert list(counted.values()) == [[2], [12]]
+    assert list(counted.values()) == [[2], [12], [2]]
 
 
 def test_the_report_of_given_models(tmp_path, capsys):

@@ -57,8 +57,8 @@ OPTIONS = {
     """,
     "benchmark": """
         config=tiny{tiny,gpt2,smollm2-135m,gpt2-large,llama-1b,llama-7b} model reward-model top-k=10 batch-size=1
-        prompt-length=128 tokens=8 rounds=7 dtype=float32{float32,bfloat16,float16} device threads=1 quick=False check=False
-        output-dir=runs/benchmark
+        prompt-length=128 tokens=8 rounds=7 dtype=float32{float32,bfloat16,float16} device threads=1 quick=False
+        check=False output-dir=runs/benchmark
     """,
     "dpo": """
         model! dataset! append-eos=True max-length eval-dataset eval-fraction=0.1 load-best=False resume=False
