@@ -341,9 +341,16 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that the chat template writes behind a message of the assistant; None where it writes none."""
     said = "pargs"
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
-    try:
-        closing = _apply_template(tokenizer, chat).rpartition(said)[2]
-    except ValueError:  # no template; or it fails, which is said where a chat is read
+    for messages in (
+        chat,
+        [{"role": "system", "content": "Hi"}, *chat],
+    ):  # which some templates demand, and some refuse
+        try:
+            closing = _apply_template(tokenizer, messages).rpartition(said)[2]
+            break
+        except ValueError:  # no template; or it fails, which is said where a chat is read
+            pass
+    else:
         return None
     ids = tokenizer(closing.strip(), add_special_tokens=False)["input_ids"]
     return ids[0] if ids and ids[0] in special_ids(tokenizer) else None

@@ -186,6 +186,18 @@ def test_a_chat_ends_as_its_template_ends_it_and_text_with_the_end_token():
     assert Codec(chat_tokenizer(TURNS.replace(" <|end|>", "")), "chat").end == 2
 
 
+def test_a_template_that_demands_a_system_message_still_says_how_it_ends():
+    demands = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('say who you are') }}{% endif %}"
+    tokenizer = chat_tokenizer(demands + TURNS)
+    assert Codec(tokenizer, "chat").end == 0
+    assert Codec(tokenizer, "chat").encode([{"role": "system", "content": "d"}, *USER], ["c"], finished=True)[1] == [
+        [10, 0]
+    ]
+    for prompt in ("a b", USER):
+        with pytest.raises(ValueError, match=r"the chat template of .* fails: say who you are"):
+            encode_prompt(tokenizer, prompt, "chat")
+
+
 def test_pairs_of_chats_end_as_their_template_ends_them():
     preference = Preference(USER, "c", "d d", "pairs.jsonl:1")
     (pair,), _ = encode_preferences([preference], chat_tokenizer())
