@@ -41,6 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         print("pargs: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from pargs_min.memory import is_out_of_memory  # torch has been imported by whoever raised this
+
+        if not is_out_of_memory(error):
+            raise
+        print("pargs: error: out of memory:", " ".join(str(error).split())[:300], file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("pargs: interrupted", file=sys.stderr)
         return 130

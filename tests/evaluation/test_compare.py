@@ -492,6 +492,22 @@ def test_bad_input_of_the_command_is_one_line(tmp_path, monkeypatch, capsys, arg
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\n Tried"), RuntimeError("no memory")])
+def test_a_judge_that_does_not_fit_is_one_line_and_other_errors_are_not_hidden(tmp_path, monkeypatch, capsys, error):
+    def too_large(*_, **__):
+        raise error
+
+    monkeypatch.setattr("pargs_min.evaluation.judges.load_reward_model", too_large)
+    file = write(tmp_path / "one.jsonl", ONE)
+    asked = ["evaluate", str(file), "--judge", "some/judge", "--output-dir", str(tmp_path / "out")]
+    if isinstance(error, torch.OutOfMemoryError):
+        assert main(asked) == 2
+        assert capsys.readouterr().err == "pargs: error: out of memory: CUDA out of memory. Tried\n"
+    else:
+        with pytest.raises(RuntimeError, match="no memory"):
+            main(asked)
+
+
 def test_every_kl_can_be_taken_to_one_model(tmp_path):
     """Guided texts keep theirs; those of another model are of that model's log-ratio to the reference, text by text.
 
