@@ -79,7 +79,8 @@ def _say_how_long(pool: Executor, stages: list[list[tuple]], processes: int) -> 
 def _run(pool: Executor, jobs: list[tuple], desc: str) -> Iterator[tuple[tuple, Any]]:
     """Each job and what it returned, in the order in which they end."""
     try:
-        futures = {pool.submit(*job): job for job in jobs}
+        with _no_interrupts():
+            futures = {pool.submit(*job): job for job in jobs}
         for future in progress(as_completed(futures), desc=desc, total=len(futures)) if futures else ():
             yield futures[future], future.result()
     except BrokenProcessPool:
@@ -134,9 +135,20 @@ def workers(processes: int) -> Iterator[Executor]:
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """An interrupt waits: here until the end, and in processes that are started here until `quiet_worker` is called."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def quiet_worker(parent: int) -> None:
     """One thread, since processes share the cores, and no word: the first process reports, also of an interrupt."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     logging.set_verbosity_error()

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -137,6 +139,33 @@ def test_a_study_and_its_workers(made, monkeypatch):
     finished([*asked, "--output-dir", "study"])
     assert not [*made.glob("study/**/*.unfinished")]
     assert "pargs (soft labels) minus others" in (made / "study" / "partial-vs-full.md").read_text()
+
+
+def test_a_study_that_is_interrupted_ends_at_once_and_keeps_what_it_made(made):
+    """As by Ctrl-C, which reaches its workers, too: one line, no traceback, status 130."""
+    asked = ["study", "partial-vs-full", "--model", "lm", "--dataset", "pairs.jsonl", "--prompts", "prompts.jsonl"]
+    asked += ["--judge", "rm", "--max-new-tokens", "4", "--samples", "2", "--seeds", "1", "--quick"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pargs_min", *asked, "--output-dir", "study"],
+        cwd=made,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # background jobs ignore it
+    )
+    while not (whole := list(made.glob("study/models/*/config.json"))):
+        time.sleep(0.1)
+        assert process.poll() is None
+    workers = children(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "pargs: interrupted"
+    assert "Traceback" not in said
+    assert workers
+    assert not any(alive(worker) for worker in workers)
+    assert all(file.exists() for file in whole)
 
 
 def children(pid: int) -> list[int]:
