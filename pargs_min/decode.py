@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from pargs_min.policy import guided_log_probs, keep_rest, tempered, top_k_candidates, truncate_rest
+from pargs_min.policy import guided_log_probs, keep_rest, tempered, top_k_candidates, truncate_rest, worth_guiding
 from pargs_min.reward_model import read, token_positions
 from pargs_min.scoring import CachedText, RewardFn
 
@@ -41,7 +41,10 @@ class PolicyStepper(Protocol):
 
 
 class RewardScorer(Protocol):
-    """The reward of prefixes, one step at a time: `score` and `push`, once each, in that order."""
+    """The reward of prefixes, one step at a time: `score` and `push`, once each, in that order.
+
+    With `guide_below` some steps are pushed without having been scored.
+    """
 
     def start(self, prompt_ids: Tensor, mask: Tensor) -> None: ...
     def score(self, candidates: Tensor, ref_log_probs: Tensor) -> Tensor: ...  # (B, K) each -> (B, K)
@@ -178,7 +181,7 @@ class Generation:
     lengths: Tensor  # (B,) tokens of each response, its end token included
     ref_log_probs: Tensor  # (B, N) log pi_ref of each drawn token, in nats, over the whole vocabulary
     log_probs: Tensor  # (B, N) log-probability of each drawn token under the guided policy, in nats, whatever the draw
-    rewards: Tensor  # (B, N) reward of the prefix that ends in it; 0 without guidance, nan if it was no candidate
+    rewards: Tensor  # (B, N) reward of the prefix that ends in it; 0 without guidance, nan if nobody asked for it
 
 
 class Drawn(NamedTuple):
@@ -197,7 +200,7 @@ class Step:
     number: int  # from 0
     candidates: Tensor  # (B, K) the k likeliest tokens
     ref_log_probs: Tensor  # (B, K)
-    rewards: Tensor  # (B, K); nan for those that `min_ref_prob` rules out
+    rewards: Tensor  # (B, K); nan for those that `min_ref_prob` rules out, and in rows that `guide_below` leaves alone
     log_probs: Tensor  # (B, K) of the guided policy
     drawn: Drawn
     alive: Tensor  # (B,) rows that had not ended before this step
@@ -215,6 +218,7 @@ def generate(
     max_new_tokens: int,
     min_ref_prob: float = 0.0,
     truncate: bool = False,
+    guide_below: float | None = None,
     eos: int | Iterable[int] | None = None,
     pad: int | None = None,
     temperature: float = 1.0,
@@ -238,6 +242,9 @@ def generate(
         min_ref_prob: tokens that the reference finds less likely than this are no candidates.
         truncate: draw from the candidates alone, as the paper does. By default all other tokens keep the probability
             that the reference gives them (`keep_rest`).
+        guide_below: leave a row unguided (beta = 0) where its likeliest token is at least this likely to the reference,
+            or is the only candidate. Where this is so of all rows that have not ended, nobody asks for rewards: the
+            fewer rows, the more passes it saves. By default every step is guided.
         eos: the token that ends a response, or several. It is a candidate like any other.
         pad: the id put after the end; by default the (first) end token.
         temperature: of the guided policy, see `tempered`.
@@ -247,7 +254,8 @@ def generate(
         on_step: called with a `Step` after each draw.
 
     Raises:
-        ValueError: for an argument out of range, or a prompt that leaves no room for N tokens in a model's context.
+        ValueError: for an argument out of range, a prompt that leaves no room for N tokens in a model's context, or
+            `guide_below` with `resample`.
         FloatingPointError: if a reward is not finite or a log-probability is not a number, with the step and the row.
 
     Source: arXiv 2406.07780, the decoding algorithm. With a full-sequence reward model it is ARGS (arXiv 2402.01694).
@@ -257,6 +265,8 @@ def generate(
     uniforms = torch.rand(len(prompt_ids), max_new_tokens) if uniforms is None else uniforms
     _check_lengths(policy, reward, prompt_ids, mask, max_new_tokens)
     _check_uniforms(uniforms, len(prompt_ids), max_new_tokens)
+    if guide_below is not None and resample is not None:
+        raise ValueError("guide_below leaves steps without rewards, by which particles (smc) are weighed; leave it out")
     spread = truncate_rest if truncate else keep_rest
     texts = _Texts(len(prompt_ids), [] if eos is None else [eos] if isinstance(eos, int) else [*eos], pad, prompt_ids)
     uniforms = uniforms.to(prompt_ids.device)
@@ -267,7 +277,8 @@ def generate(
         # What may come next, what each candidate would be worth, the equation that joins the two, and all other tokens.
         reference = policy.log_probs()
         ref_log_probs, candidates = top_k_candidates(reference, top_k, min_ref_prob)
-        rewards = reward.score(candidates, ref_log_probs)
+        asked = None if guide_below is None else texts.alive & worth_guiding(ref_log_probs, guide_below)
+        rewards = _score(reward, candidates, ref_log_probs, asked)
         among = guided_log_probs(ref_log_probs, rewards, beta)
         log_probs = tempered(spread(reference, candidates, among), temperature)
         texts.check(number, rewards, among)
@@ -282,10 +293,11 @@ def generate(
 
         # One token for every row; rows that have ended are given padding.
         tokens = draw(log_probs, uniforms[:, number])
-        rewards = rewards.masked_fill(ref_log_probs.isneginf(), torch.nan)
+        unknown = ref_log_probs.isneginf() if asked is None else ref_log_probs.isneginf() | ~asked[:, None]
+        rewards = rewards.masked_fill(unknown, torch.nan)
         drawn = _drawn(tokens, reference, log_probs, candidates, rewards)
-        asked = reference.gather(1, candidates), rewards, log_probs.gather(1, candidates)
-        step = Step(number, candidates, *asked, drawn, texts.alive)
+        seen = reference.gather(1, candidates), rewards, log_probs.gather(1, candidates)
+        step = Step(number, candidates, *seen, drawn, texts.alive)
         if on_step is not None:
             on_step(step)
         tokens = texts.append(drawn)
@@ -294,6 +306,15 @@ def generate(
         policy.push(tokens)
         reward.push(tokens)
     return texts.generation()
+
+
+def _score(reward: RewardScorer, candidates: Tensor, ref_log_probs: Tensor, asked: Tensor | None) -> Tensor:
+    """(B, K) rewards, 0 in rows that are not asked for; by no pass at all if that is all of them. None: all are."""
+    if asked is None:
+        return reward.score(candidates, ref_log_probs)
+    if not asked.any():
+        return torch.zeros_like(ref_log_probs)
+    return reward.score(candidates, ref_log_probs).masked_fill(~asked[:, None], 0.0)
 
 
 def _drawn(tokens: Tensor, reference: Tensor, log_probs: Tensor, candidates: Tensor, rewards: Tensor) -> Drawn:
@@ -445,7 +466,7 @@ class RewardGuidance(LogitsProcessor):
     Args:
         scorer: a `RewardScorer`, such as `SiblingScorer(reward_model)`.
         attention_mask: (B, P) mask of the prompts that `generate` is given, padded on the left.
-        beta, top_k, min_ref_prob, truncate: as in `generate` of this module.
+        beta, top_k, min_ref_prob, truncate, guide_below: as in `generate` of this module; rows that have ended count.
 
     Raises:
         ValueError: if `attention_mask` is not of those prompts, the running texts are not as said above, or they
@@ -462,9 +483,11 @@ class RewardGuidance(LogitsProcessor):
         top_k: int,
         min_ref_prob: float = 0.0,
         truncate: bool = False,
+        guide_below: float | None = None,
     ):
         self.scorer, self.attention_mask, self.beta = scorer, attention_mask, beta
         self.candidates, self.spread = (top_k, min_ref_prob), truncate_rest if truncate else keep_rest
+        self.guide_below = guide_below
         self.seen: Tensor | None = None
 
     @torch.no_grad()
@@ -489,7 +512,8 @@ class RewardGuidance(LogitsProcessor):
         dtype = torch.promote_types(scores.dtype, torch.float32)
         reference = scores.to(dtype).log_softmax(-1)
         ref_log_probs, candidates = top_k_candidates(reference, *self.candidates)
-        rewards = self.scorer.score(candidates, ref_log_probs)
+        asked = None if self.guide_below is None else worth_guiding(ref_log_probs, self.guide_below)
+        rewards = _score(self.scorer, candidates, ref_log_probs, asked)
         guided = guided_log_probs(ref_log_probs, rewards, self.beta)
         broken = ~(rewards.isfinite() & ~guided.isnan()).all(-1)
         if broken.any():

@@ -76,6 +76,33 @@ def top_k_candidates(ref_log_probs: Tensor, top_k: int, min_ref_prob: float = 0.
     return log_probs, candidates
 
 
+def worth_guiding(ref_log_probs: Tensor, guide_below: float) -> Tensor:
+    """The rows where guidance can change something and the reference leaves enough open: the others keep beta = 0.
+
+    A single candidate keeps the probability that the reference gives it, whatever its reward.
+
+    Args:
+        ref_log_probs: (B, K) of the candidates, in nats; -inf for those that are none after all (`top_k_candidates`).
+        guide_below: P, 0 < P <= 1; rows are guided whose likeliest token is less likely than this. At 1, all rows that
+            have a choice.
+
+    Returns:
+        (B,) booleans.
+
+    Raises:
+        ValueError: if `guide_below` is no such probability.
+
+    Source: `theory/`, T17: with beta(a) >= 0 after each prefix a, guidance by a partial reward still never loses.
+
+    >>> worth_guiding(torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.5, 0.0]]).log(), guide_below=0.8)
+    tensor([False,  True, False])
+    """
+    if not 0 < guide_below <= 1:
+        raise ValueError(f"guide_below must be a probability, above 0 and at most 1, got {guide_below}")
+    choice = (~ref_log_probs.isneginf()).sum(-1) > 1
+    return choice & (ref_log_probs.amax(-1) < math.log(guide_below))
+
+
 def keep_rest(ref_log_probs: Tensor, candidates: Tensor, log_probs: Tensor) -> Tensor:
     """The policy over the whole vocabulary: the candidates share the mass that the reference gives them.
 

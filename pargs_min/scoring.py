@@ -2,7 +2,8 @@
 
 A *reward scorer* is all that the decoding loop needs from a reward model: `start(prompt_ids, mask)`, then at every step
 `score(candidates, ref_log_probs) -> rewards` and `push(tokens)`, once each, in that order. Rewards of a model do not
-depend on the second argument; the guide of a language model does.
+depend on the second argument; the guide of a language model does. A step that is left unguided is pushed alone, and the
+next `score` reads its token as well, in the same pass.
 
     SiblingScorer      one pass over one cache for all k candidates; causal reward models with a scalar head
     VocabularyScorer   one query over one cache for the whole vocabulary; those with a vocabulary head
@@ -44,7 +45,7 @@ class SiblingScorer:
 
     The candidates are fed as k tokens that share one position, in parts of at most MOST. Each attends to the cached
     prefix and to itself, never to another candidate; afterwards the cache drops them. The drawn token is fed again with
-    the next step's candidates, so the scorer need not know which candidate won.
+    the next candidates, so the scorer need not know which candidate won.
 
     Args:
         model: a causal reward model (`body_and_head`) with absolute or rotary positions and softmax attention.
@@ -54,7 +55,7 @@ class SiblingScorer:
             layers, flash attention, or anything else that fails one small comparison of the two.
     """
 
-    last: Tensor | None  # (B, 1) the token that was drawn, until it has been read
+    last: Tensor | None  # (B, n) the tokens that were drawn, until they have been read
 
     def __init__(self, model: PreTrainedModel):
         self.model = model
@@ -83,25 +84,27 @@ class SiblingScorer:
         """(B, K) rewards of the prefixes that end in each of the (B, K) candidates."""
         if self.last is None:
             raise RuntimeError("score() may be called once per step: push() the drawn token first")
-        if self.window is not None and self.mask.shape[1] + 2 > self.window:
+        last, self.last = self.last, None
+        self.mask = torch.cat([self.mask, self.mask.new_ones(last.shape)], 1)
+        if self.window is not None and self.mask.shape[1] + 1 > self.window:
             raise ValueError(f"the text outgrows this reward model's attention window of {self.window}; {WAY_OUT}")
         rewards: list[Tensor] = []
         for part in candidates.split(MOST, 1):
             if rewards:
                 self.cache.crop(-1)  # each part reads the last token again
-            k = part.shape[1]
-            positions = torch.cat([self.position - 1, self.position.expand(-1, k)], 1)
-            ids, mask = torch.cat([self.last, part], 1), sibling_mask(self.mask, k, self.head.weight.dtype)
+                last = last[:, -1:]
+            n, k = last.shape[1], part.shape[1]
+            positions = self.position + torch.arange(-n, k, device=last.device).clamp(max=0)
+            ids, mask = torch.cat([last, part], 1), sibling_mask(self.mask[:, :-n], k, self.head.weight.dtype, n)
             hidden = read(self.body, ids, mask, positions, past_key_values=self.cache, use_cache=True).last_hidden_state
             self.cache.crop(-k)
-            rewards.append(token_rewards(self.head, hidden[:, 1:]))
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
-        self.last = None
+            rewards.append(token_rewards(self.head, hidden[:, n:]))
         return torch.cat(rewards, 1)
 
     def push(self, tokens: Tensor) -> None:
         """Append the (B,) tokens that were drawn."""
-        self.last, self.position = tokens[:, None], self.position + 1
+        self.last = tokens[:, None] if self.last is None else torch.cat([self.last, tokens[:, None]], 1)
+        self.position = self.position + 1
 
     def select(self, rows: Tensor) -> None:
         """Let row i go on from what row rows[i] has read; (B,) ints, after `score` and before `push`."""
@@ -109,10 +112,11 @@ class SiblingScorer:
         self.mask, self.position = self.mask[rows], self.position[rows]
 
 
-def sibling_mask(prefix: Tensor, k: int, dtype: torch.dtype) -> Tensor:
-    """Additive (B, 1, 1+k, T+1+k) attention mask of [last token, k siblings] behind a prefix of T cached tokens.
+def sibling_mask(prefix: Tensor, k: int, dtype: torch.dtype, n: int = 1) -> Tensor:
+    """Additive (B, 1, n+k, T+n+k) attention mask of [last n tokens, k siblings] behind a prefix of T cached tokens.
 
-    Each query sees the unpadded prefix, the last token and itself. Additive, since eager attention adds its mask.
+    Each query sees the unpadded prefix, itself, and the last tokens that stand before it. Additive, since eager
+    attention adds its mask.
 
     >>> sibling_mask(torch.tensor([[0, 1]]), k=2, dtype=torch.float32)[0, 0] == 0
     tensor([[False,  True,  True, False, False],
@@ -120,12 +124,12 @@ def sibling_mask(prefix: Tensor, k: int, dtype: torch.dtype) -> Tensor:
             [False,  True,  True, False,  True]])
     """
     batch = prefix.shape[0]
-    among = torch.eye(1 + k, dtype=torch.bool, device=prefix.device)
-    among[:, 0] = True
-    sees = torch.cat([prefix.bool()[:, None].expand(-1, 1 + k, -1), among.expand(batch, -1, -1)], -1)
-    return torch.zeros(sees.shape, dtype=dtype, device=prefix.device).masked_fill(~sees, torch.finfo(dtype).min)[
-        :, None
-    ]
+    among = torch.eye(n + k, dtype=torch.bool, device=prefix.device)
+    among[:, :n] = True
+    among[:n, :n].tril_()
+    sees = torch.cat([prefix.bool()[:, None].expand(-1, n + k, -1), among.expand(batch, -1, -1)], -1)
+    lowest = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=prefix.device)
+    return lowest.masked_fill_(sees, 0.0)[:, None]
 
 
 def attention_window(config) -> int | None:
@@ -186,7 +190,7 @@ class CachedText:
     one token per row and step."""
 
     cache: Any  # of transformers; None before the first reading
-    ids: Tensor
+    ids: Tensor  # (B, n) tokens that have not been read, or were the last ones that were
 
     def __init__(self, model: PreTrainedModel, body: PreTrainedModel):
         self.model, self.body, self.max_length = model, body, context_length(model)
@@ -195,6 +199,7 @@ class CachedText:
         """Take the prompts: (B, P) ids, padded on the left, and their mask."""
         check_evaluating(self.model)
         self.cache, self.ids, self.mask, self.positions = None, prompt_ids, mask, token_positions(mask)
+        self.unread = True
 
     @torch.inference_mode()
     def read(self, **settings):
@@ -205,7 +210,7 @@ class CachedText:
             raise ValueError(
                 f"{type(self.model).__name__} is recurrent: it keeps no cache of keys and values to go on from"
             )
-        self.cache = cache
+        self.cache, self.unread = cache, False
         return output
 
     def next_log_probs(self, vocabulary: int | None) -> Tensor:
@@ -219,7 +224,10 @@ class CachedText:
 
     def push(self, tokens: Tensor) -> None:
         """Append the (B,) tokens that were drawn."""
-        self.ids, self.positions = tokens[:, None], self.positions[:, -1:] + 1
+        ids, positions = tokens[:, None], self.positions[:, -1:] + 1
+        if self.unread:
+            ids, positions = torch.cat([self.ids, ids], 1), torch.cat([self.positions, positions], 1)
+        self.ids, self.positions, self.unread = ids, positions, True
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
 
     def select(self, rows: Tensor) -> None:

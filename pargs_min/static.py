@@ -91,6 +91,8 @@ class StaticScorer:
         ValueError: those of `SiblingScorer` and of `StaticPolicy`.
     """
 
+    last: Tensor | None  # (B, 1) the token that was drawn, until it has been read
+
     def __init__(self, model: PreTrainedModel, slots: int, **compile_options):
         self.model, self.max_length = model, SiblingScorer(model).max_length  # and whatever speaks against siblings
         self.body, self.head = body_and_head(model)
@@ -108,13 +110,17 @@ class StaticScorer:
     @torch.no_grad()
     def score(self, candidates: Tensor, ref_log_probs: Tensor | None = None) -> Tensor:
         """(B, K) rewards of the prefixes that end in each of the (B, K) candidates."""
+        if self.last is None:
+            raise RuntimeError("score() may be called once per step: push() the drawn token first")
         rewards = self.step(torch.cat([self.last, candidates], 1), self.text.position, self.text.filled)
-        self.text.position = self.text.position + 1
+        self.last, self.text.position = None, self.text.position + 1
         self.passes += len(candidates)
         return rewards
 
     def push(self, tokens: Tensor) -> None:
         """Append the (B,) tokens that were drawn."""
+        if self.last is not None:
+            raise RuntimeError("a compiled step reads one token: score() every step, without guide_below")
         self.last = tokens[:, None]
 
     def select(self, rows: Tensor) -> None:

@@ -63,7 +63,7 @@ class Decoding:
     """How one text is written; the same for all texts of a run.
 
     Args:
-        beta, min_ref_prob, truncate, max_new_tokens, temperature: as in `generate`.
+        beta, min_ref_prob, truncate, guide_below, max_new_tokens, temperature: as in `generate`.
         top_k: candidates per step of guided methods, by default 10; 0 takes the whole vocabulary.
         ref_temperature, ref_top_k, ref_top_p, ref_min_p: how the reference is sampled (`Warp`).
         n: samples behind each text of best-of-n.
@@ -74,6 +74,7 @@ class Decoding:
     top_k: int | None = None
     min_ref_prob: float = 0.0
     truncate: bool = False
+    guide_below: float | None = None
     max_new_tokens: int = 64
     temperature: float = 1.0
     ref_temperature: float = 1.0
@@ -187,11 +188,13 @@ class _Writer:
         self.method, self.how, self.codec, self.device, self.prompts = method, how, codec, lm.device, prompts
         self.encoded = [_encode(codec, prompt, number) for number, prompt in enumerate(prompts)]
         top_k = (min(10, codec.vocabulary) if method.guided else 0) if how.top_k is None else how.top_k
-        candidates = dict(top_k=top_k, min_ref_prob=how.min_ref_prob, truncate=how.truncate)
+        candidates: dict[str, Any] = {name: getattr(how, name) for name in ("min_ref_prob", "truncate", "guide_below")}
+        candidates["top_k"] = top_k
         if not method.guided and any(candidates.values()):
             raise ValueError(
-                f"top_k, min_ref_prob and truncate are about the candidates of guided methods, and {method.name} has "
-                "none; to sample the reference from its k likeliest tokens use ref_top_k (--ref-top-k)"
+                "top_k, min_ref_prob, truncate and guide_below are about the candidates of guided methods, and "
+                f"{method.name} has none; to sample the reference from its k likeliest tokens use ref_top_k "
+                "(--ref-top-k)"
             )
 
         # Whom to ask, and how.
@@ -203,6 +206,8 @@ class _Writer:
             share_trunk(lm, guide)
         reward_fn, scorer = _reward(*reward, guided=method.guided, **asking)
         weigh, _ = _reward(*final, guided=False, **asking)
+        if compiled and how.guide_below is not None:
+            raise ValueError("guide_below (--guide-below) does not go with --compile, whose steps read one token")
         if compiled:
             policy = StaticPolicy(lm, longest, vocabulary=codec.vocabulary)
             if isinstance(scorer, SiblingScorer) and (top_k or codec.vocabulary) <= MOST:

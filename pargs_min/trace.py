@@ -10,8 +10,9 @@ A record of a step:
      "others": {"ref_prob", "prob"}, "nats": 0.7}
 
 ref_prob is the reference's probability, prob the guided one, both over the whole vocabulary; reward is null for a
-token that was no candidate. `others` adds up all tokens that are not listed. nats is log prob - log ref_prob of the
-drawn token: how far guidance moved it; over a text's tokens the sum is its `path_kl`.
+token that was no candidate, and for all tokens of a step that `guide_below` left unguided. `others` adds up all tokens
+that are not listed. nats is log prob - log ref_prob of the drawn token: how far guidance moved it; over a text's tokens
+the sum is its `path_kl`.
 """
 
 import math

@@ -17,12 +17,12 @@ from pargs_min.scoring import LanguageModelScorer, WinTilt
 from pargs_min.smc import smc
 from theory.bradley_terry import partial_reward, win_rate, win_rates
 from theory.ledger import verify
-from theory.policies import conditionals, kept, likeliest, rlhf, soft_value, tokenwise
+from theory.policies import conditionals, kept, likeliest, rlhf, soft_value, tokenwise, top_k
 from theory.steppers import EveryWay, TabularGuide, TabularPolicy, TabularReward
 from theory.strategies import WORLDS, betas, for_all, labelled_worlds, worlds
 from theory.test_code_computes_the_theory import SMALL, Law, largest_difference, law_of, laws, table_law, tiny
 from theory.test_t08_where_the_guarantee_stops import CUT_AWAY
-from theory.test_t17_without_truncation import KS
+from theory.test_t17_without_truncation import KS, undecided
 from theory.test_t18_the_win_tilt import etas, win_tilt
 from theory.test_t19_autoregressive_reward_models import autoregressive
 from theory.world import Levels, World, noise
@@ -66,6 +66,27 @@ def test_so_it_is_with_a_floor_for_candidates(world, beta, least, top_k):
     verify("code", "T17, min_ref_prob and top_k: log q of every string", gap)
     lost = 0.5 - win_rate(world, as_array(world, law), world.log_ref[-1])
     verify("code", "T17, min_ref_prob and top_k: 1/2 - win rate", lost, kind="bound")
+
+
+@for_all(
+    world=labelled_worlds(shapes=WIDE),
+    beta=betas(),
+    below=st.floats(0.2, 1.0),
+    k=st.integers(0, 3),
+    truncate=st.booleans(),
+)
+def test_so_it_is_with_unguided_steps(world, beta, below, k, truncate):
+    s, open_, inside = partial_reward(world), undecided(world, below), likeliest(world, k or world.vocabulary)
+    law = table_law(world, s, beta=beta, top_k=k, guide_below=below, truncate=truncate)
+    scores = [np.where(level, score, 0.0) for level, score in zip(open_, s, strict=True)]
+    if truncate:
+        exact = tokenwise(world, scores, beta, ref=top_k(world, k or world.vocabulary))
+    else:
+        exact = kept(world, scores, beta, inside)
+        lost = 0.5 - win_rate(world, as_array(world, law), world.log_ref[-1])
+        verify("code", "T17, guide_below: 1/2 - win rate", lost, kind="bound")
+    gap = largest_difference(law, law_of(world, exact))
+    verify("code", "T17, guide_below: log q of every string", gap)
 
 
 def test_it_repairs_the_world_of_t8b():

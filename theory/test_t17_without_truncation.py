@@ -13,6 +13,7 @@ Falsified by one win rate below 1/2.
 """
 
 import numpy as np
+from hypothesis import strategies as st
 
 from theory.bradley_terry import partial_reward, win_rates
 from theory.ledger import verify
@@ -71,6 +72,26 @@ def test_the_strength_may_depend_on_the_prefix(world, seed):
     scores = [np.zeros(1)] + [world.down(i, strengths[i - 1]) * s[i] for i in range(1, world.horizon + 1)]
     q = kept(world, scores, 1.0, anywhere(world, seed))
     verify("T17", "win rate >= 1/2, beta(a) >= 0 after each prefix", -gain(world, q), kind="bound")
+
+
+def undecided(world: World, below: float) -> Levels:
+    """Whether the likeliest token after a, the parent of at, is less likely than `below`."""
+    tops = (world.down(i, world.max_up(i, level)) for i, level in enumerate(world.ref) if i)
+    return [np.ones(1, bool), *(np.exp(top) < below for top in tops)]
+
+
+@for_all(world=labelled_worlds(), beta=betas(), k=st.integers(1, 3), below=st.floats(0.3, 1.0))
+def test_steps_that_are_nearly_decided_may_go_unguided(world, beta, k, below):
+    """beta where the likeliest token has less than `below`, else 0; and a single candidate is as good as none."""
+    s, inside, open_ = partial_reward(world), likeliest(world, k), undecided(world, below)
+    strengths = [np.where(level, beta, 0.0) for level in open_]
+    q = kept(world, [b * level for b, level in zip(strengths, s, strict=True)], 1.0, inside)
+    verify("T17", "win rate >= 1/2, beta or 0 by the likeliest token", -gain(world, q), kind="bound")
+    candidates = [a & b for a, b in zip(inside, open_, strict=True)]
+    found = expected_covariance(world, s, beta, candidates, along=q)
+    verify("T17", "win rate - 1/2 = the sum over guided steps alone", abs(gain(world, q) - found))
+    if k == 1:
+        verify("T17", "a single candidate: the reference", largest_gap(q, world.ref))
 
 
 @for_all(world=labelled_worlds(), beta=betas(), seed=seeds)

@@ -29,6 +29,8 @@ class DecodeOptions:
         min_ref_prob: Tokens that the reference finds less likely than this are no candidates.
         truncate: Draw from the candidates alone, as the paper does. Default: all other tokens keep the probability that
             the reference gives them.
+        guide_below: Leave steps unguided whose likeliest token is at least this likely to the reference, or is the only
+            candidate. The guide is not read where that is so of all texts of a batch: it pays with --batch-size 1.
         max_new_tokens: Length limit of a response, in tokens.
         temperature: Of the guided policy: divides log pi_ref + beta * r.
         ref_temperature: Temperature of the reference, before it is guided; KL is to what it then is.
@@ -48,6 +50,7 @@ class DecodeOptions:
     top_k: int | None = None
     min_ref_prob: float = 0.0
     truncate: bool = False
+    guide_below: float | None = None
     max_new_tokens: int = 64
     temperature: float = 1.0
     ref_temperature: float = 1.0
@@ -118,7 +121,8 @@ class TraceOptions(DecodeOptions):
 # Options that `generate_texts` takes by the same name, and those that may change when a run is resumed: texts do not
 # depend on them.
 PASSED = {"method", "beta", "top_k", "max_new_tokens", "temperature", "seed", "n", "particles", "num_samples"}
-PASSED |= {"prompt_format", "min_ref_prob", "truncate", "ref_temperature", "ref_top_k", "ref_top_p", "ref_min_p"}
+PASSED |= {"prompt_format", "min_ref_prob", "truncate", "guide_below"}
+PASSED |= {"ref_temperature", "ref_top_k", "ref_top_p", "ref_min_p"}
 NOT_IN_THE_TEXT = ("prompts", "output", "batch_size", "device", "compile", "shard", "resume", "num_samples")
 
 

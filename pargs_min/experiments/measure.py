@@ -43,7 +43,8 @@ class Cell:
 
     Args:
         seed: of everything that is trained or drawn.
-        method: one of `METHODS` or `FINE_TUNED`, or `CAP`; beta, top_k, min_ref_prob, n and particles are its settings.
+        method: one of `METHODS` or `FINE_TUNED`, or `CAP`; its settings are beta, top_k, min_ref_prob, guide_below, n
+            and particles.
         recipe: of the reward model; final: of the one that smc weighs whole texts by.
         quality: whether the reward model itself is measured.
         lab: the name of the lab, where a sweep has several.
@@ -57,6 +58,7 @@ class Cell:
     beta: float | None = None
     top_k: int | None = None
     min_ref_prob: float | None = None
+    guide_below: float | None = None
     n: int | None = None
     particles: int | None = None
     recipe: Recipe | None = None
@@ -65,7 +67,7 @@ class Cell:
     lab: str = ""
 
     def __str__(self) -> str:
-        named = ((name, getattr(self, name)) for name in ("beta", "n", "particles"))
+        named = ((name, getattr(self, name)) for name in ("beta", "guide_below", "n", "particles"))
         return " ".join([self.name or "", *(f"{name}={value:g}" for name, value in named if value is not None)])
 
     @property
@@ -166,8 +168,8 @@ def measure(lab: Lab, cell: Cell) -> dict:
         of texts, each a mean over prompts: reward, kl (nats per text), length (tokens), calls (forward passes of one
         row by any model, per text), seconds (per text), distinct2 (among the texts of a prompt), second (the second
         judge's reward), examples (the first text for some prompts, on a model of one's own), the judge's further
-        measures, gap (`rlhf_gap`), flips (`Flips`); and by_prompt, the reward of each prompt. Of `CAP` only reward, kl
-        and gap.
+        measures, gap (`rlhf_gap`), flips and, with `guide_below`, asked (`Flips`); and by_prompt, the reward of each
+        prompt. Of `CAP` only reward, kl and gap.
         of a guide: training, the seconds that it took, and whole, its accuracy on held-out pairs; else see `quality`.
     """
     if cell.method == CAP:
@@ -175,7 +177,7 @@ def measure(lab: Lab, cell: Cell) -> dict:
     flips = Flips()
     found = _text_measures(lab, cell, write(lab, cell, flips)) if cell.method else {}
     if cell.method and cell.writes.guided and not cell.writes.rows:
-        found["flips"] = flips.share
+        found |= {"flips": flips.share} | ({} if cell.guide_below is None else {"asked": flips.asked})
     if guide_or_tuned := cell.recipe or cell.tuned:
         told = read_json(make(lab, guide_or_tuned, cell.seed) / "training.json")
         found |= {"training": told["seconds"]} | ({"whole": told["accuracy"]} if "accuracy" in told else {})
@@ -185,19 +187,24 @@ def measure(lab: Lab, cell: Cell) -> dict:
 
 
 class Flips:
-    """How often guidance changes the likeliest token of a step; an `on_step` of `generate`."""
+    """How often guidance changes the likeliest token of a step, and is needed at all; an `on_step` of `generate`."""
 
     def __init__(self) -> None:
-        self.changed = self.steps = 0
+        self.changed = self.guided = self.steps = 0
 
     def __call__(self, step: Step) -> None:
         changed = step.log_probs.argmax(-1) != step.ref_log_probs.argmax(-1)
         self.changed += int((changed & step.alive).sum())
+        self.guided += int((step.alive & ~step.rewards.isnan().all(-1)).sum())
         self.steps += int(step.alive.sum())
 
     @property
     def share(self) -> float:
         return self.changed / self.steps
+
+    @property
+    def asked(self) -> float:
+        return self.guided / self.steps
 
 
 def _cap(lab: Lab, cell: Cell) -> dict:
@@ -215,7 +222,7 @@ def _cap(lab: Lab, cell: Cell) -> dict:
 
 def write(lab: Lab, cell: Cell, on_step: Flips | None = None) -> list[dict]:
     """The texts of a cell, as records of `generate_texts`; their `kl` is to the lab's reference."""
-    made, names = material(lab), ("beta", "top_k", "min_ref_prob", "n", "particles")
+    made, names = material(lab), ("beta", "top_k", "min_ref_prob", "guide_below", "n", "particles")
     settings: dict = {name: value for name in names if (value := getattr(cell, name)) is not None}
     settings |= {"on_step": on_step} if cell.writes.guided else {}
     roles = {"reward_model": cell.recipe, "final_reward_model": cell.final}

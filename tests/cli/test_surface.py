@@ -33,7 +33,8 @@ OPTIONS = {
         save-total-limit=1
     """,
     "generate": """
-        model! reward-model beta=1.0 top-k min-ref-prob=0.0 truncate=False max-new-tokens=64 temperature=1.0
+        model! reward-model beta=1.0 top-k min-ref-prob=0.0 truncate=False guide-below max-new-tokens=64
+        temperature=1.0
         ref-temperature=1.0 ref-top-k=0 ref-top-p=1.0 ref-min-p=0.0 seed=0 device
         dtype=auto{float32,bfloat16,float16,auto} prompt-format{text,dialogue,chat,ids}
         prompts! output!
@@ -42,7 +43,8 @@ OPTIONS = {
         num-samples=1 n=10 particles=8 batch-size=8 compile=False shard=0/1 resume=False
     """,
     "trace": """
-        model! reward-model beta=1.0 top-k min-ref-prob=0.0 truncate=False max-new-tokens=64 temperature=1.0
+        model! reward-model beta=1.0 top-k min-ref-prob=0.0 truncate=False guide-below max-new-tokens=64
+        temperature=1.0
         ref-temperature=1.0 ref-top-k=0 ref-top-p=1.0 ref-min-p=0.0 seed=0 device
         dtype=auto{float32,bfloat16,float16,auto} prompt-format{text,dialogue,chat,ids}
         prompt! method=pargs{plain,pargs,pargs-greedy,args,args-greedy,cd,soft,reweighted,win,genarm,farma,implicit}

@@ -75,6 +75,18 @@ def test_every_kind_of_cell_is_measured(lab):
     assert abs(measure(lab, Cell(0, "plain"))["kl"]) < 1e-5
 
 
+def test_how_many_steps_need_the_guide(lab):
+    """All where there is a choice, none where there is none; the texts are then the reference's."""
+    cell = Cell(0, "pargs", beta=1.0, recipe=PARTIAL, guide_below=1.0)
+    every, none = measure(lab, cell), measure(lab, replace(cell, min_ref_prob=1.0))
+    assert (every["asked"], none["asked"], none["flips"]) == (1, 0, 0)
+    assert none["by_prompt"] == measure(lab, Cell(0, "plain"))["by_prompt"]
+    assert none["kl"] == pytest.approx(0, abs=1e-5)
+    assert abs(every["kl"]) > 1e-3
+    assert "asked" not in measure(lab, replace(cell, guide_below=None))
+    assert str(cell) == "pargs beta=1 guide_below=1"
+
+
 def test_the_kl_of_a_fine_tuned_model_is_to_the_reference(lab, monkeypatch):
     """Where nothing is learned it is zero; else the mean of log pi(y) - log pi_ref(y)."""
     made = module.write(replace(lab, ppo_learning_rate=1e-12, samples=8), Cell(0, "ppo", beta=1.0))
