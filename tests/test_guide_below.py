@@ -28,9 +28,12 @@ from pargs_min.scoring import (
     sibling_mask,
 )
 from pargs_min.static import StaticScorer
+from pargs_min.trunk import TrunkScorer
 from tests.strategies import SHAPES, left_padded, tiny_lm, tiny_reward_model
 from tests.test_decode import enumerated
 from tests.test_texts import texts
+from tests.test_trunk import guide_above
+from tests.test_trunk import language_model as language_model_of_three_layers
 
 EXACT = dict(rtol=0, atol=1e-12, equal_nan=True)
 VOCABULARY, END = 11, 1
@@ -154,6 +157,25 @@ def test_every_scorer_reads_later_what_it_was_not_asked_for(kind, guide_below, d
         for name in ("log_probs", "ref_log_probs", "rewards"):
             assert_close(getattr(alone, name)[0], getattr(found, name)[row, :n], **EXACT)
         assert len(asked) == sum(bool(step.ref_log_probs.amax().exp() < guide_below) for step in steps)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["language model", "vocabulary head"])
+def test_a_guide_above_a_shared_trunk_catches_up_as_well(kind):
+    """It has the features of all tokens that the language model read in the meantime."""
+    lm, prompts = language_model_of_three_layers(), left_padded(6, 2, 4)
+    guide, make = guide_above(lm, kind)
+    settings = dict(beta=0.5, top_k=4, max_new_tokens=12, uniforms=row_uniforms(0, range(3), [0] * 3, 12))
+    for rows in (slice(0, 3), slice(1, 2)):  # from the first step on, and only later
+        some = settings | dict(uniforms=settings["uniforms"][rows], guide_below=0.7)
+        whole, upper = (
+            generate(WarpedPolicy(ModelPolicy(lm), Warp(0.5)), scorer, *(x[rows] for x in prompts), **some)
+            for scorer in (make(guide), TrunkScorer(lm, guide, 2, make))
+        )
+        assert torch.equal(upper.tokens, whole.tokens)
+        assert_close(upper.rewards, whole.rewards, **EXACT)
+        unknown = upper.rewards.isnan().all(0)
+        assert 0 < unknown.sum() < 12 or len(upper.tokens) == 3
 
 
 @torch.no_grad()
