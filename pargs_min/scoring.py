@@ -14,6 +14,7 @@ next `score` reads its token as well, in the same pass.
 
 import math
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from pargs_min.reward_model import (
     context_length,
     final_rewards,
     has_vocabulary_head,
+    next_token_rewards,
     prefix_rewards,
     read,
     token_positions,
@@ -36,6 +38,7 @@ from pargs_min.reward_model import (
 WAY_OUT = "use ReencodeScorer, which works with every reward model at the cost of k passes per token"
 
 MOST = 1024  # siblings in one pass, whose mask has a row and a column for each
+FEW = 64  # among so many times as many tokens, candidates are looked up in a vocabulary head, not all are multiplied
 
 RewardFn = Callable[[Tensor, Tensor], Tensor]  # whole texts (N, T) and their mask -> (N,)
 
@@ -249,15 +252,21 @@ class VocabularyScorer(CachedText):
     def __init__(self, model: PreTrainedModel):
         if not has_vocabulary_head(model):
             raise ValueError(f"{type(model).__name__} has no head with a number for each token; use SiblingScorer")
-        body, head = body_and_head(model)
+        body, self.head = body_and_head(model)
         super().__init__(model, body)
-        self.weight = head.weight.to(torch.promote_types(head.weight.dtype, torch.float32))
 
     @torch.inference_mode()
     def score(self, candidates: Tensor, ref_log_probs: Tensor | None = None) -> Tensor:
         """(B, K) rewards of the prefixes that end in each of the (B, K) candidates."""
-        hidden = self.read().last_hidden_state[:, -1]
-        return F.linear(hidden.to(self.weight.dtype), self.weight).gather(1, candidates)
+        hidden = self.read().last_hidden_state[:, -1:]
+        if FEW * candidates.shape[1] <= self.head.out_features:
+            return next_token_rewards(self.head, hidden, candidates)
+        return F.linear(hidden[:, 0].to(self.weight.dtype), self.weight).gather(1, candidates)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """(V, D) of the head, in float32 or wider."""
+        return self.head.weight.to(torch.promote_types(self.head.weight.dtype, torch.float32))
 
 
 class LanguageModelScorer(CachedText):

@@ -71,7 +71,9 @@ def test_one_query_a_step_decodes_as_whole_texts_do(family, changes, draw):
 
 
 @torch.no_grad()
-def test_a_few_candidates_get_the_rewards_they_have_among_all():
+def test_a_few_candidates_get_the_rewards_they_have_among_all(monkeypatch):
+    """Looked up in the head, they are what multiplying all of it gives."""
+    monkeypatch.setattr("pargs_min.scoring.FEW", 3)
     model = vocabulary_model().float()
     candidates = torch.tensor([[7, 2, 1], [0, 9, 9]])
     rewards = []

@@ -228,14 +228,14 @@ def all_ways(models: Models, setting: Setting, *names: str) -> dict[str, Way]:
 
 def interleaved(ways: Mapping[str, Way], rounds: Iterable[object], device: torch.device) -> dict[str, list[float]]:
     """Seconds per token of each way in each round, after one run of each to warm up."""
-
-    def measure() -> dict[str, list[float]]:
-        on_cpu = device.type == "cpu"
-        return _taking_turns(ways) if on_cpu else {name: _gpu_seconds(way) for name, way in ways.items()}
-
-    measure()
-    times = [measure() for _ in rounds]
+    token_seconds(ways, device)
+    times = [token_seconds(ways, device) for _ in rounds]
     return {name: [statistics.median(round[name]) for round in times] for name in ways}
+
+
+def token_seconds(ways: Mapping[str, Way], device: torch.device) -> dict[str, list[float]]:
+    """Seconds from tick to tick of each way; the reading of the prompt is not counted."""
+    return _taking_turns(ways) if device.type == "cpu" else {name: _gpu_seconds(way) for name, way in ways.items()}
 
 
 def _taking_turns(ways: Mapping[str, Way]) -> dict[str, list[float]]:

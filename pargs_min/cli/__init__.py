@@ -6,7 +6,7 @@ commands:
   generate   generate texts for a file of prompts, guided by a reward model or not
   trace      show one text token by token: what could have followed, what was drawn
   evaluate   judge texts of any methods over the same prompts, in one table
-  study      answer one of ten questions by a grid of experiments
+  study      answer an open question by a grid of experiments
   benchmark  measure what a guided token costs
   dpo        fine-tune the language model itself on preference pairs, to compare with
   ppo        fine-tune the language model itself on a reward model's scores, to compare with

@@ -71,7 +71,7 @@ class StudyOptions:
 
 
 def study(arguments: list[str]) -> None:
-    """Answer one of ten questions by a grid of experiments (`pargs study` lists them)."""
+    """Answer an open question by a grid of experiments (`pargs study` lists them)."""
     name, *rest = arguments or ["--help"]
     name = studies.OTHER_NAMES.get(name, name)
     if name in ("-h", "--help"):

@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 from transformers import PreTrainedModel
 
+from pargs_min.benchmark.ways import Way, token_seconds, weight_bytes
 from pargs_min.codec import Codec
 from pargs_min.data import encode_texts
 from pargs_min.decode import Step
@@ -34,6 +35,8 @@ from pargs_min.train import prefix_accuracy, rate
 # of prefixes on.
 PLAIN, CORRELATED = 2 * 10**6, 3 * 10**6
 EXAMPLES = 3  # texts that are shown of each method on a model of one's own
+PRICED, PRICED_PROMPTS = 32, 4  # tokens and prompts by which a token is priced
+TRIMMED = 0.05  # of the times at either end, before their mean is taken
 CAP = "learned RLHF"  # in place of a method: the RLHF policy of a learned reward of whole texts
 
 
@@ -47,6 +50,7 @@ class Cell:
             and particles.
         recipe: of the reward model; final: of the one that smc weighs whole texts by.
         quality: whether the reward model itself is measured.
+        timed: whether its price beside plain generation is measured.
         lab: the name of the lab, where a sweep has several.
 
     >>> str(Cell(0, "args", beta=2.0)), str(Cell(0, "best-of-n", n=4))
@@ -64,6 +68,7 @@ class Cell:
     recipe: Recipe | None = None
     final: Recipe | None = None
     quality: bool = False
+    timed: bool = False
     lab: str = ""
 
     def __str__(self) -> str:
@@ -168,8 +173,8 @@ def measure(lab: Lab, cell: Cell) -> dict:
         of texts, each a mean over prompts: reward, kl (nats per text), length (tokens), calls (forward passes of one
         row by any model, per text), seconds (per text), distinct2 (among the texts of a prompt), second (the second
         judge's reward), examples (the first text for some prompts, on a model of one's own), the judge's further
-        measures, gap (`rlhf_gap`), flips and, with `guide_below`, asked (`Flips`); and by_prompt, the reward of each
-        prompt. Of `CAP` only reward, kl and gap.
+        measures, time and memory (`price`), gap (`rlhf_gap`), flips and, with `guide_below`, asked (`Flips`); and
+        by_prompt, the reward of each prompt. Of `CAP` only reward, kl and gap.
         of a guide: training, the seconds that it took, and whole, its accuracy on held-out pairs; else see `quality`.
     """
     if cell.method == CAP:
@@ -181,6 +186,8 @@ def measure(lab: Lab, cell: Cell) -> dict:
     if guide_or_tuned := cell.recipe or cell.tuned:
         told = read_json(make(lab, guide_or_tuned, cell.seed) / "training.json")
         found |= {"training": told["seconds"]} | ({"whole": told["accuracy"]} if "accuracy" in told else {})
+    if cell.timed:
+        found |= price(lab, cell)
     if cell.quality and cell.recipe:
         found |= quality(lab, guide(lab, cell.recipe, cell.seed))
     return found
@@ -222,11 +229,8 @@ def _cap(lab: Lab, cell: Cell) -> dict:
 
 def write(lab: Lab, cell: Cell, on_step: Flips | None = None) -> list[dict]:
     """The texts of a cell, as records of `generate_texts`; their `kl` is to the lab's reference."""
-    made, names = material(lab), ("beta", "top_k", "min_ref_prob", "guide_below", "n", "particles")
-    settings: dict = {name: value for name in names if (value := getattr(cell, name)) is not None}
+    made, settings = material(lab), _settings(lab, cell)
     settings |= {"on_step": on_step} if cell.writes.guided else {}
-    roles = {"reward_model": cell.recipe, "final_reward_model": cell.final}
-    settings |= {role: guide(lab, recipe, cell.seed) for role, recipe in roles.items() if recipe}
     if cell.tuned:
         settings["lm"] = load_language_model(make(lab, cell.tuned, cell.seed), device=default_device())
     texts = generated(lab, made.prompts, lab.samples, method=cell.writes.name, seed=cell.seed, **settings)
@@ -234,6 +238,33 @@ def write(lab: Lab, cell: Cell, on_step: Flips | None = None) -> list[dict]:
         by_reference = text_log_probs(made.lm, Codec.of(made.lm, made.tokenizer, made.form), texts, lab.batch_size)
         texts = [text | {"kl": text["ref_log_prob"] - other} for text, other in zip(texts, by_reference, strict=True)]
     return texts
+
+
+def _settings(lab: Lab, cell: Cell) -> dict:
+    """What `generate_texts` is told for a cell, its reward models included."""
+    names = ("beta", "top_k", "min_ref_prob", "guide_below", "n", "particles")
+    roles = {"reward_model": cell.recipe, "final_reward_model": cell.final}
+    settings: dict = {name: value for name in names if (value := getattr(cell, name)) is not None}
+    return settings | {role: guide(lab, recipe, cell.seed) for role, recipe in roles.items() if recipe}
+
+
+def price(lab: Lab, cell: Cell) -> dict:
+    """What a guided token costs where a plain one costs 1, one text at a time: time, and memory of the weights."""
+    made = material(lab)
+    steps, settings = min(PRICED, lab.max_new_tokens), _settings(lab, cell)
+    seconds: dict[str, list[float]] = {"plain": [], "guided": []}
+
+    def way(prompt: dict, **how) -> Way:
+        limits: dict[str, Any] = dict(prompts=[prompt], num_samples=1, max_new_tokens=steps, batch_size=1)
+        return lambda tick: generated(lab, **limits, **how, on_step=lambda step: tick())
+
+    for prompt in made.prompts[:PRICED_PROMPTS]:
+        ways = {"plain": way(prompt), "guided": way(prompt, method=cell.writes.name, seed=cell.seed, **settings)}
+        for name, times in token_seconds(ways, made.lm.device).items():
+            seconds[name] += times[1:]  # without what the first step of all warms up
+    plain, guided = (stats.trim_mean(times, TRIMMED) for times in seconds.values())
+    memory = weight_bytes(made.lm, settings["reward_model"]) / weight_bytes(made.lm)
+    return {"time": float(guided / plain), "memory": memory}
 
 
 def _text_measures(lab: Lab, cell: Cell, texts: list[dict]) -> dict:

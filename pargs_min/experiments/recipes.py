@@ -37,6 +37,7 @@ from pargs_min.reward_model import LANGUAGE_MODELS, context_length
 from pargs_min.scoring import model_rewards
 from pargs_min.store import kept, write_json, write_lines
 from pargs_min.train import rate, train_language_model, train_partial_on_texts, train_reward_model, train_value_model
+from pargs_min.trunk import copy_trunk, frozen_trunk
 
 SAMPLES = 10**6  # seed of the texts of the reference that models learn from, which no cell shares
 HELD_OUT = 17  # one in so many is held out, to choose a model by; prime, so that every prompt has its part
@@ -56,6 +57,7 @@ class Recipe:
         start: family, layers and width of a model with random weights; None starts from the reference.
         lengths: first and last prefix length to train on (partial); no end where the last is None.
         beta: of the policy that it is trained for (soft, reweighted, dpo, ppo).
+        shared_layers: how many of its lowest layers stay the reference's.
 
     >>> str(Recipe("partial", pairs=500, lengths=(1, 8)))
     'partial, pairs=500, lengths=1-8'
@@ -68,6 +70,7 @@ class Recipe:
     start: tuple[str, int, int] | None = None
     lengths: tuple[int, int | None] | None = None
     beta: float | None = None
+    shared_layers: int | None = None
 
     def __str__(self) -> str:
         settings = {name: value for name, value in vars(self).items() if value is not None}
@@ -83,7 +86,7 @@ class Recipe:
 
     @property
     def training(self) -> "Training":
-        if self == DISTILLED:
+        if self.head == DISTILLED.head:
             return TRAINING["distilled"]
         return TRAINING[f"{self.labels} labels" if self.labels else self.objective]
 
@@ -170,20 +173,25 @@ def _train(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> dict[str, float
         model = guide(lab, FULL, seed) if how.warm else _untrained(lab, recipe, tokenizer, seed)
         with TemporaryDirectory() as checkpoints:
             args = _arguments(lab, recipe, len(data), factor * getattr(lab, how.rate), checkpoints, seed)
-            metrics = how.by(lab, recipe, model, tokenizer, data, held_out or labelled, args)
+            with frozen_trunk(model, recipe.shared_layers):
+                metrics = how.by(lab, recipe, model, tokenizer, data, held_out or labelled, args)
         found = {"rate": factor} | {name: metrics[f"eval_{name}"] for name in TOLD if f"eval_{name}" in metrics}
         if not best or found["loss"] < best["loss"]:
             best, kept_model = found, model
     known: dict[str, Any] = dict(objective=recipe.objective, append_eos=lab.append_eos)
     known |= dict(prompt_format=material(lab).form) | ({"reference": vars(lab.warp)} if how.source == "texts" else {})
-    record(kept_model, **known, **{} if recipe.beta is None else {"beta": recipe.beta})
+    known |= {name: value for name in ("beta", "shared_layers") if (value := getattr(recipe, name)) is not None}
+    record(kept_model, **known)
     save(kept_model, tokenizer, folder)
     return {"seconds": time.perf_counter() - began, **best}
 
 
 def _untrained(lab: Lab, recipe: Recipe, tokenizer: Tokenizer, seed: int) -> PreTrainedModel:
-    if recipe == DISTILLED:
-        return vocabulary_headed(guide(lab, SOFT_LABELS, seed))
+    if recipe.head == DISTILLED.head:
+        model = vocabulary_headed(guide(lab, SOFT_LABELS, seed)).cpu()
+        if recipe.shared_layers is not None:
+            copy_trunk(model, load_language_model(lab.model), recipe.shared_layers)
+        return model
     if recipe.start:
         return _new_model(*recipe.start, tokenizer)
     if recipe.objective in LANGUAGE_MODELS:
@@ -245,7 +253,8 @@ def _by_values(lab, recipe, model, tokenizer, texts, held_out, args):
 def _by_distilling(lab, recipe, model, tokenizer, texts, held_out, args):
     """Its guide is the model that it starts from, with a scalar head."""
     teacher = guide(lab, SOFT_LABELS, args.seed)
-    how = dict(guide=teacher, reference=material(lab).lm, beta=DISTILLED_AT, warp=lab.warp)
+    how: dict[str, Any] = dict(guide=teacher, reference=material(lab).lm, beta=DISTILLED_AT, warp=lab.warp)
+    how |= dict(lora_rank=lab.lora_rank)
     enough = texts[:: max(1, len(texts) // DISTILLED_FROM)]  # of every prompt
     return train_distilled(model, tokenizer, enough, held_out, args=args, **how)
 

@@ -15,7 +15,7 @@ from pargs_min.experiments import measure as module
 from pargs_min.experiments import recipes
 from pargs_min.experiments.measure import CAP, Cell, measure, rlhf_gap
 from pargs_min.experiments.recipes import DISTILLED, FULL, PARTIAL, SOFT_LABELS, VALUE, Recipe, make
-from pargs_min.models import load_config, load_guide, load_tokenizer
+from pargs_min.models import load_config, load_guide, load_language_model, load_tokenizer
 from pargs_min.records import read_jsonl
 from pargs_min.reward_model import final_rewards
 from pargs_min.store import read_json
@@ -219,3 +219,33 @@ def test_folders_of_models_are_told_apart_by_all_of_a_recipe():
         *(replace(first, start=shape) for shape in (("gpt2", 1, 32), ("gpt2", 2, 32), ("gpt2", 1, 64))),
     ]
     assert len({recipe.folder_name(seed) for recipe in (first, *others) for seed in (0, 1)}) == 22
+
+
+def test_a_guided_token_is_priced_beside_a_plain_one(lab, monkeypatch):
+    """A clock that ticks at every layer: two of the language model, two more of the guide, or one of two that are."""
+    layers = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: layers.append(1) if type(module).__name__ == "GPT2Block" else None
+    )
+    monkeypatch.setattr("pargs_min.benchmark.ways.clock", lambda: float(len(layers)))
+    shared = Recipe("reweighted", beta=1.0, shared_layers=1)
+    asked = (("pargs", PARTIAL), ("reweighted", replace(shared, shared_layers=None)), ("reweighted", shared))
+    priced = {recipe: module.price(lab, Cell(0, method, beta=1.0, recipe=recipe)) for method, recipe in asked}
+    hook.remove()
+    assert [found["time"] for found in priced.values()] == [2, 2, 1.5]
+    headed, whole, upper = (found["memory"] for found in priced.values())
+    assert 1 < upper < whole == 2 < headed
+
+
+def test_shared_layers_stay_those_of_the_reference(lab):
+    reference = load_language_model(lab.model).state_dict()
+    for recipe in (Recipe("reweighted", beta=1.0, shared_layers=1), replace(DISTILLED, shared_layers=1)):
+        model = load_guide(make(lab, recipe, 0))
+        assert model.config.pargs["shared_layers"] == 1
+        same = {
+            name
+            for name, weight in model.base_model.state_dict().items()
+            if torch.equal(weight, reference[f"transformer.{name}"])
+        }
+        assert {name.split(".")[1] for name in same if name.startswith("h.")} == {"0"}
+        assert {"wte.weight", "wpe.weight"} <= same

@@ -7,6 +7,7 @@
     attribute        does the same method control a style, a topic, a length?
     prefix-length    at which lengths does a reward model know anything, and does it generalise to others?
     cost             how does the time of a token grow?
+    cheaper          what may be left out of guidance, and how much of its gain goes with it?
     architecture     do reward models of other shapes and sizes work?
     partial-vs-full  what is gained by training on prefixes?
     real             what is guidance worth on a real model, under judges that guided nothing?

@@ -40,14 +40,18 @@ def conclude(rows: list[Row]) -> str:
     others = [row for group in groups.values() for row in group if not row.cell.writes.greedy]
     lines = [f"{OURS} minus others at equal KL (on the line through plain and its betas), and minus plain:"]
     for row in others:
-        spent = zip(row.found["kl"].seeds, row.found["reward"].seeds, strict=True)
-        ahead = [reward_at(seed, at, [plain, *ours]) - reward for seed, (at, reward) in enumerate(spent)]
         most = "at most " if row.cell.writes.bound else ""
-        lines.append(f"- at the KL of {row.cell} ({kl(row):.2f}): {most}{signed(ahead)}")
+        lines.append(f"- at the KL of {row.cell} ({kl(row):.2f}): {most}{signed(ahead([plain, *ours], row))}")
     for row in ours:
         more = np.subtract(row.found["reward"].seeds, plain.found["reward"].seeds).tolist()
         lines.append(f"- minus plain, beta={row.cell.beta:g}: {signed(more)}")
     return "\n".join(lines)
+
+
+def ahead(ours: list[Row], other: Row) -> list[float]:
+    """Our reward minus the other's at the other's KL, of each seed."""
+    spent = zip(other.found["kl"].seeds, other.found["reward"].seeds, strict=True)
+    return [reward_at(seed, at, ours) - reward for seed, (at, reward) in enumerate(spent)]
 
 
 def reward_at(seed: int, at: float, rows: list[Row]) -> float:

@@ -4,9 +4,9 @@ import numpy as np
 
 from pargs_min.experiments.measure import Cell, guided
 from pargs_min.experiments.recipes import FULL, PARTIAL, SOFT_LABELS, Recipe
-from pargs_min.experiments.report import PARTICLES, Row
+from pargs_min.experiments.report import PARTICLES, Row, grouped, kl
 from pargs_min.experiments.setup import Lab
-from pargs_min.experiments.studies.partial_vs_full import draw, signed
+from pargs_min.experiments.studies.partial_vs_full import OURS, ahead, draw, signed
 
 __all__ = ["COLUMNS", "cells", "conclude", "draw"]  # what a study has
 COLUMNS = ("reward", "prompt_error", "second", "kl", "distinct2", "length", "calls", "seconds", "whole")
@@ -23,12 +23,19 @@ def cells(lab: Lab, seed: int) -> list[Cell]:
 
 
 def conclude(rows: list[Row]) -> str:
-    """Each method minus plain, seed by seed, and what it writes."""
+    """Each method minus plain, seed by seed; guides minus ARGS at equal KL; and what each writes."""
     plain, *others = rows  # the cells are in this order
     lines = ["Reward minus plain, of the same seed:"]
     for row in others:
         more = np.subtract(row.found["reward"].seeds, plain.found["reward"].seeds).tolist()
         lines.append(f"- {row.cell}: {signed(more)}; each seed {' '.join(f'{one:+.2f}' for one in more)}")
+    groups = grouped(rows, "name")
+    lines.append("\nMinus ARGS at equal KL (on the line through plain and the betas of each):")
+    for row in groups["args"]:
+        for name in ("pargs", OURS, "soft"):
+            lines.append(
+                f"- {name} at the KL of {row.cell} ({kl(row):.2f}): {signed(ahead([plain, *groups[name]], row))}"
+            )
     lines.append("\nThe first text for each of the first prompts (first seed):")
     for row in rows:
         if "examples" in row.found:
