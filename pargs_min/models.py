@@ -34,6 +34,7 @@ from pargs_min.store import replacing, saving
 
 Name = str | os.PathLike
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+SPREAD = "auto"  # the device that is all GPUs: layers of a model that is too large for one
 SAFE = dict(trust_remote_code=False)
 # Weights that do not fit are reported, and then refused here by their names.
 WHOLE = dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **SAFE)
@@ -86,6 +87,7 @@ def load_language_model(
 
     Args:
         dtype: float32 to train or to compare, whatever the checkpoint holds; "auto" or bfloat16 to decode.
+        device: where it goes; "auto" spreads its layers over all GPUs, for decoding alone.
 
     Raises:
         ValueError: if there is no such model, or it is not whole.
@@ -159,12 +161,20 @@ def load_guide(name: Name, *, dtype: torch.dtype | str = torch.float32, device: 
 def _load(kind: Any, name: Name, dtype: torch.dtype | str, device: str, fresh_head: bool = False) -> PreTrainedModel:
     if isinstance(dtype, str) and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    default_device(device)
+    more: dict[str, Any] = {"num_labels": 1} if fresh_head else {}
+    if device == SPREAD:
+        more["device_map"] = "auto"
+    else:
+        default_device(device)
     _check_record(name, load_config(name))
     with _loading(name):
-        model, report = kind.from_pretrained(name, dtype=dtype, **({"num_labels": 1} if fresh_head else {}), **WHOLE)
+        model, report = kind.from_pretrained(name, dtype=dtype, **more, **WHOLE)
     _check_weights(name, report, model.base_model_prefix, fresh_head)
-    return model.to(device).eval()
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ValueError(
+            f"{name} does not fit on the GPUs of this machine together (--device auto); use a smaller type"
+        )
+    return (model if device == SPREAD else model.to(device)).eval()
 
 
 def is_classifier(config: PreTrainedConfig) -> bool:

@@ -40,8 +40,8 @@ def prefix_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     body, head = body_and_head(model)
     hidden = read(body, ids, mask, token_positions(mask), use_cache=False).last_hidden_state
     if head.out_features == 1:
-        return token_rewards(head, hidden)
-    return F.pad(next_token_rewards(head, hidden[:, :-1], ids[:, 1:]), (1, 0))
+        return token_rewards(head, hidden).to(ids.device)  # layers may lie on several devices
+    return F.pad(next_token_rewards(head, hidden[:, :-1], ids[:, 1:].to(hidden.device)), (1, 0)).to(ids.device)
 
 
 def token_rewards(head: nn.Linear, hidden: Tensor) -> Tensor:

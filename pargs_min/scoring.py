@@ -101,7 +101,7 @@ class SiblingScorer:
             ids, mask = torch.cat([last, part], 1), sibling_mask(self.mask[:, :-n], k, self.head.weight.dtype, n)
             hidden = read(self.body, ids, mask, positions, past_key_values=self.cache, use_cache=True).last_hidden_state
             self.cache.crop(-k)
-            rewards.append(token_rewards(self.head, hidden[:, n:]))
+            rewards.append(token_rewards(self.head, hidden[:, n:]).to(candidates.device))
         return torch.cat(rewards, 1)
 
     def push(self, tokens: Tensor) -> None:
@@ -259,9 +259,10 @@ class VocabularyScorer(CachedText):
     def score(self, candidates: Tensor, ref_log_probs: Tensor | None = None) -> Tensor:
         """(B, K) rewards of the prefixes that end in each of the (B, K) candidates."""
         hidden = self.read().last_hidden_state[:, -1:]
+        there = candidates.to(hidden.device)  # layers may lie on several devices
         if FEW * candidates.shape[1] <= self.head.out_features:
-            return next_token_rewards(self.head, hidden, candidates)
-        return F.linear(hidden[:, 0].to(self.weight.dtype), self.weight).gather(1, candidates)
+            return next_token_rewards(self.head, hidden, there).to(candidates.device)
+        return F.linear(hidden[:, 0].to(self.weight.dtype), self.weight).gather(1, there).to(candidates.device)
 
     @cached_property
     def weight(self) -> Tensor:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import (
@@ -25,6 +26,7 @@ from pargs_min.models import (
     RECORD,
     default_device,
     load_config,
+    load_guide,
     load_language_model,
     load_reward_model,
     load_tokenizer,
@@ -33,8 +35,8 @@ from pargs_min.models import (
 from pargs_min.reading import record_rewards, text_rewards
 from pargs_min.reward_model import final_rewards, recorded
 from pargs_min.scoring import SiblingScorer, model_rewards
-from pargs_min.texts import choose_scorer
-from tests.strategies import tiny_lm, tiny_reward_model
+from pargs_min.texts import choose_scorer, generate_texts
+from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
 from tests.test_codec import chat_tokenizer
 from tests.test_reward_model import word_tokenizer
 
@@ -375,3 +377,46 @@ def test_models_that_find_the_end_of_a_text_by_its_padding_are_given_it():
     alone = torch.cat([final_rewards(model, *left_pad([row])) for row in rows])
     assert_close(final_rewards(model, *left_pad(rows)), alone, rtol=1e-4, atol=1e-6)
     assert len(set(alone.tolist())) == 3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_layers_that_accelerate_places_give_the_same_texts(tmp_path, family):
+    """Here a layer on disk and the rest in memory, which is all that can be split on a machine without GPUs."""
+    tokenizer, made = tiny_tokenizer(), {"lm": tiny_lm, "rm": tiny_reward_model}
+    for name, make in made.items():
+        make(family, vocabulary=14, tie_word_embeddings=False).float().save_pretrained(tmp_path / name)
+
+    def texts(lm, rm):
+        settings = dict(method="args", top_k=4, num_samples=2, max_new_tokens=6, prompt_format="text")
+        found = generate_texts(lm, tokenizer, [{"prompt": "a b"}, {"prompt": "c"}], reward_model=rm, **settings)
+        return [(text["response_ids"], text["kl"], text["reward"]) for text in found]
+
+    def loaded(device):
+        return [
+            load(tmp_path / name, device=device) for load, name in ((load_language_model, "lm"), (load_guide, "rm"))
+        ]
+
+    want = texts(*loaded("cpu"))
+    assert texts(*loaded("auto")) == want
+    split = loaded("cpu")
+    for model, head in zip(split, ("lm_head", "score"), strict=True):
+        body, layers = model.base_model, "h" if family == "gpt2" else "layers"
+        places = {f"{model.base_model_prefix}.{name}": "cpu" for name, _ in body.named_children() if name != layers}
+        places |= {f"{model.base_model_prefix}.{layers}.{n}": place for n, place in enumerate(("cpu", "disk"))}
+        dispatch_model(model, places | {head: "cpu"}, offload_dir=tmp_path / head, skip_keys=["past_key_values"])
+        assert any(weight.is_meta for weight in model.parameters())
+    assert texts(*split) == want
+
+
+def test_a_model_that_does_not_fit_on_the_gpus_is_refused(tmp_path, monkeypatch):
+    """What accelerate leaves in memory or on disk would be read outside its hooks."""
+    tiny_lm(vocabulary=14).float().save_pretrained(tmp_path)
+    load = AutoModelForCausalLM.from_pretrained
+
+    def offloaded(*arguments, **keywords):
+        model, report = load(*arguments, **keywords)
+        return model.to("meta"), report
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offloaded)
+    with pytest.raises(ValueError, match="does not fit on the GPUs of this machine together"):
+        load_language_model(tmp_path, device="auto")

@@ -9,9 +9,10 @@ from pargs_min.codec import FORMS
 from pargs_min.decode import Step
 from pargs_min.memory import enough_memory
 from pargs_min.methods import METHODS
-from pargs_min.models import DTYPES, default_device, load_guide, load_language_model, load_tokenizer
+from pargs_min.models import DTYPES, SPREAD, default_device, load_guide, load_language_model, load_tokenizer
 from pargs_min.progress import progress
 from pargs_min.records import read_prompts
+from pargs_min.reward_model import recorded
 from pargs_min.store import aside, content
 from pargs_min.texts import generate_texts, parse_shard, read_done, shard_range, time_of, write_records
 from pargs_min.trace import records, to_html, to_text, token_names
@@ -40,7 +41,8 @@ class DecodeOptions:
         seed: Determines each text, together with its prompt and sample number.
         prompt_format: Read prompts of text as they stand (text), as the turn of a human (dialogue), or as a user's
             message (chat). Default: as the reward model was trained; without one, chat where there is a chat template.
-        device: Default: cuda if available, else cpu.
+        device: cuda, cpu, or auto: layers of models too large for one GPU are spread over all. Default: cuda if
+            available, else cpu.
         dtype: float32, bfloat16, float16, or auto: that of each checkpoint.
     """
 
@@ -133,7 +135,10 @@ def load(options: DecodeOptions) -> dict:
         ValueError: if a model cannot be loaded.
         MemoryError: if one does not fit, saying what to change.
     """
-    where = dict(dtype=options.dtype, device=default_device(options.device))
+    device = SPREAD if options.device == SPREAD else default_device(options.device)
+    where = dict(dtype=options.dtype, device=device)
+    if device == SPREAD and getattr(options, "compile", False):
+        raise ValueError("--compile captures the steps of one device: drop it, or --device auto")
     smaller = f"use --dtype bfloat16 (it is {options.dtype}), smaller models, or --device cpu"
     with enough_memory(f"loading {options.model}", smaller):
         loaded = {"tokenizer": load_tokenizer(options.model), "lm": load_language_model(options.model, **where)}
@@ -141,6 +146,9 @@ def load(options: DecodeOptions) -> dict:
         if name := getattr(options, f"{role}_model", None):
             with enough_memory(f"loading {name} beside {options.model}", smaller):
                 loaded |= {f"{role}_tokenizer": load_tokenizer(name), f"{role}_model": load_guide(name, **where)}
+    guides = [loaded[name] for name in ("reward_model", "final_reward_model") if name in loaded]
+    if device == SPREAD and any(recorded(guide).get("shared_layers") for guide in guides):
+        raise ValueError("a guide that shares layers with its language model is read on one device: drop --device auto")
     return loaded | {name: value for name, value in vars(options).items() if name in PASSED}
 
 

@@ -14,7 +14,7 @@ from pargs_min.cli.train import RECIPES
 from pargs_min.codec import Codec
 from pargs_min.models import load_reward_model, load_tokenizer, save_reward_model
 from pargs_min.reward_model import has_vocabulary_head, prefix_rewards, recorded
-from tests.strategies import tiny_lm, tiny_tokenizer
+from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
 from tests.test_codec import chat_tokenizer
 
 WORDS = "abcdefg"
@@ -574,6 +574,8 @@ def test_shards_are_joined_by_cat_resumed_each_and_taken_by_evaluate(lm, prompts
         (["--method", "plain", "--top-k", "9"], "candidates of guided methods, and plain has none"),
         (["--method", "plain", "--ref-top-p", "1.5"], "ref_top_p must be above 0 and at most 1, got 1.5"),
         (["--method", "plain", "--max-new-tokens", "500"], "exceeds the context"),
+        (["--method", "plain", "--device", "auto", "--compile"], "--compile captures the steps of one device"),
+        (["--method", "plain", "--device", "nowhere"], "device 'nowhere' cannot be used"),
         (["--method", "plain", "--model", "nowhere/at-all"], "cannot load 'nowhere/at-all'"),
         (["--method", "plain", "--prompts", "nowhere.txt"], "nowhere.txt"),
     ],
@@ -583,6 +585,14 @@ def test_bad_input_to_generate_is_one_line_and_status_2(lm, prompts, tmp_path, c
     err = capsys.readouterr().err.splitlines()[-1]
     assert err.startswith("pargs: error: ")
     assert message in err
+
+
+def test_a_guide_that_shares_layers_is_not_spread_over_devices(lm, prompts, tmp_path, capsys):
+    guide = tiny_reward_model(vocabulary=14).float()
+    save_reward_model(guide, tiny_tokenizer(), tmp_path / "rm", objective="partial", shared_layers=1)
+    more = ["--reward-model", str(tmp_path / "rm"), "--device", "auto"]
+    assert generate(lm, prompts, tmp_path / "out.jsonl", *more) == 2
+    assert "is read on one device: drop --device auto" in capsys.readouterr().err
 
 
 def test_out_of_memory_is_one_line_and_keeps_what_was_written(lm, prompts, tmp_path, capsys, monkeypatch):
