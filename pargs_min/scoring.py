@@ -129,7 +129,8 @@ def sibling_mask(prefix: Tensor, k: int, dtype: torch.dtype, n: int = 1) -> Tens
     batch = prefix.shape[0]
     among = torch.eye(n + k, dtype=torch.bool, device=prefix.device)
     among[:, :n] = True
-    among[:n, :n].tril_()
+    if n > 1:
+        among[:n, :n].tril_()
     sees = torch.cat([prefix.bool()[:, None].expand(-1, n + k, -1), among.expand(batch, -1, -1)], -1)
     lowest = torch.full(sees.shape, torch.finfo(dtype).min, dtype=dtype, device=prefix.device)
     return lowest.masked_fill_(sees, 0.0)[:, None]
