@@ -174,12 +174,21 @@ def _check_siblings(scorer: SiblingScorer) -> None:
         ) from error
     finally:
         model.train(training)
-    tolerance = 0.1 if torch.finfo(weight.dtype).bits == 16 else 1e-3
-    if not (got - want).abs().max() <= tolerance * want.std():  # so that nan is refused too
+    if not alike(got, want, weight.dtype):
         raise ValueError(
             f"{model.config.model_type} scores candidates over one cache differently than in whole texts (by up to "
             f"{float((got - want).abs().max()):.2g}), perhaps because it takes positions from the cache; {WAY_OUT}"
         )
+
+
+def alike(rewards: Tensor, others: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways of reading the same texts differ by no more than rounding does; nan is like nothing.
+
+    In bfloat16 that is up to a tenth of the spread of rewards for 30 to 36 layers, in float32 with TF32 products a
+    thousandth; a wrong position or a token too many changes them by about the spread itself.
+    """
+    tolerance = 0.3 if torch.finfo(dtype).bits == 16 else 1e-2
+    return bool((rewards - others).abs().max() <= tolerance * others.std().clamp(min=1e-6))
 
 
 def _second_step(scorer, prompt_ids: Tensor, mask: Tensor, candidates: Tensor, drawn: Tensor) -> Tensor:

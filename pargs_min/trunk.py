@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from pargs_min.decode import ModelPolicy
 from pargs_min.reward_model import read, recorded
-from pargs_min.scoring import LanguageModelScorer, VocabularyScorer
+from pargs_min.scoring import LanguageModelScorer, VocabularyScorer, alike
 
 OneQuery = LanguageModelScorer | VocabularyScorer
 
@@ -259,8 +259,7 @@ def _check_trunk(fast: TrunkScorer, whole: OneQuery, lm: PreTrainedModel) -> Non
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{model.config.model_type} cannot be cut above a shared trunk ({error})") from error
     ours, theirs = (torch.stack(rewards) for rewards in zip(*got, strict=True))
-    tolerance = 0.1 if torch.finfo(model.dtype).bits == 16 else 1e-3
-    if not (ours - theirs).abs().max() <= tolerance * theirs.std().clamp(min=1e-6):  # so that nan is refused too
+    if not alike(ours, theirs, model.dtype):
         raise ValueError(
             f"{model.config.model_type} says something else above a shared trunk than as a whole (by up to "
             f"{float((ours - theirs).abs().max()):.2g})"

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from pargs_min import minimal, scoring
 from pargs_min.codec import Codec
 from pargs_min.reading import text_rewards
-from pargs_min.scoring import ReencodeScorer, SiblingScorer, attention_window, length_buckets, model_rewards
+from pargs_min.scoring import ReencodeScorer, SiblingScorer, alike, attention_window, length_buckets, model_rewards
 from tests.strategies import SHAPES, left_padded, tiny_config, tiny_reward_model
 from tests.test_reward_model import word_tokenizer
 
@@ -248,3 +248,14 @@ def test_another_tokenizer_is_bridged_by_text():
     ids[:, -1] = 10  # "i", where that ends a text, too
     found = text_rewards(model, rm_tokenizer, Codec(lm_tokenizer, ends=(0, 10)), prompts)(ids, mask)
     assert_close(found, rewards, rtol=0, atol=1e-12)
+
+
+def test_rounding_is_told_from_another_reading():
+    """A deep model in bfloat16 differs from itself by rounding; another token changes rewards by their spread."""
+    want = torch.linspace(-1, 1, 11)
+    for dtype, rounding, wrong in ((torch.bfloat16, 0.1, 0.5), (torch.float32, 1e-3, 0.05)):
+        step = want.std() * torch.ones(11)
+        assert alike(want + rounding * step, want, dtype)
+        assert not alike(want + wrong * step, want, dtype)
+        assert not alike(want * torch.nan, want, dtype)
+    assert alike(want * 0, want * 0, torch.float32)

@@ -218,7 +218,7 @@ def _arguments(lab: Lab, recipe: Recipe, examples: int, rate: float, folder: str
     pace = dict(max_steps=steps, warmup_steps=steps // 20, per_device_train_batch_size=max(1, round(batch)))
     where = dict(output_dir=folder, use_cpu=on_cpu, dataloader_pin_memory=not on_cpu)
     quiet = dict(logging_strategy="no", disable_tqdm=True, report_to="none", save_strategy="no")
-    quiet |= dict(per_device_eval_batch_size=lab.batch_size)
+    quiet |= dict(per_device_eval_batch_size=max(1, round(batch)))
     if how.chosen:
         every = max(1, steps // EVALUATIONS)
         quiet |= dict(eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every)
