@@ -284,12 +284,9 @@ class LanguageModelScorer(CachedText):
     """The reward that a language model pi_r implies for each next token, by one query per step for all of them.
 
         relative:      r(prefix + t) = (log pi_r(t | prefix) - log pi_ref(t | prefix)) / beta
-        of a pair:     r(prefix + t) = (log pi_r(t | prefix) - log pi_0(t | prefix)) / beta
         not relative:  r(prefix + t) = log pi_r(t | prefix)
 
-    All up to a constant per prefix. Guided by the first at the same beta, the reference becomes pi_r. The second lets a
-    small model guide a large one: what its training made of pi_0 is done to the reference (proxy tuning, Liu et al.
-    2024, arXiv 2401.08565).
+    Both up to a constant per prefix. Guided by the first at the same beta, the reference becomes pi_r.
 
     Args:
         model: a causal language model with the token ids of the reference, in evaluation mode.
@@ -297,51 +294,19 @@ class LanguageModelScorer(CachedText):
             R): by reweighting (`theory/`, T20) or DPO (T12). None means not relative: an autoregressive reward model
             (GenARM, arXiv 2410.08193; `theory/`, T19).
         vocabulary: as for `ModelPolicy`.
-        untuned: pi_0, what pi_r was before it was trained; None takes the reference.
-
-    Raises:
-        ValueError: if `untuned` is given without a beta.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        beta: float | None = None,
-        vocabulary: int | None = None,
-        untuned: PreTrainedModel | None = None,
-    ):
+    def __init__(self, model: PreTrainedModel, beta: float | None = None, vocabulary: int | None = None):
         super().__init__(model, model)
-        if untuned is not None and beta is None:
-            raise ValueError("untuned is for a guide with a beta, which is relative to what it was, got beta=None")
         self.beta, self.vocabulary = beta, vocabulary
-        self.untuned = None if untuned is None else CachedText(untuned, untuned)
-        if self.untuned is not None:
-            self.max_length = min(filter(None, (self.max_length, self.untuned.max_length)), default=None)
-
-    def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
-        super().start(prompt_ids, mask)
-        if self.untuned is not None:
-            self.untuned.start(prompt_ids, mask)
 
     @torch.inference_mode()
     def score(self, candidates: Tensor, ref_log_probs: Tensor) -> Tensor:
         """(B, K) rewards of the prefixes that end in each of the (B, K) candidates; 0 where pi_ref is 0."""
-        log_probs, before = self.next_log_probs(self.vocabulary).gather(1, candidates), ref_log_probs
+        log_probs = self.next_log_probs(self.vocabulary).gather(1, candidates)
         if self.beta is None:
             return log_probs
-        if self.untuned is not None:
-            before = self.untuned.next_log_probs(self.vocabulary).gather(1, candidates)
-        return ((log_probs - before) / self.beta).masked_fill(ref_log_probs.isneginf(), 0.0)
-
-    def push(self, tokens: Tensor) -> None:
-        super().push(tokens)
-        if self.untuned is not None:
-            self.untuned.push(tokens)
-
-    def select(self, rows: Tensor) -> None:
-        super().select(rows)
-        if self.untuned is not None:
-            self.untuned.select(rows)
+        return ((log_probs - ref_log_probs) / self.beta).masked_fill(ref_log_probs.isneginf(), 0.0)
 
 
 class WinTilt:

@@ -100,36 +100,6 @@ def test_a_language_model_guides_towards_itself():
 
 
 @torch.no_grad()
-def test_a_small_pair_does_to_the_reference_what_training_did_to_the_small_model():
-    """Behind every prefix pi_ref (pi_r / pi_0) ** (beta / beta of training); where pi_0 is the reference, it is the
-    usual guide; particles change places in both models."""
-    lm, tuned, before = (tiny_lm("gpt2", VOCABULARY, seed=seed) for seed in (0, 3, 4))
-    prompt, settings = torch.tensor([[2, 3]]), dict(beta=0.7, top_k=0)
-    pair = LanguageModelScorer(tuned, beta=1.5, untuned=before)
-    paths = enumerated(ModelPolicy(lm), pair, prompt, VOCABULARY, 3, **settings)
-    alone = (
-        enumerated(ModelPolicy(one), None, prompt, VOCABULARY, 3, beta=0.0, top_k=0) for one in (lm, tuned, before)
-    )
-    ours, reference, after, first = (found.log_probs for found in (paths, *alone))
-    for step in range(3):
-        rows = slice(None, None, VOCABULARY ** (2 - step))
-        found, ref, new, old = (x[rows, step].view(-1, VOCABULARY) for x in (ours, reference, after, first))
-        assert_close(found, (ref + 0.7 / 1.5 * (new - old)).log_softmax(-1), **EXACT)
-
-    usual, same = LanguageModelScorer(tuned, 1.5), LanguageModelScorer(tuned, 1.5, untuned=lm)
-    turns = torch.tensor([2, 0, 0])
-    both = [
-        generate(ModelPolicy(lm), scorer, *left_padded(5, 2, 4, vocabulary=VOCABULARY), **settings, max_new_tokens=6,
-                 resample=lambda *_: turns, uniforms=row_uniforms(0, range(3), [0] * 3, 6))
-        for scorer in (usual, same)
-    ]  # fmt: skip
-    assert torch.equal(both[0].tokens, both[1].tokens)
-    assert_close(both[0].rewards, both[1].rewards, **EXACT)
-    with pytest.raises(ValueError, match="untuned is for a guide with a beta"):
-        LanguageModelScorer(tuned, untuned=before)
-
-
-@torch.no_grad()
 def test_the_win_tilt():
     lm, rm = models(VOCABULARY)
     scorer, prompt, eta = SiblingScorer(rm), torch.tensor([[2, 3]]), 2.0
