@@ -341,10 +341,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that the chat template writes behind a message of the assistant; None where it writes none."""
     said = "pargs"
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
-    for messages in (
-        chat,
-        [{"role": "system", "content": "Hi"}, *chat],
-    ):  # which some templates demand, and some refuse
+    demanded = [{"role": "system", "content": "Hi"}, *chat]  # by some templates, and refused by others
+    for messages in (chat, demanded):
         try:
             closing = _apply_template(tokenizer, messages).rpartition(said)[2]
             break
