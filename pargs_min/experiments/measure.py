@@ -84,6 +84,7 @@ class Cell:
         """
         of = self.recipe or PARTIAL
         differs = ["soft labels"] * (of.labels == "soft") + ["vocabulary head"] * (of.head == "vocab")
+        differs += ["shared layers"] * (of.shared_layers is not None)
         return f"{self.method} ({', '.join(differs)})" if differs else self.method
 
     @property

@@ -8,10 +8,10 @@ import numpy as np
 from pargs_min import plots
 from pargs_min.experiments.measure import Cell
 from pargs_min.experiments.recipes import DISTILLED, SOFT_LABELS, Recipe
-from pargs_min.experiments.report import BETA, INTERVALS, Row
+from pargs_min.experiments.report import BETA, Row
 from pargs_min.experiments.setup import Lab
 from pargs_min.experiments.studies.real import BETAS
-from pargs_min.experiments.sweep import interval
+from pargs_min.experiments.sweep import Estimate, interval
 from pargs_min.models import load_config
 
 COLUMNS = ("reward", "share", "kl", "asked", "time", "memory", "training")
@@ -36,31 +36,27 @@ def whole(row: Row, rows: list[Row]) -> Row:
     return next(other for other in rows if other.cell.method == row.cell.method)
 
 
-def conclude(rows: list[Row]) -> str:
+def kept(rows: list[Row]) -> dict[str, Estimate]:
     """What each way keeps of the gain over plain of the guide that leaves nothing out."""
     plain, *others = rows
-    lines = ["Kept of the whole guide's gain over plain, at how many times the price of a plain token:"]
     gain = {row.cell: np.subtract(row.found["reward"].seeds, plain.found["reward"].seeds) for row in others}
-    for row in others:
-        with np.errstate(all="ignore"):  # a guide may gain nothing
-            kept = interval((gain[row.cell] / gain[whole(row, others).cell]).tolist())
-        lines.append(f"- {row.cell}: {kept.mean:.2f} ± {kept.error:.2f}, {row.found['time'].mean:.2f} times the time")
+    with np.errstate(all="ignore"):  # a guide may gain nothing
+        return {str(row.cell): interval((gain[row.cell] / gain[whole(row, others).cell]).tolist()) for row in others}
+
+
+def conclude(rows: list[Row]) -> str:
+    """What is kept, and at what price."""
+    shares, lines = kept(rows), ["Kept of the whole guide's gain over plain, and times the time of a plain token:"]
+    for row in rows[1:]:
+        share = shares[str(row.cell)]
+        lines.append(f"- {row.cell}: {share.mean:.2f} ± {share.error:.2f}, {row.found['time'].mean:.2f}")
     return "\n".join(lines)
 
 
 def draw(rows: list[Row], labs: Sequence[Lab]) -> plots.Figure:
-    drawing, (left, right) = plots.panels(2, (12.4, 4.2))
-    plain, *others = rows
-    left.axhline(plain.found["reward"].mean, color=plots.ink("plain")[0], linewidth=0.8, label="plain")
-    for row in others:
-        ink, mark = plots.ink(str(row.cell.name))
-        found, low, high = row.found["reward"], row.found["reward"].low, row.found["reward"].high
-        bars = np.nan_to_num([[found.mean - low], [high - found.mean]])
-        left.errorbar(row.found["time"].mean, found.mean, bars, color=ink, marker=mark, linestyle="none", capsize=2)
-        left.annotate(str(row.cell), (row.found["time"].mean, found.mean), (4, 4), textcoords="offset points", size=7)
-    left.set(xlabel="time of a token, one text at a time (plain = 1)", ylabel=f"reward ({INTERVALS})")
-    inks = [plots.ink(str(row.cell.name))[0] for row in others]
-    right.barh([str(row.cell) for row in others], [row.found["memory"].mean for row in others], color=inks)
-    right.invert_yaxis()
-    right.set_xlabel("weights in memory (the language model alone = 1)")
-    return drawing
+    shown = {"kept of the gain": kept(rows)}
+    for name, label in (("time", "time (plain = 1)"), ("memory", "weights (plain = 1)")):
+        shown[label] = {str(row.cell): row.found[name] for row in rows[1:]}
+    return plots.intervals(
+        {label: {way: (one.mean, one.low, one.high) for way, one in found.items()} for label, found in shown.items()}
+    )
