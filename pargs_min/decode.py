@@ -204,6 +204,7 @@ class Step:
     log_probs: Tensor  # (B, K) of the guided policy
     drawn: Drawn
     alive: Tensor  # (B,) rows that had not ended before this step
+    eligible: Tensor  # (B, K) False for those that `min_ref_prob` rules out: no candidates after all
 
 
 @torch.no_grad()
@@ -293,11 +294,11 @@ def generate(
 
         # One token for every row; rows that have ended are given padding.
         tokens = draw(log_probs, uniforms[:, number])
-        unknown = ref_log_probs.isneginf() if asked is None else ref_log_probs.isneginf() | ~asked[:, None]
-        rewards = rewards.masked_fill(unknown, torch.nan)
+        eligible = ~ref_log_probs.isneginf()
+        rewards = rewards.masked_fill(~(eligible if asked is None else eligible & asked[:, None]), torch.nan)
         drawn = _drawn(tokens, reference, log_probs, candidates, rewards)
         seen = reference.gather(1, candidates), rewards, log_probs.gather(1, candidates)
-        step = Step(number, candidates, *seen, drawn, texts.alive)
+        step = Step(number, candidates, *seen, drawn, texts.alive, eligible)
         if on_step is not None:
             on_step(step)
         tokens = texts.append(drawn)

@@ -1,6 +1,6 @@
 """`pargs generate` and `pargs trace`: texts of a language model, guided by a reward model or not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from pargs_min.records import read_prompts
 from pargs_min.reward_model import recorded
 from pargs_min.store import aside, content
 from pargs_min.texts import generate_texts, parse_shard, read_done, shard_range, time_of, write_records
-from pargs_min.trace import records, to_html, to_text, token_names
+from pargs_min.trace import read_page, records, to_html, to_text, token_names
 
 
 @dataclass(kw_only=True)
@@ -109,13 +109,16 @@ class TraceOptions(DecodeOptions):
         prompt: The text to continue.
         method: As in `pargs generate`.
         output: HTML page to write. Default: none, the trace is only printed.
-        shown: Candidates listed per step; the one that was drawn is always among them.
+        beside: Pages of earlier traces of the same prompt, whose texts --output shows beside this one.
+        shown: Candidates listed per step; the one that was drawn is always among them. The page's slider for beta needs
+            all candidates.
         sample: Which of the prompt's samples to show, from 0.
     """
 
     prompt: str
     method: str = choice((name for name, one in METHODS.items() if one.rows is None), "pargs")
     output: Path | None = None
+    beside: list[Path] = field(default_factory=list)
     shown: int = 10
     sample: int = 0
 
@@ -180,6 +183,11 @@ def trace(arguments: list[str]) -> None:
         raise ValueError(f"output {options.output} exists: name another file")
     if options.sample < 0 or options.shown < 1:
         raise ValueError(f"sample must be at least 0 and shown at least 1, got {options.sample} and {options.shown}")
+    if options.beside and not options.output:
+        raise ValueError("beside is for the page: name it with --output")
+    others = [text for page in options.beside for text in read_page(page)]
+    if different := [prompt for text in others if (prompt := text["settings"].get("prompt")) != options.prompt]:
+        raise ValueError(f"beside must be of the same prompt {options.prompt!r}, and one is of {different[0]!r}")
     loaded = load(options)
     steps: list[Step] = []
     earlier = dict.fromkeys((0, sample) for sample in range(options.sample))
@@ -189,7 +197,8 @@ def trace(arguments: list[str]) -> None:
     seen = records(steps, token_names(loaded["tokenizer"]), shown=options.shown)
     print(to_text(seen))
     if options.output:
-        about = {name: value for name, value in vars(options).items() if name not in ("output", "shown", "device")}
+        unsaid = ("output", "beside", "shown", "device")
+        about = {name: value for name, value in vars(options).items() if name not in unsaid}
         with aside(options.output) as page:
-            page.write_text(to_html(seen, f"{options.method}, token by token", about), "utf-8")
+            page.write_text(to_html([{"settings": about, "steps": seen}, *others]), "utf-8")
         print(f"wrote {options.output}")

@@ -48,7 +48,7 @@ OPTIONS = {
         ref-temperature=1.0 ref-top-k=0 ref-top-p=1.0 ref-min-p=0.0 seed=0 device
         dtype=auto{float32,bfloat16,float16,auto} prompt-format{text,dialogue,chat,ids}
         prompt! method=pargs{plain,pargs,pargs-greedy,args,args-greedy,cd,soft,reweighted,win,genarm,farma,implicit}
-        output shown=10 sample=0
+        output beside=[] shown=10 sample=0
     """,
     "evaluate": "files! judge=[] against reference export{alpacaeval} output-dir=runs/evaluation overwrite=False",
     "study": """

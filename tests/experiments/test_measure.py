@@ -145,7 +145,7 @@ def test_flips_are_the_steps_of_rows_that_go_on_whose_likeliest_token_changes():
     ref = torch.tensor([[0.6, 0.4], [0.6, 0.4], [0.4, 0.6]]).log()
     guided = torch.tensor([[0.4, 0.6], [0.4, 0.6], [0.3, 0.7]]).log()
     for alive in ([True, False, True], [True, True, True]):
-        flips(Step(0, torch.zeros(3, 2), ref, torch.zeros(3, 2), guided, drawn, torch.tensor(alive)))
+        flips(Step(0, torch.zeros(3, 2), ref, torch.zeros(3, 2), guided, drawn, torch.tensor(alive), ref < 0))
     assert flips.share == 3 / 5
 
 
