@@ -51,7 +51,8 @@ class Browser:
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", features=[scheme])
-        self.ask("Page.navigate", url=page.resolve().as_uri())
+        answer = self.ask("Page.navigate", url=page.resolve().as_uri())
+        assert "errorText" not in answer, answer
         while self._read().get("method") != "Page.loadEventFired":
             pass
 

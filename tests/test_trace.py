@@ -416,6 +416,10 @@ def test_colours_say_which_way_guidance_moved_a_token():
     assert classes == ["up", "down", "same"]
 
 
+def test_a_sum_that_rounds_to_zero_has_no_sign():
+    assert Page(page_of([record(["x"], 0) | {"nats": -1e-7}])).text["output"] == ["0.00"]
+
+
 def test_lines_of_text_stand_under_each_other():
     text = to_text([record(["日本", "x", "e\u0301a"], 1)])
     header, *lines, rest = text.splitlines()
