@@ -68,7 +68,7 @@ class Cell:
     recipe: Recipe | None = None
     final: Recipe | None = None
     quality: bool = False
-    timed: bool = False
+    timed: bool | None = None
     lab: str = ""
 
     def __str__(self) -> str:

@@ -131,11 +131,7 @@ def test_a_study_and_its_workers(made, monkeypatch):
     workers = children(process.pid)
     process.kill()
     process.join()
-    end = time.monotonic() + 20
-    while any(alive(worker) for worker in workers):
-        assert time.monotonic() < end, "workers outlive a study that was killed"
-        time.sleep(0.1)
-    assert workers
+    check_ended(workers)
     finished([*asked, "--output-dir", "study"])
     assert not [*made.glob("study/**/*.unfinished")]
     assert "pargs (soft labels) minus others" in (made / "study" / "partial-vs-full.md").read_text()
@@ -163,9 +159,17 @@ def test_a_study_that_is_interrupted_ends_at_once_and_keeps_what_it_made(made):
     assert process.returncode == 130
     assert said.splitlines()[-1] == "pargs: interrupted"
     assert "Traceback" not in said
-    assert workers
-    assert not any(alive(worker) for worker in workers)
+    check_ended(workers)
     assert all(file.exists() for file in whole)
+
+
+def check_ended(workers: list[int]) -> None:
+    """Workers see within moments that their study has ended."""
+    assert workers
+    end = time.monotonic() + 20
+    while any(alive(worker) for worker in workers):
+        assert time.monotonic() < end, "workers outlive their study"
+        time.sleep(0.1)
 
 
 def children(pid: int) -> list[int]:
