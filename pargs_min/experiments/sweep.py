@@ -73,7 +73,10 @@ def _say_how_long(pool: Executor, stages: list[list[tuple]], processes: int) -> 
     if labs and is_progress_bar_enabled():
         paces = {lab: found for (_, lab), found in _run(pool, [(pace, lab) for lab in labs], "a short measurement")}
         seconds = forecast(stages, paces, processes)
-        print(f"this takes {told(seconds)}; it can be interrupted, and goes on from what is made", file=sys.stderr)
+        print(
+            f"this will take {told(seconds)}; it can be interrupted, and then continues from what is finished",
+            file=sys.stderr,
+        )
 
 
 def _run(pool: Executor, jobs: list[tuple], desc: str) -> Iterator[tuple[tuple, Any]]:

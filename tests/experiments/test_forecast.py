@@ -59,6 +59,9 @@ def test_a_pace_is_per_whole_text(lab, monkeypatch):
 @pytest.mark.trains
 def test_a_sweep_says_how_long_it_will_take(lab, one_process, tmp_path, capsys):
     sweep({0: {"": lab}}, [Cell(0, "plain")], tmp_path / "cells.jsonl", processes=1)
-    assert "this takes about 1 minute; it can be interrupted, and goes on from what is made" in capsys.readouterr().err
+    assert (
+        "this will take about 1 minute; it can be interrupted, and then continues from what is finished"
+        in capsys.readouterr().err
+    )
     sweep({0: {"": lab}}, [Cell(0, "plain")], tmp_path / "cells.jsonl", processes=1)
-    assert "this takes" not in capsys.readouterr().err
+    assert "this will take" not in capsys.readouterr().err

@@ -249,3 +249,13 @@ def test_shared_layers_stay_those_of_the_reference(lab):
         }
         assert {name.split(".")[1] for name in same if name.startswith("h.")} == {"0"}
         assert {"wte.weight", "wpe.weight"} <= same
+
+
+def test_a_distilled_guide_is_trained_by_adapters_where_the_lab_says_so(lab, monkeypatch):
+    ranks = []
+    monkeypatch.setattr(
+        recipes, "train_distilled", lambda *_, lora_rank, **__: ranks.append(lora_rank) or {"eval_loss": 0.0}
+    )
+    for rank in (None, 2):
+        make(replace(lab, lora_rank=rank, folder=f"{lab.folder}/{rank}"), DISTILLED, 0)
+    assert ranks == [None, 2]

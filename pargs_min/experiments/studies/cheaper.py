@@ -46,7 +46,10 @@ def kept(rows: list[Row]) -> dict[str, Estimate]:
 
 def conclude(rows: list[Row]) -> str:
     """What is kept, and at what price."""
-    shares, lines = kept(rows), ["Kept of the whole guide's gain over plain, and times the time of a plain token:"]
+    shares = kept(rows)
+    lines = [
+        "Share of the whole guide's gain over plain that is kept, and the time of a token where a plain one takes 1:"
+    ]
     for row in rows[1:]:
         share = shares[str(row.cell)]
         lines.append(f"- {row.cell}: {share.mean:.2f} ± {share.error:.2f}, {row.found['time'].mean:.2f}")
