@@ -1,7 +1,7 @@
 """`pargs demo` and `pargs study`: experiments, on the embedded world or on a model of one's own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +45,8 @@ class StudyOptions:
         seed: The first of them.
         processes: Processes that train and decode side by side; use 1 on a GPU.
         quick: So small that it only shows that it runs.
+        methods: Only these of the study's methods, as its table names them, and plain; more can follow later.
+        betas: Only these of the study's betas.
         model: Language model: a folder or a hub id.
         dataset: Preference pairs, as for `pargs train`.
         prompts: Prompts to generate from, as for `pargs generate`.
@@ -56,6 +58,8 @@ class StudyOptions:
     seed: int = 0
     processes: int = 2
     quick: bool = False
+    methods: list[str] = field(default_factory=list)
+    betas: list[float] = field(default_factory=list)
     model: str | None = None
     dataset: str | None = None
     prompts: str | None = None
@@ -83,7 +87,8 @@ def study(arguments: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     world = _world(options, sizes)
     seeds = range(options.seed, options.seed + options.seeds)
-    print(studies.run(name, world, folder, seeds=seeds, processes=options.processes, quick=options.quick))
+    settings = dict(processes=options.processes, quick=options.quick, methods=options.methods, betas=options.betas)
+    print(studies.run(name, world, folder, seeds=seeds, **settings))
     print(f"saved {name}.md, {name}.json and {name}.png in {folder}")
 
 

@@ -36,6 +36,7 @@ class Sizes:
         held_out: Pairs to test on. Default: those of a tenth of the prompts.
         max_new_tokens: Length limit of a response, in tokens.
         samples: Texts per prompt.
+        plain_samples: Texts of the reference per prompt, from which the RLHF policy is estimated.
         batch_size: Texts decoded together.
         pairs_per_step: Pairs per training step.
         epochs: Passes over the pairs.
@@ -57,6 +58,7 @@ class Sizes:
     held_out: str | None = None
     max_new_tokens: int = 64
     samples: int = 16
+    plain_samples: int = 64
     batch_size: int = 32
     pairs_per_step: int = 16
     epochs: float = 1.0
@@ -85,7 +87,6 @@ class Lab(Sizes):
         prompts: to generate for.
         judge: of whole texts, see `named_judge`.
         world: the embedded world that all this comes from, if it does.
-        plain_samples: texts per prompt that the RLHF policy is estimated from.
 
     Raises:
         ValueError: if a count is below 1.
@@ -97,7 +98,6 @@ class Lab(Sizes):
     prompts: str
     judge: str
     world: Journey | None = None
-    plain_samples: int = 64
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "samples", "plain_samples", "batch_size", "pairs_per_step"):

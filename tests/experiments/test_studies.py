@@ -62,6 +62,27 @@ def test_a_study_writes_its_table_its_figure_and_its_numbers_and_does_nothing_tw
     assert not measured
 
 
+@pytest.mark.parametrize("name", ["guides", "partial-vs-full", "real", "cheaper"])
+def test_a_study_can_be_of_some_methods_first(name, world, tmp_path, monkeypatch):
+    def rows(**some):
+        run(name, alike(world), tmp_path, seeds=[0], quick=True, **some)
+        return json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+
+    few = rows(methods=["pargs (soft labels)"], betas=[2.0])
+    assert [(row["method"], row.get("beta")) for row in few] == [("plain", None), ("pargs", 2.0)]
+    measured, measure_one = [], measure.measure
+    monkeypatch.setattr(measure, "measure", lambda lab, cell: measured.append(cell) or measure_one(lab, cell))
+    every = rows()
+    assert len(measured) == len(every) - 2  # what was measured before is kept
+    assert [row for row in every if row in few] == few
+
+
+@pytest.mark.parametrize("asked", [dict(methods=["parks"]), dict(betas=[7.0])])
+def test_a_method_or_beta_that_a_study_does_not_have_is_named(asked, world, tmp_path):
+    with pytest.raises(ValueError, match=r"--(methods|betas): this study has no ('parks'|7.0); it has '?(plain|0.5)"):
+        run("real", alike(world), tmp_path, seeds=[0], quick=True, **asked)
+
+
 def test_cost_is_the_report_of_the_benchmark(world, tmp_path, monkeypatch):
     shape = dict(vocab_size=30, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
     monkeypatch.setitem(ways.SHAPES, "tiny", ("gpt2", shape))

@@ -25,6 +25,7 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from pargs_min.experiments.measure import Cell
 from pargs_min.experiments.report import legend, table, with_rlhf, write
 from pargs_min.experiments.setup import Lab
 from pargs_min.experiments.sweep import gather, in_each_world, sweep
@@ -42,14 +43,17 @@ def run(
     seeds: Sequence[int],
     processes: int = 2,
     quick: bool = False,
+    methods: Sequence[str] = (),
+    betas: Sequence[float] = (),
 ) -> str:
     """Measure what is not measured yet, write NAME.md, NAME.json and NAME.png to the folder; return the text.
 
     Args:
         world: the lab of each seed: a world of its own, or the same for all.
+        methods, betas: only these of the study's, where any are given; plain is always there.
 
     Raises:
-        ValueError: if the folder holds the same study with other settings.
+        ValueError: if the folder holds the same study with other settings, or the study has no such method or beta.
     """
     study = _study(name)
     if hasattr(study, "run"):
@@ -57,6 +61,7 @@ def run(
     worlds = in_each_world(partial(_labs, name, world, quick), seeds, processes)
     labs = [worlds[seed][""] for seed in seeds]
     cells = [cell for seed, lab in zip(seeds, labs, strict=True) for cell in study.cells(lab, seed)]
+    cells = chosen(cells, methods, betas)
     measured = sweep(worlds, cells, folder / f"{name}.jsonl", processes)
     rows = gather({cell: with_rlhf(worlds[cell.seed][cell.lab], cell, found) for cell, found in measured.items()})
     shown = table(rows, study.COLUMNS, each_seed=hasattr(study, "conclude"))
@@ -66,6 +71,24 @@ def run(
     facts = dict(study=name, labs=[*dict.fromkeys(labs)], seeds=list(seeds), rows=[row.as_json() for row in rows])
     write(folder / name, text, study.draw(rows, labs), facts)
     return text
+
+
+def chosen(cells: Sequence[Cell], methods: Sequence[str], betas: Sequence[float]) -> list[Cell]:
+    """The cells of these methods, as tables name them, and of these betas; all where none are given.
+
+    >>> cells = [Cell(0, "plain"), Cell(0, "pargs", beta=1.0), Cell(0, "pargs", beta=3.0), Cell(0, "best-of-n", n=4)]
+    >>> [str(cell) for cell in chosen(cells, ["pargs"], [3.0])]
+    ['plain', 'pargs beta=3']
+
+    Raises:
+        ValueError: if no cell has such a method or beta.
+    """
+    for option, name, asked in (("--methods", "name", methods), ("--betas", "beta", betas)):
+        known = dict.fromkeys(value for cell in cells if (value := getattr(cell, name)) is not None)
+        if unknown := [value for value in asked if value not in known]:
+            raise ValueError(f"{option}: this study has no {unknown[0]!r}; it has {', '.join(map(repr, known))}")
+    of_methods = [cell for cell in cells if not methods or cell.name in ("plain", *methods)]
+    return [cell for cell in of_methods if not betas or cell.beta in (None, *betas)]
 
 
 def _study(name: str) -> ModuleType:

@@ -36,8 +36,8 @@ def conclude(rows: list[Row]) -> str:
     other's KL is a bound, this is one, too: PARGS would have less at the KL itself.
     """
     groups = grouped(rows, "name")
-    (plain,), ours = groups.pop("plain"), groups.pop(OURS)
-    others = [row for group in groups.values() for row in group if not row.cell.writes.greedy]
+    (plain,), ours = groups.pop("plain"), groups.pop(OURS, [])
+    others = [row for group in groups.values() for row in group if ours and not row.cell.writes.greedy]
     lines = [f"{OURS} minus others at equal KL (on the line through plain and its betas), and minus plain:"]
     for row in others:
         most = "at most " if row.cell.writes.bound else ""

@@ -1,5 +1,7 @@
 """What is guidance worth on a real model, under judges that guided nothing?"""
 
+from itertools import product
+
 import numpy as np
 
 from pargs_min.experiments.measure import Cell, guided
@@ -31,8 +33,8 @@ def conclude(rows: list[Row]) -> str:
         lines.append(f"- {row.cell}: {signed(more)}; each seed {' '.join(f'{one:+.2f}' for one in more)}")
     groups = grouped(rows, "name")
     lines.append("\nMinus ARGS at equal KL (on the line through plain and the betas of each):")
-    for row in groups["args"]:
-        for name in ("pargs", OURS, "soft"):
+    for row, name in product(groups.get("args", ()), ("pargs", OURS, "soft")):
+        if name in groups:
             lines.append(
                 f"- {name} at the KL of {row.cell} ({kl(row):.2f}): {signed(ahead([plain, *groups[name]], row))}"
             )
