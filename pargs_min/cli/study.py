@@ -41,8 +41,10 @@ class StudyOptions:
 
     Args:
         output_dir: For models, tables and figures. Studies share what they train; an interrupted one continues here.
-        seeds: Number of seeds of everything that is trained or drawn. Each has an embedded world of its own.
+        seeds: Number of seeds of everything that is trained or drawn. Each has an embedded world of its own,
+            unless --worlds says otherwise.
         seed: The first of them.
+        worlds: So many embedded worlds are shared by the seeds, in turn: seed S lives in world S mod N.
         processes: Processes that train and decode side by side; use 1 on a GPU.
         quick: So small that it only shows that it runs.
         methods: Only these of the study's methods, as its table names them, and plain; more can follow later.
@@ -56,6 +58,7 @@ class StudyOptions:
     output_dir: Path = Path("runs/study")
     seeds: int = 3
     seed: int = 0
+    worlds: int | None = None
     processes: int = 2
     quick: bool = False
     methods: list[str] = field(default_factory=list)
@@ -66,8 +69,9 @@ class StudyOptions:
     judge: str | None = None
 
     def __post_init__(self) -> None:
-        if self.seeds < 1 or self.processes < 1:
-            raise ValueError(f"--seeds and --processes must be at least 1, got {self.seeds} and {self.processes}")
+        for name in ("seeds", "processes", "worlds"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
         given = ("model", "dataset", "prompts", "judge")
         missing = [f"--{name}" for name in given if getattr(self, name) is None]
         if 0 < len(missing) < len(given):
@@ -96,9 +100,13 @@ def _world(options: StudyOptions, sizes: Sizes) -> Callable[[int], Lab]:
     """The lab of each seed: a world of its own, or the user's model."""
     if options.model is None:
         torch.set_num_threads(1)  # the world's models are so small that a second thread only waits
-        return partial(numbered, options.output_dir, options.quick)
+        return partial(_embedded, options)
     own: dict = dict(model=options.model, pairs=options.dataset, prompts=options.prompts, judge=options.judge)
     return partial(_same, Lab(folder=str(options.output_dir), **own, **vars(sizes)))
+
+
+def _embedded(options: StudyOptions, seed: int) -> Lab:
+    return numbered(options.output_dir, options.quick, seed % options.worlds if options.worlds else seed)
 
 
 def _same(lab: Lab, seed: int) -> Lab:

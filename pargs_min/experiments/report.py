@@ -81,13 +81,15 @@ def _measure(row: Row, name: str) -> str:
     return f"{bound}{round(found.mean, digits) + 0.0:.{digits}f}{error}"  # + 0.0: no minus before a zero
 
 
-def legend(rows: list[Row], columns: Sequence[str], seeds: int, worlds: bool = False) -> str:
-    """What the columns of a table say, and what its standard errors are over: seeds, each in a world of its own or all
-    in one."""
+def legend(rows: list[Row], columns: Sequence[str], seeds: int, worlds: int = 1) -> str:
+    """What the columns of a table say, and what its standard errors are over: worlds, or seeds if all are of one."""
     shown = [MEASURES[name] for name in columns if any(name in row.found for row in rows)]
-    varies = "seeds: of what is trained and of the texts; reference, pairs and prompts stay the same"
-    varies = "worlds: reference, pairs, reward models and texts; the prompts stay the same" if worlds else varies
-    over = f"± is the standard error over {seeds} {varies}." if seeds > 1 else "One seed: no error bars."
+    varies = f"{seeds} seeds: of what is trained and of the texts; reference, pairs and prompts stay the same"
+    if worlds > 1:
+        varies = f"{worlds} worlds: reference, pairs, reward models and texts; the prompts stay the same"
+    if seeds > worlds > 1:
+        varies += f"; {seeds} seeds of reward models and texts share them"
+    over = f"± is the standard error over {varies}." if seeds > 1 else "One seed: no error bars."
     return "\n".join([*(f"- {measure['title']}: {measure['says']}" for measure in shown), over])
 
 

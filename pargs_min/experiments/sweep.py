@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -194,20 +194,26 @@ class Row(NamedTuple):
         return {name: value for name, value in as_json(self.cell).items() if name != "seed"} | as_json(self.found)
 
 
-def gather(measured: Mapping[Cell, dict]) -> list[Row]:
+def gather(measured: Mapping[Cell, dict], worlds: Mapping[int, Hashable] | None = None) -> list[Row]:
     """A row for all cells that differ in their seed only, with an `Estimate` of each measure.
 
     prompt_error is the standard error of the reward over prompts, seeds averaged.
+
+    Args:
+        worlds: the world of each seed, where they have worlds: errors are then those over worlds.
     """
-    groups: dict[Cell, list[dict]] = {}
+    groups: dict[Cell, dict[int, dict]] = {}
     for cell, found in measured.items():
-        groups.setdefault(replace(cell, seed=0), []).append(found)
-    return [Row(cell, _summary(seeds)) for cell, seeds in groups.items()]
+        groups.setdefault(replace(cell, seed=0), {})[cell.seed] = found
+    return [
+        Row(cell, _summary([*seeds.values()], [worlds[seed] for seed in seeds] if worlds else None))
+        for cell, seeds in groups.items()
+    ]
 
 
-def _summary(seeds: list[dict]) -> dict[str, Estimate]:
+def _summary(seeds: list[dict], worlds: list[Hashable] | None) -> dict[str, Estimate]:
     known = [name for name in seeds[0] if all(name in found for found in seeds)]
-    summary = {name: interval([found[name] for found in seeds]) for name in known if name != "examples"}
+    summary = {name: interval([found[name] for found in seeds], worlds) for name in known if name != "examples"}
     if "examples" in known:
         summary["examples"] = Estimate(seeds[0]["examples"])
     if "by_prompt" in summary:
@@ -215,15 +221,23 @@ def _summary(seeds: list[dict]) -> dict[str, Estimate]:
     return summary
 
 
-def interval(values: Sequence) -> Estimate:
+def interval(values: Sequence, worlds: Sequence[Hashable] | None = None) -> Estimate:
     """The `Estimate` of numbers, or of curves of equal length, that differ in their seed.
+
+    Args:
+        worlds: of each value, where several may share one: the mean of a world then counts as one value.
 
     >>> found = interval([1.0, 3.0])
     >>> found.mean, found.error, round(found.low, 2), round(found.high, 2)
     (2.0, 1.0, -10.71, 14.71)
+    >>> found = interval([0.0, 3.0, 2.0, 3.0], "abab")  # two worlds, whose means are 1 and 3
+    >>> found.mean, found.error, found.seeds
+    (2.0, 1.0, [0.0, 3.0, 2.0, 3.0])
     """
-    array, n = np.array(values, dtype=float), len(values)
-    mean = array.mean(0)
+    array = np.array(values, dtype=float)
+    if worlds:
+        array = np.stack([array[[other == world for other in worlds]].mean(0) for world in dict.fromkeys(worlds)])
+    n, mean = len(array), array.mean(0)
     error = array.std(0, ddof=1) / math.sqrt(n) if n > 1 else mean * math.nan
     half = error * stats.t.ppf(0.975, n - 1) if n > 1 else error
     return Estimate(mean.tolist(), error.tolist(), (mean - half).tolist(), (mean + half).tolist(), list(values))

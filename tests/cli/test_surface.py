@@ -52,8 +52,8 @@ OPTIONS = {
     """,
     "evaluate": "files! judge=[] against reference export{alpacaeval} output-dir=runs/evaluation overwrite=False",
     "study": """
-        output-dir=runs/study seeds=3 seed=0 processes=2 quick=False model dataset prompts judge held-out
-        max-new-tokens=64 samples=16 batch-size=32 pairs-per-step=16 epochs=1.0 learning-rate=1e-05
+        output-dir=runs/study seeds=3 seed=0 worlds processes=2 quick=False methods=[] betas=[] model dataset prompts
+        judge held-out max-new-tokens=64 samples=16 plain-samples=64 batch-size=32 pairs-per-step=16 epochs=1.0 learning-rate=1e-05
         dpo-learning-rate=1e-06 ppo-learning-rate=1e-05 ppo-updates=100 append-eos=True text-prompts texts-per-prompt
         lora-rank ref-temperature=1.0 ref-top-k=0 ref-top-p=1.0 ref-min-p=0.0 second-judge
     """,
@@ -154,4 +154,4 @@ def test_options_are_read_from_the_command_line_alone(tmp_path, monkeypatch, cap
     (tmp_path / "pargs.args").write_text("--seeds 0")
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "pargs")])
     assert main(["study", "beta", "--processes", "0"]) == 2
-    assert "got 3 and 0" in capsys.readouterr().err
+    assert "--processes must be at least 1, got 0" in capsys.readouterr().err

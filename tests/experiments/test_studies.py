@@ -147,8 +147,12 @@ def test_the_legend_says_what_the_columns_are_and_what_varies():
     assert "in nats (base e) per text" in kl
     assert over.startswith("± is the standard error over 2 seeds")
     assert "±" not in legend(rows, ("reward", "kl"), seeds=1)
-    *_, over = legend(rows, ("reward",), seeds=2, worlds=True).split("\n")
+    *_, over = legend(rows, ("reward",), seeds=2, worlds=2).split("\n")
     assert over.startswith("± is the standard error over 2 worlds: reference, pairs, reward models and texts")
+    assert over.endswith("the prompts stay the same.")
+    *_, over = legend(rows, ("reward",), seeds=4, worlds=2).split("\n")
+    assert over.startswith("± is the standard error over 2 worlds")
+    assert over.endswith("4 seeds of reward models and texts share them.")
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -238,6 +242,18 @@ def test_every_world_of_a_study_is_its_own(tmp_path):
     assert weights[0] != weights[1]
     assert pairs[0] != pairs[1]
     assert (first.folder, second.folder) == (f"{tmp_path}/world-0", f"{tmp_path}/world-1")
+
+
+def test_seeds_may_share_worlds(tmp_path, capsys):
+    """Then the mean of a world's seeds counts once."""
+    arguments = ["--seeds", "4", "--worlds", "2", "--methods", "pargs", "--betas", "2", "--output-dir", str(tmp_path)]
+    main(["study", "real", "--quick", "--processes", "1", *arguments])
+    assert "over 2 worlds" in capsys.readouterr().out
+    assert {folder.name for folder in tmp_path.iterdir() if folder.is_dir()} == {"world-0", "world-1"}
+    kl = json.loads((tmp_path / "real.json").read_text())["rows"][1]["kl"]
+    first, second, third, fourth = kl["seeds"]
+    assert len({first, second, third, fourth}) == 4
+    assert kl["error"] == pytest.approx(abs(first + third - second - fourth) / 4)
 
 
 def test_an_attribute_may_be_judged_by_a_reward_model_or_by_the_world(world, tmp_path):

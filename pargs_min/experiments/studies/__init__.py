@@ -63,9 +63,10 @@ def run(
     cells = [cell for seed, lab in zip(seeds, labs, strict=True) for cell in study.cells(lab, seed)]
     cells = chosen(cells, methods, betas)
     measured = sweep(worlds, cells, folder / f"{name}.jsonl", processes)
-    rows = gather({cell: with_rlhf(worlds[cell.seed][cell.lab], cell, found) for cell, found in measured.items()})
+    found = {cell: with_rlhf(worlds[cell.seed][cell.lab], cell, found) for cell, found in measured.items()}
+    rows = gather(found, dict(zip(seeds, labs, strict=True)) if len(set(labs)) > 1 else None)
     shown = table(rows, study.COLUMNS, each_seed=hasattr(study, "conclude"))
-    said = legend(rows, study.COLUMNS, len(seeds), worlds=len(set(labs)) > 1)
+    said = legend(rows, study.COLUMNS, len(seeds), worlds=len(set(labs)))
     parts = [f"{name}, seeds {seeds[0]} to {seeds[-1]}", shown, said]
     text = "\n\n".join([*parts, study.conclude(rows)] if hasattr(study, "conclude") else parts)
     facts = dict(study=name, labs=[*dict.fromkeys(labs)], seeds=list(seeds), rows=[row.as_json() for row in rows])
