@@ -75,9 +75,11 @@ def run(
 
 
 def chosen(cells: Sequence[Cell], methods: Sequence[str], betas: Sequence[float]) -> list[Cell]:
-    """The cells of these methods, as tables name them, and of these betas; all where none are given.
+    """The cells of these methods, as tables name them, and of these betas; all where none are given. Those that need no
+    model of their own are always there.
 
-    >>> cells = [Cell(0, "plain"), Cell(0, "pargs", beta=1.0), Cell(0, "pargs", beta=3.0), Cell(0, "best-of-n", n=4)]
+    >>> from pargs_min.experiments.measure import guided
+    >>> cells = [Cell(0, "plain"), *guided(0, ["pargs", "args"], [1.0, 3.0])]
     >>> [str(cell) for cell in chosen(cells, ["pargs"], [3.0])]
     ['plain', 'pargs beta=3']
 
@@ -88,7 +90,7 @@ def chosen(cells: Sequence[Cell], methods: Sequence[str], betas: Sequence[float]
         known = dict.fromkeys(value for cell in cells if (value := getattr(cell, name)) is not None)
         if unknown := [value for value in asked if value not in known]:
             raise ValueError(f"{option}: this study has no {unknown[0]!r}; it has {', '.join(map(repr, known))}")
-    of_methods = [cell for cell in cells if not methods or cell.name in ("plain", *methods)]
+    of_methods = [cell for cell in cells if not methods or cell.name in methods or not cell.recipes]
     return [cell for cell in of_methods if not betas or cell.beta in (None, *betas)]
 
 
