@@ -55,7 +55,7 @@ def passes(row: Row) -> float:
 
 
 def draw(rows: list[Row], labs: Sequence[Lab]) -> plots.Figure:
-    drawing, (left, right) = plots.panels(2, (12.4, 4.4))
+    drawing, (left, right) = plots.panels(2, (10.6, 4.2))
     for name, group in grouped(rows, "name").items():
         shown = [row for row in group if "calls" in row.found and row.cell.beta in (None, BETA, ETA)]
         curve(left, shown, passes, "share", str(name), plots.ink(str(name)), linestyle="none")
