@@ -383,6 +383,12 @@ def test_a_reader_moves_the_slider_by_keyboard_and_back(traced, tmp_path):
         assert reader.run(STATE) == before
         assert not reader.complaints
 
+        for width in (360, 1200):  # a token leads to its step, which the slider and the text above do not cover
+            reader.open(page, width=width, height=500)
+            reader.run("document.querySelectorAll('.text a')[3].click()")
+            covered = "document.querySelector('.top').getBoundingClientRect().bottom"
+            assert 0 < reader.run(covered) < reader.run("document.querySelector(':target').getBoundingClientRect().top")
+
         reader.run("document.body.append(Object.assign(document.createElement('script'), {text: 'window.evil = 1'}))")
         assert reader.run("window.evil") is None
         assert "Content Security Policy" in "".join(reader.complaints)
