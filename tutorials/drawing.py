@@ -33,19 +33,22 @@ def bars(
         axes.legend(fontsize=8, frameon=False)
 
 
-def seeds(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], ink: str, mark: str, label: str) -> None:
+def seeds(
+    axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], ink: str, mark: str, label: str, **style
+) -> None:
     """A thin line per seed, and a thick one for their mean with its 95 % interval.
 
     Args:
         axes: where to draw.
         x, values: (X,) and (seeds, X).
+        style: of the thick line, as matplotlib names it; the thin ones take its linestyle.
     """
     from pargs_min.experiments.sweep import interval  # with all that trains models, which other figures do not need
 
-    axes.plot(x, np.transpose(values), color=ink, linewidth=0.6, alpha=0.5)
+    axes.plot(x, np.transpose(values), color=ink, linewidth=0.6, alpha=0.5, linestyle=style.get("linestyle"))
     found = interval(values)
     bars = np.subtract(found.mean, found.low), np.subtract(found.high, found.mean)
-    axes.errorbar(x, found.mean, bars, color=ink, marker=mark, markersize=5, linewidth=2, label=label)
+    axes.errorbar(x, found.mean, bars, color=ink, marker=mark, markersize=5, linewidth=2, label=label, **style)
 
 
 def curves(
@@ -72,7 +75,7 @@ def prefix_accuracy(curves: Mapping[str, Sequence[Sequence[float]]], title: str 
     Args:
         curves: for each objective, one list per model: accuracy after 1, 2, ... tokens.
     """
-    drawing, axes = figure("prefix length (tokens)", "pairs ordered as labelled", title)
+    drawing, axes = figure("prefix length (tokens)", "share of pairs ordered as labelled", title)
     axes.axhline(0.5, color=BLACK, linewidth=0.8, linestyle=":")
     for objective, models in curves.items():
         ink, lengths = INKS[objective][0], range(1, len(models[0]) + 1)
