@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -118,6 +119,12 @@ def _encode(
     if not records:
         raise ValueError(_nothing_left(records, counts, max_length))
     rows, codec = [], Codec(tokenizer, form or records_form(records))
+    if codec.form == "text" and tokenizer.chat_template:
+        warnings.warn(
+            "the prompts are text, which is continued as it stands though the tokenizer has a chat template; "
+            'a guide of chats learns from messages: {"prompt": [{"role": "user", "content": ...}], ...}',
+            stacklevel=2,
+        )
     if codec.end is None and any(map(ends, records)):
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path} has no end token; set its eos_token, or train with "

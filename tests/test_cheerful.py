@@ -21,7 +21,7 @@ def cheerful():
 def test_prompts_to_train_judge_and_test_on_share_no_topic(cheerful, tmp_path):
     cheerful["main"]("prompts", str(tmp_path))
     asked, test = (
-        [json.loads(line)["prompt"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        [json.loads(line)["prompt"][0]["content"] for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         for name in ("asked", "prompts")
     )
     assert (len(asked), len(test)) == (60, 32)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 
 import pytest
@@ -180,6 +181,16 @@ def test_text_to_evaluate_on_is_a_users_message_beside_chats_and_nothing_else():
             training_form(*some)
     tokenizer = chat_tokenizer()
     assert encode_preferences([text], tokenizer, form="chat")[0] == encode_preferences([chat], tokenizer)[0]
+
+
+def test_prompts_of_text_beside_a_chat_template_are_pointed_out():
+    chat, text = Preference([{"role": "user", "content": "a"}], "b", "c", "-"), Preference("a", "b", "c", "-")
+    with pytest.warns(UserWarning, match="a guide of chats learns from messages"):
+        encode_preferences([text], chat_tokenizer())
+    with warnings.catch_warnings(action="error"):
+        encode_preferences([chat], chat_tokenizer())
+        encode_preferences([text], chat_tokenizer(), form="chat")
+        encode_preferences([text], word_tokenizer("<end> a b c"))
 
 
 def test_texts_that_say_what_they_were_written_for_have_that_form():

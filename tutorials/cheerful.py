@@ -27,8 +27,10 @@ an illness, a castle, a film, a theatre, an uncle, a desk, spring, a goodbye, a 
 SCALE = 4.0  # of the noise in the labels
 
 
-def asked(topics: str) -> list[str]:
-    return [f"Write two sentences about {topic}." for topic in topics.replace("\n", " ").split(", ")]
+def asked(topics: str) -> list[list[dict]]:
+    """Prompts for a chat model: one message each."""
+    said = [f"Write two sentences about {topic}." for topic in topics.replace("\n", " ").split(", ")]
+    return [[{"role": "user", "content": content}] for content in said]
 
 
 def compound(prompts: list[str], responses: list[str]) -> list[float]:
@@ -40,10 +42,10 @@ def compound(prompts: list[str], responses: list[str]) -> list[float]:
 
 
 def pairs(texts: dict[str, list[str]], topics: str, rng: random.Random) -> list[dict]:
-    """Pairs of the texts (prompt -> responses) for these topics, labelled with noise."""
+    """Pairs of the texts (what was asked -> responses) for these topics, labelled with noise."""
     found = []
     for prompt in asked(topics):
-        responses = texts[prompt]
+        responses = texts[prompt[0]["content"]]
         for first, second in zip(responses[::2], responses[1::2], strict=True):
             if first.strip() and second.strip() and first != second:
                 one, other = compound([], [first, second])
@@ -67,7 +69,7 @@ def main(what: str, *rest: str) -> None:
     texts: dict[str, list[str]] = {}
     for line in Path(rest[0]).read_text(encoding="utf-8").splitlines():
         text = json.loads(line)
-        texts.setdefault(text["prompt"], []).append(text["response"])
+        texts.setdefault(text["prompt"][0]["content"], []).append(text["response"])
     rng = random.Random(0)
     for name, topics in (("pairs", TRAIN), ("judge_pairs", JUDGE)):
         write(folder / f"{name}.jsonl", pairs(texts, topics, rng))
