@@ -8,6 +8,7 @@ statements of that name in this folder.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,51 @@ def kept(world: Automaton, scores: Array, beta: float, candidates: NDArray[np.bo
     """`truncated` times ref(C | a) on the candidates, the reference elsewhere (T17). Result (T, E)."""
     mass = np.add.reduceat(np.exp(world.log_probs) * candidates, world.first_edges)[world.sources]
     return np.where(candidates, truncated(world, scores, beta, candidates) + np.log(mass), world.log_probs)
+
+
+def reweighted(world: Automaton, weights: ArrayLike, policy: Array | None = None) -> Array:
+    """The policy of the texts q(y) = policy(y) w(y) / E_policy[w]: q(t | a) = policy(t | a) E[w | at] / E[w | a].
+
+    weights (S,) of finished responses, positive where any end; policy (T, E), by default the reference. The RLHF policy
+    for exp(beta r), best-of-n for P(r is the best of n) / P(r). Result (T, E).
+    """
+    policy = world.reference if policy is None else policy
+    ahead = expected(world, np.asarray(weights, dtype=np.float64), policy)
+    return normalise(world, policy + np.log(ahead)[1:, world.targets])
+
+
+class Split(NamedTuple):
+    """A reference whose states know what was written: `totals` (S, A) of the weights so far, `origins` (S,) of old."""
+
+    world: Automaton
+    totals: Array
+    origins: NDArray[np.int64]
+
+
+def split(world: Automaton, weights: ArrayLike) -> Split:
+    """The same reference, a state for every (state, sum of weights(token) over what was written) that can be reached.
+
+    So a sum over tokens, a count of words for example, is a function of the state, and can be a reward. The rewards are
+    the old ones; tables of the old states are read through `origins`: values[:, origins]. weights (V, A).
+    """
+    weights = np.asarray(weights, dtype=np.float64)
+    ends = np.append(world.first_edges[1:], len(world.sources))
+    states, edges = [(world.start, (0.0,) * weights.shape[1])], []
+    number, tokens_before = {states[0]: 0}, [0]
+    for n, (state, totals) in enumerate(states):  # grows as it is read
+        for edge in range(world.first_edges[state], ends[state]):
+            then = int(world.targets[edge]), tuple((weights[world.tokens[edge]] + totals).tolist())
+            if tokens_before[n] == world.horizon:  # nothing follows, but every state needs an edge
+                then = state, totals
+            if then not in number:
+                number[then] = len(states)
+                states.append(then)
+                tokens_before.append(tokens_before[n] + 1)
+            edges.append((n, edge, number[then]))
+    sources, old, targets = map(np.array, zip(*edges, strict=True))
+    origins, sums = map(np.array, zip(*states, strict=True))
+    changed = dict(sources=sources, tokens=world.tokens[old], targets=targets, log_probs=world.log_probs[old])
+    return Split(replace(world, rewards=world.rewards[origins], start=0, **changed), sums, origins)
 
 
 # Values --------------------------------------------------------------------------------------------------------------
@@ -141,12 +187,14 @@ def rlhf_frontier(world: Automaton, betas: Sequence[float]) -> list[Evaluation]:
     return [evaluate(world, guided(world, soft_values(world, beta), beta)) for beta in betas]
 
 
-def entropy(world: Automaton) -> float:
-    """Entropy of a response in nats: -sum_i E[log ref(Y_i | Y_1:i-1)]."""
-    return float(-(occupancy(world)[:-1, world.sources] * np.exp(world.log_probs) * world.log_probs).sum())
+def entropy(world: Automaton, policy: Array | None = None) -> float:
+    """Entropy of a response in nats: -sum_i E[log pi(Y_i | Y_1:i-1)], pi (T, E) by default the reference."""
+    policy = world.reference if policy is None else policy
+    return float(-(occupancy(world, policy)[:-1, world.sources] * np.exp(policy) * policy).sum())
 
 
-def expected_length(world: Automaton, end: int) -> float:
+def expected_length(world: Automaton, end: int, policy: Array | None = None) -> float:
     """Expected tokens of a response, the first of its end tokens included: 1 + sum_i P(Y_i is another token)."""
-    flow = occupancy(world)[:-1, world.sources] * np.exp(world.log_probs)
+    policy = world.reference if policy is None else policy
+    flow = occupancy(world, policy)[:-1, world.sources] * np.exp(policy)
     return 1 + float(flow[:, world.tokens != end].sum())

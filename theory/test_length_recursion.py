@@ -19,7 +19,7 @@ from pargs_min.world.journey import HORIZON, PROMPTS, Journey
 from theory import exact
 from theory.bradley_terry import partial_reward, win_rates
 from theory.ledger import verify
-from theory.policies import kept, likeliest, reward_and_kl, soft_value, tokenwise
+from theory.policies import best_of_n, kept, likeliest, reward_and_kl, soft_value, tokenwise
 from theory.strategies import WORLDS
 from theory.world import Levels, World, bradley_terry_labels
 
@@ -98,6 +98,54 @@ def test_recursion_equals_enumeration():
             enumerated = reward_and_kl(world, world.paths(tokenwise(world, by_prefix, beta))[-1], r)
             verify("length", f"recursion = enumeration: reward and KL of {name}",
                    float(np.abs(np.subtract(judged, enumerated)).max()), 1e-9, "fit")  # fmt: skip
+
+
+def law(automaton: Automaton, world: World, policy: np.ndarray) -> np.ndarray:
+    """log q of every enumerated string under a policy (T, E)."""
+    total = np.zeros(len(world.prefixes[-1]))
+    for i, step in enumerate(policy):
+        table = np.full((len(automaton.rewards), END + 1), -np.inf)
+        table[automaton.sources, automaton.tokens] = step
+        total += table[states_after(automaton, world.prefixes[-1][:, :i]), world.prefixes[-1][:, i]]
+    return total
+
+
+def test_reweighted_texts_are_the_rlhf_policy_and_the_best_of_n():
+    for seed in range(WORLDS):
+        automaton = random_automaton(seed)
+        world, guide = unrolled(automaton), exact.soft_values(automaton, 1.5)
+        found = exact.reweighted(automaton, np.exp(1.5 * automaton.rewards))
+        rlhf = exact.guided(automaton, guide, 1.5)
+        verify(
+            "length", "texts reweighted by exp(beta r) = RLHF", np.abs(found - rlhf)[:, automaton.sources == 0].max()
+        )
+        levels, place = np.unique(automaton.rewards, return_inverse=True)
+        chance = exact.reward_distribution(automaton)[1][0, automaton.start]
+        best = np.diff(np.cumsum(chance) ** 3, prepend=0.0)
+        ratio = np.divide(best, chance, out=np.ones(len(levels)), where=chance > 0)
+        picked = exact.reweighted(automaton, ratio[place])
+        enumerated = np.exp(best_of_n(world, world.rewards[-1], 3))
+        gap = np.abs(np.exp(law(automaton, world, picked)) - enumerated).max()
+        verify("length", "reweighted levels = the best of n", gap)
+        h = -(enumerated * np.log(enumerated)).sum()
+        verify("length", "entropy of a policy", abs(exact.entropy(automaton, picked) - h))
+        tokens = float(enumerated @ world.lengths + enumerated[(world.prefixes[-1] != END).all(-1)].sum())
+        verify("length", "tokens of a policy", abs(exact.expected_length(automaton, END, picked) - tokens))
+
+
+def test_split_states_know_what_was_written():
+    weights = np.array([[1.0, 0.0], [-1.0, 2.0], [0.0, 0.5]])
+    for seed in range(WORLDS):
+        automaton = random_automaton(seed)
+        counted, totals, origins = exact.split(automaton, weights)
+        strings = unrolled(automaton).prefixes[-1]
+        states = states_after(counted, strings)
+        assert (totals[states] == weights[strings].sum(1)).all()
+        assert (origins[states] == states_after(automaton, strings)).all()
+        scores = exact.win_rates(automaton)
+        before = exact.evaluate(automaton, exact.guided(automaton, scores, 2.0))
+        after = exact.evaluate(counted, exact.guided(counted, scores[:, origins], 2.0))
+        verify("length", "a split reference is the same one", float(np.abs(np.subtract(before, after)).max()))
 
 
 def test_control_a_value_of_another_horizon_is_caught():
