@@ -59,15 +59,23 @@ from pargs_min.trunk import TrunkScorer, one_query_scorer, share_trunk
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How one text is written; the same for all texts of a run.
+class Tokens:
+    """How the tokens of a text are chosen.
 
     Args:
-        beta, min_ref_prob, truncate, guide_below, max_new_tokens, temperature: as in `generate`.
-        top_k: candidates per step of guided methods, by default 10; 0 takes the whole vocabulary.
-        ref_temperature, ref_top_k, ref_top_p, ref_min_p: how the reference is sampled (`Warp`).
-        n: samples behind each text of best-of-n.
-        particles: behind each text of smc.
+        beta: Weight of the reward, in nats per unit of reward: the inverse of the beta of DPO and TRL.
+        top_k: Candidates per step of guided methods, 0 for the whole vocabulary. Default: 10.
+        min_ref_prob: Tokens that the reference finds less likely than this are no candidates.
+        truncate: Draw from the candidates alone, as the paper does. Default: all other tokens keep the probability that
+            the reference gives them.
+        guide_below: Leave steps unguided whose likeliest token is at least this likely to the reference, or is the only
+            candidate. The guide is not read where that is so of all texts of a batch: it pays with --batch-size 1.
+        max_new_tokens: Length limit of a response, in tokens.
+        temperature: Of the guided policy: divides log pi_ref + beta * r.
+        ref_temperature: Temperature of the reference, before it is guided; KL is to what it then is.
+        ref_top_k: The reference is sampled from so many likeliest tokens, 0 for all.
+        ref_top_p: The same, from the likeliest tokens that make up this probability.
+        ref_min_p: The same, from tokens at least this times as likely as the likeliest.
     """
 
     beta: float = 1.0
@@ -81,12 +89,23 @@ class Decoding:
     ref_top_k: int = 0
     ref_top_p: float = 1.0
     ref_min_p: float = 0.0
-    n: int = 10
-    particles: int = 8
 
     @property
     def warp(self) -> Warp:
         return Warp(self.ref_temperature, self.ref_top_k, self.ref_top_p, self.ref_min_p)
+
+
+@dataclass(frozen=True)
+class Decoding(Tokens):
+    """How one text is written; the same for all texts of a run.
+
+    Args:
+        n: Samples behind each text of best-of-n.
+        particles: Particles behind each text of smc.
+    """
+
+    n: int = 10
+    particles: int = 8
 
 
 def generate_texts(

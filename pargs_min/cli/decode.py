@@ -14,30 +14,26 @@ from pargs_min.progress import progress
 from pargs_min.records import read_prompts
 from pargs_min.reward_model import recorded
 from pargs_min.store import aside, content
-from pargs_min.texts import generate_texts, parse_shard, read_done, shard_range, time_of, write_records
+from pargs_min.texts import (
+    Decoding,
+    Tokens,
+    generate_texts,
+    parse_shard,
+    read_done,
+    shard_range,
+    time_of,
+    write_records,
+)
 from pargs_min.trace import read_page, records, to_html, to_text, token_names
 
 
 @dataclass(kw_only=True)
 class DecodeOptions:
-    """Options of both commands.
+    """Options of both commands, besides those of `Tokens`.
 
     Args:
         model: Language model, the reference: a folder or a hub id.
         reward_model: Reward model, or another guide: a folder or a hub id. plain needs none.
-        beta: Weight of the reward, in nats per unit of reward: the inverse of the beta of DPO and TRL.
-        top_k: Candidates per step of guided methods, 0 for the whole vocabulary. Default: 10.
-        min_ref_prob: Tokens that the reference finds less likely than this are no candidates.
-        truncate: Draw from the candidates alone, as the paper does. Default: all other tokens keep the probability that
-            the reference gives them.
-        guide_below: Leave steps unguided whose likeliest token is at least this likely to the reference, or is the only
-            candidate. The guide is not read where that is so of all texts of a batch: it pays with --batch-size 1.
-        max_new_tokens: Length limit of a response, in tokens.
-        temperature: Of the guided policy: divides log pi_ref + beta * r.
-        ref_temperature: Temperature of the reference, before it is guided; KL is to what it then is.
-        ref_top_k: The reference is sampled from so many likeliest tokens, 0 for all.
-        ref_top_p: The same, from the likeliest tokens that make up this probability.
-        ref_min_p: The same, from tokens at least this times as likely as the likeliest.
         seed: Determines each text, together with its prompt and sample number.
         prompt_format: Read prompts of text as they stand (text), as the turn of a human (dialogue), or as a user's
             message (chat). Default: as the reward model was trained; without one, chat where there is a chat template.
@@ -48,17 +44,6 @@ class DecodeOptions:
 
     model: str
     reward_model: str | None = None
-    beta: float = 1.0
-    top_k: int | None = None
-    min_ref_prob: float = 0.0
-    truncate: bool = False
-    guide_below: float | None = None
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    ref_temperature: float = 1.0
-    ref_top_k: int = 0
-    ref_top_p: float = 1.0
-    ref_min_p: float = 0.0
     seed: int = 0
     prompt_format: str | None = choice(FORMS, None)
     device: str | None = None
@@ -67,7 +52,7 @@ class DecodeOptions:
 
 @dataclass(kw_only=True)
 class GenerateOptions(DecodeOptions):
-    """Options of `pargs generate`.
+    """Options of `pargs generate`, besides those of `Decoding`.
 
     Args:
         prompts: JSONL records with a `prompt` (text or messages), or plain text, one prompt per line; or a file of
@@ -79,8 +64,6 @@ class GenerateOptions(DecodeOptions):
         final_reward_model: Weights whole texts in smc. Default: --reward-model.
         num_samples: Texts per prompt. More than a file has continue it with --resume: in float32, as if it had been
             begun with so many; in half precision texts depend on their batches.
-        n: Samples behind each text of best-of-n.
-        particles: Particles behind each text of smc.
         batch_size: Texts decoded together; in float32 they do not affect each other.
         compile: Compile both models, for a GPU: takes a minute per batch size.
         shard: Write part i of n only, as i/n, i from 0. Start n processes, on any machines, each with an --output of
@@ -93,8 +76,6 @@ class GenerateOptions(DecodeOptions):
     method: str = choice(METHODS, "pargs")
     final_reward_model: str | None = None
     num_samples: int = 1
-    n: int = 10
-    particles: int = 8
     batch_size: int = 8
     compile: bool = False
     shard: str = "0/1"
@@ -123,16 +104,12 @@ class TraceOptions(DecodeOptions):
     sample: int = 0
 
 
-# Options that `generate_texts` takes by the same name, and those that may change when a run is resumed: texts do not
-# depend on them.
-PASSED = {"method", "beta", "top_k", "max_new_tokens", "temperature", "seed", "n", "particles", "num_samples"}
-PASSED |= {"prompt_format", "min_ref_prob", "truncate", "guide_below"}
-PASSED |= {"ref_temperature", "ref_top_k", "ref_top_p", "ref_min_p"}
+# Options that may change when a run is resumed: texts do not depend on them.
 NOT_IN_THE_TEXT = ("prompts", "output", "batch_size", "device", "compile", "shard", "resume", "num_samples")
 
 
 def load(options: DecodeOptions) -> dict:
-    """Models, tokenizers and options as arguments of `generate_texts`.
+    """What both commands tell `generate_texts` besides `Tokens`: models, tokenizers, method, form and seed.
 
     Raises:
         ValueError: if a model cannot be loaded.
@@ -152,33 +129,34 @@ def load(options: DecodeOptions) -> dict:
     guides = [loaded[name] for name in ("reward_model", "final_reward_model") if name in loaded]
     if device == SPREAD and any(recorded(guide).get("shared_layers") for guide in guides):
         raise ValueError("a guide that shares layers with its language model is read on one device: drop --device auto")
-    return loaded | {name: value for name, value in vars(options).items() if name in PASSED}
+    return loaded | {name: getattr(options, name) for name in ("method", "prompt_format", "seed")}
 
 
 def generate(arguments: list[str]) -> None:
     """Generate texts for a file of prompts, guided by a reward model or not."""
-    (options,) = parse(generate, arguments, GenerateOptions)
+    options, how = parse(generate, arguments, GenerateOptions, Decoding)
     shard, prompts = parse_shard(options.shard), read_prompts(options.prompts)
     if options.output.exists() and not options.resume:
         raise ValueError(f"output {options.output} exists: continue it with --resume, or name another file")
-    settings = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_TEXT}
+    settings = {name: value for name, value in vars(options).items() if name not in NOT_IN_THE_TEXT} | vars(how)
     models = {name: getattr(options, name) for name in ("model", "reward_model", "final_reward_model")}
     settings["contents"] = {name: content(model) for name, model in models.items() if model}
     done, now = read_done(options.output, settings, prompts), time_of(options.output) or datetime.now()
 
-    more = dict(batch_size=options.batch_size, compiled=options.compile, shard=shard, done=done, now=now)
-    texts = write_records(options.output, generate_texts(prompts=prompts, **more, **load(options)), settings, len(done))
+    more = vars(how) | dict(batch_size=options.batch_size, compiled=options.compile, shard=shard, done=done, now=now)
+    texts = generate_texts(prompts=prompts, num_samples=options.num_samples, **more, **load(options))
     part = shard_range(len(prompts), shard)
     total = len(part) * options.num_samples
     earlier = sum(number in part and sample < options.num_samples for number, sample in done)
-    for _ in progress(texts, desc="generating", total=total, initial=earlier, unit="text"):
+    written = write_records(options.output, texts, settings, len(done))
+    for _ in progress(written, desc="generating", total=total, initial=earlier, unit="text"):
         pass
     print(f"wrote {total - earlier} texts to {options.output}")
 
 
 def trace(arguments: list[str]) -> None:
     """Show one text token by token: what could have followed, what it was worth, what was drawn."""
-    (options,) = parse(trace, arguments, TraceOptions)
+    options, how = parse(trace, arguments, TraceOptions, Tokens)
     if options.output and options.output.exists():
         raise ValueError(f"output {options.output} exists: name another file")
     if options.sample < 0 or options.shown < 1:
@@ -192,13 +170,13 @@ def trace(arguments: list[str]) -> None:
     steps: list[Step] = []
     earlier = dict.fromkeys((0, sample) for sample in range(options.sample))
     one = dict(prompts=[{"prompt": options.prompt}], num_samples=options.sample + 1, done=earlier, batch_size=1)
-    list(generate_texts(**one, on_step=steps.append, **loaded))
+    list(generate_texts(**one, **vars(how), on_step=steps.append, **loaded))
 
     seen = records(steps, token_names(loaded["tokenizer"]), shown=options.shown)
     print(to_text(seen))
     if options.output:
         unsaid = ("output", "beside", "shown", "device")
-        about = {name: value for name, value in vars(options).items() if name not in unsaid}
+        about = {name: value for name, value in vars(options).items() if name not in unsaid} | vars(how)
         with aside(options.output) as page:
             page.write_text(to_html([{"settings": about, "steps": seen}, *others]), "utf-8")
         print(f"wrote {options.output}")
