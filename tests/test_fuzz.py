@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pargs_min.cli.resuming import read_done
 from pargs_min.evaluation.chat_judge import ChatJudge
 from pargs_min.records import (
     Preference,
@@ -19,7 +20,6 @@ from pargs_min.records import (
     read_responses,
     read_texts,
 )
-from pargs_min.texts import read_done
 
 CHAT = [{"role": "user", "content": "Hi"}]
 PROMPTS = [{"prompt": "One day"}, {"prompt": CHAT}, {"prompt": "é", "prompt_ids": [5, 6]}]

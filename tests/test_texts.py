@@ -1,10 +1,9 @@
-"""Prompts in, texts out: the same texts however a run is batched, interrupted or divided."""
+"""Prompts in, texts out: the same texts however a run is batched or divided."""
 
 import itertools
 import json
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from threading import Barrier
 
 import numpy as np
@@ -14,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pargs_min import methods, smc
+from pargs_min.cli.resuming import read_done, write_records
 from pargs_min.codec import Codec, encode_prompt, left_pad
 from pargs_min.decode import Warp
 from pargs_min.memory import is_out_of_memory
@@ -21,16 +21,7 @@ from pargs_min.methods import METHODS
 from pargs_min.reading import record_rewards, text_rewards
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import ReencodeScorer, SiblingScorer
-from pargs_min.texts import (
-    choose_scorer,
-    generate_texts,
-    parse_shard,
-    read_done,
-    shard_range,
-    text_log_probs,
-    time_of,
-    write_records,
-)
+from pargs_min.texts import choose_scorer, generate_texts, shard_range, text_log_probs
 from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
 from tests.test_codec import TURNS, chat_tokenizer
 from tests.test_reward_model import word_tokenizer
@@ -133,12 +124,6 @@ def test_shards_hold_every_prompt_once_and_are_of_one_size(prompts, n):
     parts = [shard_range(prompts, (i, n)) for i in range(n)]
     assert [number for part in parts for number in part] == list(range(prompts))
     assert {len(part) for part in parts} <= {prompts // n, prompts // n + 1}
-
-
-@pytest.mark.parametrize("shard", ["2", "2/2", "1/0", "-1/2", "1/2/3", "a/b", "", "/"])
-def test_a_shard_of_another_form_is_refused(shard):
-    with pytest.raises(ValueError, match=r"shard \(--shard\) must be i/n, part i of n counted from 0.*got '"):
-        parse_shard(shard)
 
 
 def test_smc_with_one_particle_is_pargs():
@@ -315,26 +300,6 @@ def test_bad_arguments_are_named(change, message):
         list(generate_texts(tiny_lm(), TOKENIZER, **{**arguments, **change}))
 
 
-def test_an_interrupted_run_is_resumed_to_the_same_file(tmp_path):
-    settings = {"method": "pargs", "seed": 5}
-    list(write_records(tmp_path / "whole.jsonl", texts(), settings))
-    half = tmp_path / "half.jsonl"
-    list(itertools.islice(write_records(half, texts(), settings), 4))
-    with half.open("a") as file:
-        file.write('{"prompt": "torn')
-    done = read_done(half, settings, PROMPTS)
-    assert len(done) == 4
-    list(write_records(half, texts(done=done), settings))
-    whole, resumed = ([json.loads(line) for line in (tmp_path / f"{n}.jsonl").open()] for n in ("whole", "half"))
-    exact = ["prompt", "prompt_number", "sample", "response", "response_ids", "settings"]
-    assert [[r[k] for k in exact] for r in resumed] == [[r[k] for k in exact] for r in whole]
-
-
-def test_half_a_first_line_is_no_text(tmp_path):
-    (tmp_path / "half.jsonl").write_text('{"prompt": "torn')
-    assert read_done(tmp_path / "half.jsonl", {}, PROMPTS) == {}
-
-
 def test_particles_are_chosen_by_other_numbers_than_draw_their_tokens(monkeypatch):
     """Else whoever drew a likely token would also be gone on with."""
     seen = []
@@ -417,67 +382,6 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         next(generate_texts(lm, TOKENIZER, PROMPTS, method="plain", max_new_tokens=6))
 
 
-def test_settings_are_never_mixed_in_one_file(tmp_path):
-    path = tmp_path / "out.jsonl"
-    assert read_done(path, {}, PROMPTS) == {}
-    list(write_records(path, itertools.islice(texts(), 2), {"seed": 5}))
-    with pytest.raises(ValueError, match=r"out.jsonl:1 was made with other settings \(seed 5 there, 6 now\)"):
-        read_done(path, {"seed": 6}, PROMPTS)
-    path.write_text('{"prompt": "a"}\n')
-    with pytest.raises(ValueError, match=r"out.jsonl:1: not a record of `pargs generate`"):
-        read_done(path, {"seed": 5}, PROMPTS)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sample": True}, "`sample` must not be true"),
-        ({"prompt_number": -1}, "`prompt_number` must not be -1"),
-        ({"settings": None}, "`settings` must not be null"),
-        ({"response": None}, "`response` must not be null"),
-        ({"response_ids": [[]]}, "`response_ids` must not be"),
-        ({}, "prompt 0 has sample 0 already"),
-    ],
-)
-def test_what_no_run_wrote_is_not_continued(tmp_path, change, message):
-    path = tmp_path / "out.jsonl"
-    (record,) = write_records(path, itertools.islice(texts(), 1), {})
-    with path.open("a") as file:
-        file.write(json.dumps(record | {"settings": {}} | change) + "\n")
-    with pytest.raises(ValueError, match=f"out.jsonl:2: {message}"):
-        read_done(path, {}, PROMPTS)
-
-
-def test_a_run_that_refuses_its_input_leaves_no_file(tmp_path):
-    path = tmp_path / "out.jsonl"
-    with pytest.raises(ValueError, match="prompt number 0"):
-        next(write_records(path, texts(prompts=[{"prompt": "a " * 60}]), {}))
-    assert not path.exists()
-    assert not list(write_records(path, texts(shard=(0, 5)), {}))  # nothing to write is no error
-    assert path.read_bytes() == b""
-
-
-@pytest.mark.parametrize(
-    ("prompts", "line"),
-    [
-        ([{"prompt": "a b c"}, {"prompt": "e"}, PROMPTS[2]], 2),
-        ([*PROMPTS[:2], {"prompt": "e f", "prompt_ids": [3, 5]}], 3),
-        (PROMPTS[:2], 3),
-        (PROMPTS[::-1], 1),
-    ],
-)
-def test_prompts_are_never_mixed_in_one_file(tmp_path, prompts, line):
-    path = tmp_path / "out.jsonl"
-    list(write_records(path, texts(num_samples=1), {}))
-    with pytest.raises(ValueError, match=rf"out.jsonl:{line} was written for another prompt number {line - 1}"):
-        read_done(path, {}, prompts)
-    done = read_done(path, {}, [*PROMPTS, {"prompt": "g"}])
-    assert set(done) == {(0, 0), (1, 0), (2, 0)}
-    assert done[2, 0] == PROMPTS[2]["prompt_ids"]
-    with pytest.raises(ValueError, match="prompt number 2 has other token ids now"):
-        list(texts(prompts=[*PROMPTS[:2], {"prompt": "a b"}], num_samples=1, done=done))
-
-
 def test_a_text_has_the_log_probability_with_which_it_was_drawn():
     """Of unequal prompts and lengths, in batches; and another model gives it another one."""
     lm, other, tokenizer = tiny_lm(vocabulary=14), tiny_lm(vocabulary=14, seed=5), tiny_tokenizer()
@@ -541,23 +445,6 @@ def test_a_resumed_run_forms_the_batches_of_a_whole_one():
     assert [text["ref_log_prob"] for text in rest] == [text["ref_log_prob"] for text in whole[5:]]
 
 
-def test_a_resumed_run_reads_the_date_of_its_beginning(tmp_path):
-    lm, tokenizer, out = tiny_lm(vocabulary=14), tiny_tokenizer(), tmp_path / "out.jsonl"
-    tokenizer.chat_template = "{{ 'abcdefg'[strftime_now('%S') | int % 7] }} " + tokenizer.chat_template
-    began = datetime(2026, 1, 1, 0, 0, 3)
-    settings = dict(method="plain", max_new_tokens=3, prompt_format="chat")
-    records = generate_texts(lm, tokenizer, [{"prompt": "a"}] * 2, now=began, **settings)
-    assert time_of(out) is None
-    first, second = write_records(out, records, {})
-    assert time_of(out) == began
-    assert tokenizer.decode(first["prompt_ids"]).startswith("d ")
-    done = {(0, 0): first["prompt_ids"]}
-    (again,) = generate_texts(lm, tokenizer, [{"prompt": "a"}] * 2, now=time_of(out), done=done, **settings)
-    assert again["response_ids"] == second["response_ids"]
-    with pytest.raises(ValueError, match="prompt number 0 has other token ids now"):
-        list(generate_texts(lm, tokenizer, [{"prompt": "a"}] * 2, now=datetime(2026, 1, 1), done=done, **settings))
-
-
 def test_a_guide_with_another_tokenizer_reads_chats_as_its_own_template_writes_them():
     """Closed where they have ended, and counted in its own tokens."""
     theirs, seen, rm = tiny_tokenizer(), [], tiny_reward_model(vocabulary=14)
@@ -609,15 +496,6 @@ def test_a_text_of_two_prompts_is_nobodys():
     with pytest.raises(ValueError, match="a prompt begins with another one"):
         text_rewards(rm, tiny_tokenizer(), codec, [{"prompt": "a"}, {"prompt": "a b"}])
     text_rewards(rm, tiny_tokenizer(), codec, [{"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}])
-
-
-def test_a_file_that_another_run_has_written_since_is_left_alone(tmp_path):
-    path = tmp_path / "out.jsonl"
-    list(write_records(path, texts(num_samples=1), {}, earlier=0))
-    before = path.read_bytes()
-    with pytest.raises(ValueError, match="another run has written"):
-        list(write_records(path, texts(num_samples=1), {}, earlier=0))
-    assert path.read_bytes() == before
 
 
 def test_a_guide_is_for_the_reference_whose_texts_it_learned_from():

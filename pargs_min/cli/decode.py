@@ -5,6 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 from pargs_min.cli.options import choice, parse
+from pargs_min.cli.resuming import parse_shard, read_done, time_of, write_records
 from pargs_min.codec import FORMS
 from pargs_min.decode import Step
 from pargs_min.memory import enough_memory
@@ -14,16 +15,7 @@ from pargs_min.progress import progress
 from pargs_min.records import read_prompts
 from pargs_min.reward_model import recorded
 from pargs_min.store import aside, content
-from pargs_min.texts import (
-    Decoding,
-    Tokens,
-    generate_texts,
-    parse_shard,
-    read_done,
-    shard_range,
-    time_of,
-    write_records,
-)
+from pargs_min.texts import Decoding, Tokens, generate_texts, shard_range
 from pargs_min.trace import read_page, records, to_html, to_text, token_names
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from pargs_min.baselines.farma import train_farma
 from pargs_min.baselines.genarm import train_genarm
 from pargs_min.cli.options import choice, parse
+from pargs_min.cli.resuming import differences
 from pargs_min.codec import Codec, check_vocabularies
 from pargs_min.data import (
     Text,
@@ -46,7 +47,6 @@ from pargs_min.records import Response, read_preferences, read_responses
 from pargs_min.reward_model import context_length, recorded
 from pargs_min.scoring import model_rewards
 from pargs_min.store import content, read_json, results, write_json
-from pargs_min.texts import differences
 from pargs_min.train import (
     FEW_TEXTS,
     check_settings,

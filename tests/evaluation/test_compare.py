@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pargs_min.cli import main
+from pargs_min.cli.resuming import write_records
 from pargs_min.codec import Codec, encode_prompt
 from pargs_min.evaluation.compare import compare, distinct, file_labels, read_files, rouge_l, with_kl_to
 from pargs_min.evaluation.judges import Judge
@@ -18,7 +19,7 @@ from pargs_min.evaluation.statistics import bootstrap_interval, mean_and_error, 
 from pargs_min.evaluation.tables import KL, markdown, panels, write_comparison
 from pargs_min.experiments.judging import gold_rewards
 from pargs_min.records import read_prompts, read_texts
-from pargs_min.texts import generate_texts, text_log_probs, write_records
+from pargs_min.texts import generate_texts, text_log_probs
 from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
 
 
