@@ -20,7 +20,7 @@ The ground floor is the method; read it in this order:
 
 Everything enters and leaves by three doors (models, text, files):
 
-    models.py hub.py       models and tokenizers, from a folder or a hub id; their cards, and back to the hub
+    models.py              models and tokenizers, from a folder or a hub id
     codec.py               text to token ids, and back
     records.py store.py    files that are read, and files that are written
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 
 from pargs_min.baselines.farma import train_farma
 from pargs_min.baselines.genarm import train_genarm
+from pargs_min.cli.hub import model_card, push
 from pargs_min.cli.options import choice, parse
 from pargs_min.cli.resuming import differences
 from pargs_min.codec import Codec, check_vocabularies
@@ -32,7 +33,6 @@ from pargs_min.data import (
 )
 from pargs_min.decode import Warp, recorded_warp
 from pargs_min.distil import train_distilled, vocabulary_headed
-from pargs_min.hub import model_card, push
 from pargs_min.lora import lora_config
 from pargs_min.models import (
     is_classifier,

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 
 from pargs_min.cli import main
-from pargs_min.hub import model_card, told
+from pargs_min.cli.hub import model_card, told
 from tests.cli.test_replacing import made, refused, train  # noqa: F401
 from tests.strategies import tiny_reward_model, tiny_tokenizer
 
