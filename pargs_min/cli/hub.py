@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, __version__
 
 from pargs_min.codec import Codec
@@ -16,38 +16,7 @@ from pargs_min.methods import OBJECTIVES, guided_by
 from pargs_min.models import WRITTEN
 from pargs_min.reward_model import has_vocabulary_head, is_language_model, recorded
 
-CARD = """---
-{header}
----
-
-# {name}
-
-{what}, which guides the language model {base} token by token. It was trained by pargs-min, with
-transformers {version}.
-
-{facts}
-
-## When training had ended
-
-{metrics}
-
-## How to decode with it
-
-```bash
-{command}
-```
-
-```python
-from pargs_min import generate_texts, load_guide
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-lm, tokenizer = AutoModelForCausalLM.from_pretrained({reference!r}), AutoTokenizer.from_pretrained({reference!r})
-guide, its_tokenizer = load_guide({name!r}), AutoTokenizer.from_pretrained({name!r})
-models = dict(lm=lm.eval(), tokenizer=tokenizer, reward_model=guide, reward_tokenizer=its_tokenizer)
-for text in generate_texts(prompts=[{{"prompt": "..."}}], {arguments}, **models):
-    print(text["response"])
-```
-"""
+TEMPLATE = Path(__file__).with_name("card.md")
 
 
 def model_card(
@@ -100,18 +69,21 @@ def model_card(
         pipeline_tag="text-generation" if language_model else "text-classification",
         tags=["pargs-min", "reward-guided-generation", objective],
     )
-    return CARD.format(
-        header=header.to_yaml(),
+    card = ModelCard.from_template(
+        header,
+        str(TEMPLATE),
         name=name,
+        path=repr(name),
         what=OBJECTIVES[objective][0].upper() + OBJECTIVES[objective][1:],
         base=told(base),
-        reference=told(reference),
+        reference=repr(told(reference)),
         version=__version__,
         facts=markdown_table(["what", "as trained"], [*map(list, facts.items())], align="ll"),
         metrics=markdown_table(["metric", "value"], [*map(list, timeless.items())]),
         command=shlex.join(["pargs", "generate", *models, *flags, *files]),
         arguments=", ".join(f"{key}={value!r}" for key, value in asked.items()),
     )
+    return f"{card}\n"
 
 
 def told(name: str) -> str:
