@@ -46,8 +46,7 @@ def train_distilled(
     args: TrainingArguments,
     top_k: int | None = None,
     warp: Warp | None = None,
-    lora_rank: int | None = None,
-    resume: bool = False,
+    **run: Any,
 ) -> dict[str, float]:
     """Train a vocabulary head and its body in place to guide as a scalar guide does (`distillation_loss`).
 
@@ -82,9 +81,8 @@ def train_distilled(
     ask = partial(taught, guide=guide, reference=reference, vocabulary=Codec(tokenizer).vocabulary, top_k=top_k)
     data, held_out = (ask(some, warp=warp, batch_size=args.per_device_eval_batch_size) for some in (texts, eval_texts))
     loss = partial(distillation_loss, beta=beta)
-    parts = dict(data_collator=partial(collate_taught, pad_id=tokenizer.pad_token_id or 0), loss=loss)
-    parts |= dict(compute_metrics=distillation_metrics)
-    return fit(DistilTrainer, model, tokenizer, data, held_out, args, lora_rank, resume, **parts)
+    collator = partial(collate_taught, pad_id=tokenizer.pad_token_id or 0)
+    return fit(DistilTrainer, model, tokenizer, data, held_out, loss, collator, args=args, **run)
 
 
 def check_teacher(guide: PreTrainedModel) -> None:
@@ -216,9 +214,8 @@ class DistilTrainer(PrefixTrainer):
         least = torch.stack([self.loss(mine, mine, ref) for mine, ref in zip(guide, reference, strict=True)])
         return (least,), least
 
-
-def distillation_metrics(evaluation: EvalPrediction) -> dict[str, float]:
-    """For Trainer: `loss`, and `divergence`, what it is above the least."""
-    losses, items, least = evaluation.predictions
-    loss = mean_loss(losses, items)
-    return {"loss": loss, "divergence": loss - mean_loss(least, items), "texts": len(losses)}
+    def metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
+        """`loss`, and `divergence`, what it is above the least."""
+        losses, items, least = evaluation.predictions
+        loss = mean_loss(losses, items)
+        return {"loss": loss, "divergence": loss - mean_loss(least, items), "texts": len(losses)}

@@ -61,6 +61,9 @@ from pargs_min.reward_model import is_causal, prefix_rewards, takes_positions, t
 from pargs_min.scoring import RewardFn
 from pargs_min.store import saving
 
+Batch = dict[str, Tensor]
+Collator = Callable[[Sequence], Batch]
+Items = Callable[[Batch], Tensor]  # what a loss is a mean of: -100 where there is nothing to count
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the longer response of a pair; 1 is the usual accuracy of a reward model
 LENGTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # in tokens
 FEW_TEXTS = 100  # effective ones per prompt, below which reweighting is warned of
@@ -111,8 +114,8 @@ def train_reward_model(
     loss, items = objective_functions(objective, tail, reduction, lengths)
     end = tokenizer.eos_token_id if end is None else end
     collator = pair_collator(tokenizer, items, end if (objective, tail) == ("partial", "extend") else None)
-    parts = dict(data_collator=collator, compute_metrics=prefix_metrics, loss=loss)
-    return fit(PairTrainer, model, tokenizer, pairs, eval_pairs, args, lora_rank, resume, **parts)
+    run = dict(args=args, lora_rank=lora_rank, resume=resume)
+    return fit(PairTrainer, model, tokenizer, pairs, eval_pairs, loss, collator, **run)
 
 
 def train_partial_on_texts(
@@ -121,12 +124,10 @@ def train_partial_on_texts(
     texts: Sequence[Text],
     eval_texts: Sequence[Text] = (),
     *,
-    args: TrainingArguments,
     tail: str = "extend",
     end: int | None = None,
     group_size: int = 8,
-    lora_rank: int | None = None,
-    resume: bool = False,
+    **run: Any,
 ) -> dict[str, float]:
     """Train a reward model of prefixes in place on all pairs of rated texts of one prompt, with soft labels.
 
@@ -135,8 +136,7 @@ def train_partial_on_texts(
 
     Args:
         texts, eval_texts: samples of the reference, rated (`rate`), several for each prompt.
-        args: of transformers; batch sizes count groups.
-        group_size: texts of a prompt that are compared with each other, at most.
+        group_size: texts of a prompt that are compared with each other, at most; batch sizes of `args` count groups.
 
     All other arguments are those of `train_reward_model`.
 
@@ -152,15 +152,11 @@ def train_partial_on_texts(
     extend_with = (tokenizer.eos_token_id if end is None else end) if tail == "extend" else None
     groups, eval_groups = (in_groups(some, group_size) if some else [] for some in (texts, eval_texts))
 
-    def collate_with_items(batch: Sequence[Sequence[Text]]) -> dict[str, Tensor]:
-        tensors = collate_groups(batch, tokenizer.pad_token_id or 0, extend_with)
-        return tensors | {"labels": items(tensors)}
-
     def soft_loss(*terms: Tensor) -> Tensor:
         return loss(*terms[:-1], labels=terms[-1])
 
-    parts = dict(data_collator=collate_with_items, compute_metrics=prefix_metrics, loss=soft_loss)
-    return fit(GroupTrainer, model, tokenizer, groups, eval_groups, args, lora_rank, resume, **parts)
+    collator = pair_collator(tokenizer, items, extend_with, collate_groups)
+    return fit(GroupTrainer, model, tokenizer, groups, eval_groups, soft_loss, collator, **run)
 
 
 def train_value_model(
@@ -169,11 +165,9 @@ def train_value_model(
     texts: Sequence[Text],
     eval_texts: Sequence[Text] = (),
     *,
-    args: TrainingArguments,
     objective: str = "value",
     lam: float = 1.0,
-    lora_rank: int | None = None,
-    resume: bool = False,
+    **run: Any,
 ) -> dict[str, float]:
     """Train a value model in place: every prefix of a text predicts what the reward of the whole will be.
 
@@ -199,8 +193,7 @@ def train_value_model(
         loss = partial(soft_value_loss, lam=lam, log_mean=log_mean, highest=highest)
     elif objective != "value":
         raise ValueError(f'objective must be "value" or "soft", got {objective!r}')
-    parts = dict(data_collator=text_collator(tokenizer), compute_metrics=value_metrics, loss=loss)
-    return fit(ValueTrainer, model, tokenizer, texts, eval_texts, args, lora_rank, resume, **parts)
+    return fit(ValueTrainer, model, tokenizer, texts, eval_texts, loss, text_collator(tokenizer), **run)
 
 
 def train_language_model(
@@ -211,8 +204,7 @@ def train_language_model(
     *,
     beta: float,
     args: TrainingArguments,
-    lora_rank: int | None = None,
-    resume: bool = False,
+    **run: Any,
 ) -> dict[str, float]:
     """Train a language model in place on samples of the reference, drawn again in proportion to exp(beta r).
 
@@ -247,8 +239,8 @@ def train_language_model(
             "write more of them, or choose a lower beta",
             stacklevel=2,
         )
-    parts = dict(data_collator=text_collator(tokenizer), compute_metrics=likelihood_metrics, loss=likelihood_loss)
-    metrics = fit(LikelihoodTrainer, model, tokenizer, drawn, held_out, args, lora_rank, resume, **parts)
+    collator = text_collator(tokenizer)
+    metrics = fit(LikelihoodTrainer, model, tokenizer, drawn, held_out, likelihood_loss, collator, args=args, **run)
     return metrics | {"effective_texts_mean": float(effective.mean()), "effective_texts_least": float(effective.min())}
 
 
@@ -258,24 +250,23 @@ def _check_rated(*texts: Sequence[Text]) -> None:
 
 
 def pair_collator(
-    tokenizer: PreTrainedTokenizerBase, items: Callable[[dict[str, Tensor]], Tensor], extend_with: int | None = None
-) -> Callable[[Sequence[Pair]], dict[str, Tensor]]:
-    """Pairs -> a batch (`collate`), with `items` of it as labels for Trainer to count."""
+    tokenizer: PreTrainedTokenizerBase, items: Items, extend_with: int | None = None, gather: Callable = collate
+) -> Collator:
+    """Pairs -> a batch (`collate`), with `items` of it as labels for Trainer to count; of groups `collate_groups`."""
 
-    def collate_with_items(batch: Sequence[Pair]) -> dict[str, Tensor]:
-        tensors = collate(batch, tokenizer.pad_token_id or 0, extend_with)
+    def collate_with_items(batch: Sequence) -> Batch:
+        tensors = gather(batch, tokenizer.pad_token_id or 0, extend_with)
         return tensors | {"labels": items(tensors)}
 
     return collate_with_items
 
 
-def text_collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[Sequence[Text]], dict[str, Tensor]]:
+def text_collator(tokenizer: PreTrainedTokenizerBase) -> Collator:
     """Texts -> a batch (`collate_texts`), with its response tokens as labels for Trainer to count."""
 
-    def collate_with_items(batch: Sequence[Text]) -> dict[str, Tensor]:
+    def collate_with_items(batch: Sequence[Text]) -> Batch:
         tensors = collate_texts(batch, tokenizer.pad_token_id or 0)
-        lengths = tensors["response_lengths"]
-        return tensors | {"labels": torch.where(torch.arange(int(lengths.max())) < lengths[:, None], 0, -100)}
+        return tensors | {"labels": _counted(written_up_to(tensors["response_lengths"]))}
 
     return collate_with_items
 
@@ -296,12 +287,14 @@ def fit(
     trainer_class: "type[PrefixTrainer]",
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data,
-    eval_data,
-    args,
-    lora_rank: int | None,
-    resume: bool,
-    **parts,
+    data: Sequence,
+    eval_data: Sequence,
+    loss: Callable[..., Tensor],
+    collator: Collator,
+    *,
+    args: TrainingArguments,
+    lora_rank: int | None = None,
+    resume: bool = False,
 ) -> dict[str, float]:
     """Train a model in place by one of the trainers below; what all objectives share."""
     trainer_class.check(model)
@@ -310,12 +303,11 @@ def fit(
             f"one process sees {args.n_gpu} GPUs: start one process each with `torchrun --nproc-per-node={args.n_gpu} "
             "-m pargs_min train ...`, or show it a single one through CUDA_VISIBLE_DEVICES"
         )
-    check_settings(args, resume)
-    checkpoint = last_checkpoint(args.output_dir) if resume else None
+    checkpoint = check_settings(args, resume)
     check_rank(checkpoint, lora_rank)
     with enough_memory(*_asked(args)), low_rank(model, lora_rank), _forward_is(trainer_class.reads, model):
-        parts |= dict(train_dataset=data, eval_dataset=eval_data or None, callbacks=[WithTokenizer(tokenizer)])
-        trainer = trainer_class(model, args, **parts)
+        parts = dict(train_dataset=data, eval_dataset=eval_data or None, callbacks=[WithTokenizer(tokenizer)])
+        trainer = trainer_class(model, args, data_collator=collator, loss=loss, **parts)
         if trainer.is_fsdp_enabled:
             raise ValueError(
                 "args.fsdp shards the model, and shards cannot be saved as one yet; use DDP (plain torchrun)"
@@ -362,8 +354,11 @@ ACCEPTED: dict[str, tuple[tuple, str]] = {
 }
 
 
-def check_settings(args: TrainingArguments, resume: bool) -> None:
+def check_settings(args: TrainingArguments, resume: bool) -> str | None:
     """Check that training here does what transformers' settings say, and that a run can be resumed if it is to be.
+
+    Returns:
+        The checkpoint to go on from, if there is one and `resume` is true.
 
     Raises:
         ValueError: naming the setting and the reason.
@@ -383,18 +378,17 @@ def check_settings(args: TrainingArguments, resume: bool) -> None:
     for name, (right, wanted) in ranges.items():
         if not right:
             raise ValueError(f"{name} (--{name.replace('_', '-')}) must be {wanted}, got {getattr(args, name)}")
-    if not resume:
-        return
-    if args.save_only_model:
+    if resume and args.save_only_model:
         raise ValueError("save_only_model (--save-only-model) leaves checkpoints that --resume cannot go on from")
-    checkpoint = last_checkpoint(args.output_dir)
-    if checkpoint is not None and not (Path(checkpoint) / "optimizer.pt").exists():
+    if (checkpoint := last_checkpoint(args.output_dir) if resume else None) is None:
+        return None
+    if not (Path(checkpoint) / "optimizer.pt").exists():
         raise ValueError(
             f"{checkpoint} holds no optimizer.pt (was it made with --save-only-model?), so resume (--resume) cannot go "
             "on from it; choose another output folder"
         )
-    if checkpoint is not None:
-        _check_whole(Path(checkpoint))
+    _check_whole(Path(checkpoint))
+    return checkpoint
 
 
 def keep_best(args: TrainingArguments) -> None:
@@ -526,7 +520,7 @@ class PrefixTrainer(Watched):
             )
 
     def __init__(self, *arguments, loss: Callable[..., Tensor], **keywords):
-        super().__init__(*arguments, **keywords)
+        super().__init__(*arguments, compute_metrics=self.metrics, **keywords)
         self.loss = loss
         self.model_accepts_loss_kwargs = True  # makes Trainer count the labels
 
@@ -563,6 +557,15 @@ class PairTrainer(PrefixTrainer):
         margins, differ = prefix_margins(chosen, rejected, inputs, lengths)
         return (_wins(margins) * differ, differ.double()), longest
 
+    def metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
+        """`loss`, and `accuracy` over pairs: of whole responses, after 25, 50, 75 % and after 1, 2, 4, ... tokens."""
+        (losses, items, wins, differ), longest = evaluation.predictions, evaluation.label_ids
+        names = _percent_names("accuracy")
+        names += [f"accuracy_after_{length}" for length in LENGTHS if length < longest.max()]
+        accuracies = {name: (wins[:, n].sum(), count) for n, name in enumerate(names) if (count := differ[:, n].sum())}
+        counts = {"loss": mean_loss(losses, items), "pairs": int(differ[:, len(FRACTIONS) - 1].sum())}
+        return counts | {name: float(won / count) for name, (won, count) in accuracies.items()}
+
 
 class GroupTrainer(PairTrainer):
     """For batches of groups of rated texts (`collate_groups`); what it predicts is summed over the pairs of a group."""
@@ -597,6 +600,14 @@ class ValueTrainer(PrefixTrainer):
         values, rewards, lengths = terms
         return (values.gather(1, fractions(lengths[:, None]) - 1),), rewards
 
+    def metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
+        """`loss`, and `correlation` of value and reward over texts, also after 25, 50 and 75 % of each."""
+        (losses, items, values), rewards = evaluation.predictions, evaluation.label_ids
+        columns = zip(_percent_names("correlation"), values.T, strict=True)
+        varied = {name: column for name, column in columns if rewards.std() > 0 and column.std() > 0}
+        correlations = {name: float(np.corrcoef(column, rewards)[0, 1]) for name, column in varied.items()}
+        return {"loss": mean_loss(losses, items), "texts": len(rewards)} | correlations
+
 
 class LikelihoodTrainer(ValueTrainer):
     """For batches of texts, read by a language model."""
@@ -615,6 +626,11 @@ class LikelihoodTrainer(ValueTrainer):
     def predictions_and_labels(self, terms, inputs):
         return (), inputs["rewards"]
 
+    def metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
+        """`loss`."""
+        losses, items = evaluation.predictions
+        return {"loss": mean_loss(losses, items), "texts": len(losses)}
+
 
 def fractions(lengths: Tensor) -> Tensor:
     """(B, 4) of (B, 1) lengths: FRACTIONS of each, in whole tokens."""
@@ -623,7 +639,7 @@ def fractions(lengths: Tensor) -> Tensor:
 
 def objective_functions(
     objective: str, tail: str, reduction: str, lengths: tuple[int, int | None] = (1, None)
-) -> tuple[Callable[..., Tensor], Callable]:
+) -> tuple[Callable[..., Tensor], Items]:
     """The loss of (chosen_rewards, rejected_rewards, chosen_lengths, rejected_lengths), and what it is a mean of.
 
     The second function takes a collated batch and gives a tensor with -100 where there is nothing to count.
@@ -636,19 +652,32 @@ def objective_functions(
         if value not in known[name]:
             raise ValueError(f"{name} must be one of {', '.join(known[name])}, got {value!r}")
 
-    def items(batch: dict[str, Tensor]) -> Tensor:
+    def items(batch: Batch) -> Tensor:
         chosen, rejected = batch["chosen_lengths"], batch["rejected_lengths"]
         if objective == "win":
-            both = torch.stack([chosen, rejected], 1)
-            return torch.where(torch.arange(int(both.max())) < both[..., None], 0, -100)
+            return _counted(written_up_to(torch.stack([chosen, rejected], 1)))
         if objective == "full" or reduction == "pair":
-            return torch.zeros_like(chosen)
-        compared = compared_prefixes(chosen, rejected, int(torch.maximum(chosen, rejected).max()), tail, lengths)
-        return torch.where(compared, 0, -100)
+            return one_each(batch)
+        return _counted(compared_prefixes(chosen, rejected, int(torch.maximum(chosen, rejected).max()), tail, lengths))
 
     if objective != "partial":
         return {"full": full_loss, "win": prefix_win_loss}[objective], items
     return partial(partial_bradley_terry_loss, tail=tail, reduction=reduction, lengths=lengths), items
+
+
+def one_each(batch: Batch) -> Tensor:
+    """The items of a loss that is a mean over pairs."""
+    return torch.zeros_like(batch["chosen_lengths"])
+
+
+def written_up_to(lengths: Tensor) -> Tensor:
+    """(..., T) booleans, true at the first tokens up to each of the (...) lengths; T is the largest."""
+    return torch.arange(int(lengths.max())) < lengths[..., None]
+
+
+def _counted(items: Tensor) -> Tensor:
+    """Labels of what a loss is a mean of, as Trainer counts them."""
+    return torch.where(items, 0, -100)
 
 
 def full_loss(
@@ -758,32 +787,6 @@ def prefix_margins(
         for rewards, end in zip((chosen_rewards, rejected_rewards), ends, strict=True)
     )
     return chosen - rejected, torch.minimum(lengths, torch.maximum(*ends)) > shared
-
-
-def prefix_metrics(evaluation: EvalPrediction) -> dict[str, float]:
-    """For Trainer: `loss`, and pair accuracies: `accuracy` (whole responses), after 25, 50, 75 % and after 1, 2, 4, ...
-    tokens."""
-    (losses, items, wins, differ), longest = evaluation.predictions, evaluation.label_ids
-    names = _percent_names("accuracy") + [f"accuracy_after_{length}" for length in LENGTHS if length < longest.max()]
-    accuracies = {name: (wins[:, n].sum(), count) for n, name in enumerate(names) if (count := differ[:, n].sum())}
-    counts = {"loss": mean_loss(losses, items), "pairs": int(differ[:, len(FRACTIONS) - 1].sum())}
-    return counts | {name: float(won / count) for name, (won, count) in accuracies.items()}
-
-
-def value_metrics(evaluation: EvalPrediction) -> dict[str, float]:
-    """For Trainer: `loss`, and correlation of value and reward over texts, after 25, 50, 75 and 100 % of each
-    (`correlation`)."""
-    (losses, items, values), rewards = evaluation.predictions, evaluation.label_ids
-    columns = zip(_percent_names("correlation"), values.T, strict=True)
-    varied = {name: column for name, column in columns if rewards.std() > 0 and column.std() > 0}
-    correlations = {name: float(np.corrcoef(column, rewards)[0, 1]) for name, column in varied.items()}
-    return {"loss": mean_loss(losses, items), "texts": len(rewards)} | correlations
-
-
-def likelihood_metrics(evaluation: EvalPrediction) -> dict[str, float]:
-    """For Trainer: `loss`."""
-    losses, items = evaluation.predictions
-    return {"loss": mean_loss(losses, items), "texts": len(losses)}
 
 
 def mean_loss(losses: np.ndarray, items: np.ndarray) -> float:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from trl import DPOConfig, DPOTrainer
 
 from pargs_min.data import Pair
-from pargs_min.train import Watched, check_settings, last_checkpoint
+from pargs_min.train import Watched, check_settings
 
 
 def train_dpo(
@@ -50,7 +50,7 @@ def train_dpo(
     """
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta must be a positive number, got {beta}")
-    check_settings(args, resume)
+    checkpoint = check_settings(args, resume)
     theirs = {field.name: getattr(args, field.name) for field in fields(TrainingArguments) if field.init}
     theirs["per_device_eval_batch_size"] = 1  # TRL averages over batches; so every pair counts the same
     config = DPOConfig(**theirs, beta=1 / beta, max_length=None)
@@ -60,7 +60,7 @@ def train_dpo(
     trainer = _PairsAsTheyAre(
         model, copy.deepcopy(model), config, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer
     )
-    metrics = trainer.fit(last_checkpoint(args.output_dir) if resume else None)
+    metrics = trainer.fit(checkpoint)
     vars(model).pop("forward", None)  # TRL put its own there, with its own head
     model.eval()
     return metrics

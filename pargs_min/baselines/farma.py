@@ -2,16 +2,16 @@
 come next."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pargs_min.data import Pair, at_response_tokens
 from pargs_min.losses import bradley_terry_loss, written_tokens
 from pargs_min.reward_model import body_and_head, has_vocabulary_head, next_token_rewards, read, token_positions
-from pargs_min.train import PairTrainer, fit, pair_collator, prefix_metrics
+from pargs_min.train import PairTrainer, fit, one_each, pair_collator
 
 
 def farma_loss(
@@ -68,18 +68,14 @@ def train_farma(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[Pair],
     eval_pairs: Sequence[Pair] = (),
-    *,
-    args: TrainingArguments,
-    lora_rank: int | None = None,
-    resume: bool = False,
+    **run: Any,
 ) -> dict[str, float]:
     """Train a reward model with a vocabulary head in place (`farma_loss`).
 
     All arguments, metrics and errors are those of `train_reward_model`.
     """
-    collator = pair_collator(tokenizer, lambda batch: torch.zeros_like(batch["chosen_lengths"]))
-    parts = dict(data_collator=collator, compute_metrics=prefix_metrics, loss=farma_loss)
-    return fit(FarmaTrainer, model, tokenizer, pairs, eval_pairs, args, lora_rank, resume, **parts)
+    collator = pair_collator(tokenizer, one_each)
+    return fit(FarmaTrainer, model, tokenizer, pairs, eval_pairs, farma_loss, collator, **run)
 
 
 class FarmaTrainer(PairTrainer):

@@ -2,14 +2,14 @@
 gives the rewards of all next tokens. `theory/`, T19, has what it converges to."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pargs_min.data import Pair
 from pargs_min.losses import bradley_terry_loss, written_tokens
-from pargs_min.train import LikelihoodTrainer, PairTrainer, fit, pair_collator, prefix_metrics, token_log_probs
+from pargs_min.train import LikelihoodTrainer, PairTrainer, fit, one_each, pair_collator, token_log_probs
 
 
 def autoregressive_loss(
@@ -44,10 +44,7 @@ def train_genarm(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[Pair],
     eval_pairs: Sequence[Pair] = (),
-    *,
-    args: TrainingArguments,
-    lora_rank: int | None = None,
-    resume: bool = False,
+    **run: Any,
 ) -> dict[str, float]:
     """Train a language model in place as an autoregressive reward model (`autoregressive_loss`).
 
@@ -56,9 +53,8 @@ def train_genarm(
 
     All other arguments, metrics and errors are those of `train_reward_model`.
     """
-    collator = pair_collator(tokenizer, lambda batch: torch.zeros_like(batch["chosen_lengths"]))
-    parts = dict(data_collator=collator, compute_metrics=prefix_metrics, loss=autoregressive_loss)
-    return fit(AutoregressiveTrainer, model, tokenizer, pairs, eval_pairs, args, lora_rank, resume, **parts)
+    collator = pair_collator(tokenizer, one_each)
+    return fit(AutoregressiveTrainer, model, tokenizer, pairs, eval_pairs, autoregressive_loss, collator, **run)
 
 
 class AutoregressiveTrainer(PairTrainer):
