@@ -13,7 +13,7 @@ next `score` reads its token as well, in the same pass.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -153,32 +153,43 @@ def attention_window(config) -> int | None:
     return min((window for window in windows if window), default=None)
 
 
-@torch.no_grad()
 def _check_siblings(scorer: SiblingScorer) -> None:
-    """Two steps of a tiny left-padded batch against full passes: no untested model family is silently wrong."""
-    model, weight, training = scorer.model, scorer.head.weight, scorer.model.training
-    vocabulary = model.get_input_embeddings().num_embeddings
-    ids = torch.randint(vocabulary, (2, 6 + 16), generator=torch.Generator().manual_seed(0)).to(weight.device)
-    prompt_ids, drawn, candidates = ids[:, :5], ids[:, 5], ids[:, 6:]
-    mask = torch.ones_like(prompt_ids)
-    mask[0, :3] = 0
+    """Siblings against whole texts: no untested model family is silently wrong."""
+    model, training = scorer.model, scorer.model.training
+    whole = ReencodeScorer(lambda ids, mask: prefix_rewards(model, ids, mask)[:, -1])
     model.eval()
     try:
-        got, want = (
-            _second_step(way, prompt_ids, mask, candidates, drawn)
-            for way in (scorer, ReencodeScorer(lambda ids, mask: prefix_rewards(model, ids, mask)[:, -1]))
-        )
+        got, want = rehearsed([scorer, whole], model)
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
         raise ValueError(
             f"{model.config.model_type} cannot score siblings over one cache ({error}); {WAY_OUT}"
         ) from error
     finally:
         model.train(training)
-    if not alike(got, want, weight.dtype):
+    if not alike(got, want, scorer.head.weight.dtype):
         raise ValueError(
             f"{model.config.model_type} scores candidates over one cache differently than in whole texts (by up to "
             f"{float((got - want).abs().max()):.2g}), perhaps because it takes positions from the cache; {WAY_OUT}"
         )
+
+
+@torch.no_grad()
+def rehearsed(scorers: Sequence[Any], model: PreTrainedModel, policy: Any = None) -> list[Tensor]:
+    """What each scorer of a model says in two steps of a tiny left-padded batch, behind a policy if they need one."""
+    vocabulary = model.get_input_embeddings().num_embeddings if policy is None else policy.vocabulary
+    ids = torch.randint(vocabulary, (2, 6 + 16), generator=torch.Generator().manual_seed(0)).to(model.device)
+    prompt_ids, drawn, candidates = ids[:, :5], ids[:, 5], ids[:, 6:]
+    mask, said = torch.ones_like(prompt_ids), []
+    mask[0, :3] = 0
+    steppers = [*scorers] if policy is None else [policy, *scorers]
+    for stepper in steppers:
+        stepper.start(prompt_ids, mask)
+    for _ in range(2):
+        ref_log_probs = None if policy is None else policy.log_probs().gather(1, candidates)
+        said.append([scorer.score(candidates, ref_log_probs) for scorer in scorers])
+        for stepper in steppers:
+            stepper.push(drawn)
+    return [torch.stack(rewards) for rewards in zip(*said, strict=True)]
 
 
 def alike(rewards: Tensor, others: Tensor, dtype: torch.dtype) -> bool:
@@ -189,13 +200,6 @@ def alike(rewards: Tensor, others: Tensor, dtype: torch.dtype) -> bool:
     """
     tolerance = 0.3 if torch.finfo(dtype).bits == 16 else 1e-2
     return bool((rewards - others).abs().max() <= tolerance * others.std().clamp(min=1e-6))
-
-
-def _second_step(scorer, prompt_ids: Tensor, mask: Tensor, candidates: Tensor, drawn: Tensor) -> Tensor:
-    scorer.start(prompt_ids, mask)
-    scorer.score(candidates)
-    scorer.push(drawn)
-    return scorer.score(candidates)
 
 
 class CachedText:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from pargs_min.decode import ModelPolicy
 from pargs_min.reward_model import read, recorded
-from pargs_min.scoring import LanguageModelScorer, VocabularyScorer, alike
+from pargs_min.scoring import LanguageModelScorer, VocabularyScorer, alike, rehearsed
 
 OneQuery = LanguageModelScorer | VocabularyScorer
 
@@ -238,27 +238,13 @@ class _Features:
         return torch.cat(found[::-1], 1)
 
 
-@torch.no_grad()
 def _check_trunk(fast: TrunkScorer, whole: OneQuery, lm: PreTrainedModel) -> None:
-    """Two steps of a tiny left-padded batch against the whole guide."""
-    model, policy = whole.model, ModelPolicy(lm)
-    rows = lm.get_input_embeddings().num_embeddings
-    ids = torch.randint(rows, (2, 6 + 16), generator=torch.Generator().manual_seed(0)).to(model.device)
-    prompt_ids, drawn, candidates = ids[:, :5], ids[:, 5], ids[:, 6:]
-    mask = torch.ones_like(prompt_ids)
-    mask[0, :3] = 0
-    got = []
+    """The upper layers against the whole guide: no untested model family is silently wrong."""
+    model, rows = whole.model, lm.get_input_embeddings().num_embeddings
     try:
-        for stepper in (policy, fast, whole):
-            stepper.start(prompt_ids, mask)
-        for _ in range(2):
-            ref_log_probs = policy.log_probs().gather(1, candidates)
-            got.append([scorer.score(candidates, ref_log_probs) for scorer in (fast, whole)])
-            for stepper in (policy, fast, whole):
-                stepper.push(drawn)
+        ours, theirs = rehearsed([fast, whole], model, ModelPolicy(lm, rows))
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{model.config.model_type} cannot be cut above a shared trunk ({error})") from error
-    ours, theirs = (torch.stack(rewards) for rewards in zip(*got, strict=True))
     if not alike(ours, theirs, model.dtype):
         raise ValueError(
             f"{model.config.model_type} says something else above a shared trunk than as a whole (by up to "
