@@ -20,14 +20,7 @@ from pargs_min.decode import ModelPolicy, Step, Warp, WarpedPolicy, generate
 from pargs_min.losses import distillation_loss
 from pargs_min.models import give_vocabulary_head
 from pargs_min.progress import progress
-from pargs_min.reward_model import (
-    body_and_head,
-    has_vocabulary_head,
-    next_token_rewards,
-    read,
-    recorded,
-    token_positions,
-)
+from pargs_min.reward_model import body_and_head, features, has_vocabulary_head, next_token_rewards, recorded
 from pargs_min.texts import choose_scorer
 from pargs_min.train import PrefixTrainer, fit, mean_loss
 
@@ -189,8 +182,7 @@ def collate_taught(texts: Sequence[Taught], pad_id: int) -> dict[str, Tensor]:
 
 def candidate_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor, candidates: Tensor) -> Tensor:
     """(B, T, K) rewards r(ids_1:t c) of the (B, T, K) candidates behind each prefix, under a vocabulary head."""
-    body, head = body_and_head(model)
-    hidden = read(body, ids, mask, token_positions(mask), use_cache=False).last_hidden_state
+    hidden, head = features(model, ids, mask)
     return next_token_rewards(head, hidden[:, :, None], candidates)
 
 

@@ -37,11 +37,16 @@ def prefix_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
 
     Source: arXiv 2406.07780; the paper's code asks for each prefix in a pass of its own.
     """
-    body, head = body_and_head(model)
-    hidden = read(body, ids, mask, token_positions(mask), use_cache=False).last_hidden_state
+    hidden, head = features(model, ids, mask)
     if head.out_features == 1:
         return token_rewards(head, hidden).to(ids.device)  # layers may lie on several devices
     return F.pad(next_token_rewards(head, hidden[:, :-1], ids[:, 1:].to(hidden.device)), (1, 0)).to(ids.device)
+
+
+def features(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, nn.Linear]:
+    """What the head of a reward model reads at each token, (B, T, D), and the head. Raises as `body_and_head`."""
+    body, head = body_and_head(model)
+    return read(body, ids, mask, token_positions(mask), use_cache=False).last_hidden_state, head
 
 
 def token_rewards(head: nn.Linear, hidden: Tensor) -> Tensor:

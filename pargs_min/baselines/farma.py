@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pargs_min.data import Pair, at_response_tokens
 from pargs_min.losses import bradley_terry_loss, written_tokens
-from pargs_min.reward_model import body_and_head, has_vocabulary_head, next_token_rewards, read, token_positions
+from pargs_min.reward_model import features, has_vocabulary_head, next_token_rewards
 from pargs_min.train import PairTrainer, fit, one_each, pair_collator
 
 
@@ -57,8 +57,7 @@ def farma_loss(
 
 def rewards_and_best(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """(B, T) r(ids_1:t) as `prefix_rewards` gives it, and (B, T) max_v r(ids_1:t v), under a vocabulary head."""
-    body, head = body_and_head(model)
-    hidden = read(body, ids, mask, token_positions(mask), use_cache=False).last_hidden_state
+    hidden, head = features(model, ids, mask)
     rewards = F.pad(next_token_rewards(head, hidden[:, :-1], ids[:, 1:]), (1, 0))
     return rewards, F.linear(hidden.to(rewards.dtype), head.weight.to(rewards.dtype)).amax(-1)
 
