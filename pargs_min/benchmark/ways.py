@@ -21,7 +21,7 @@ from threading import Condition
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import GenerationConfig, PreTrainedModel
@@ -30,6 +30,7 @@ from pargs_min import minimal
 from pargs_min.data import Pair, at_response_tokens, collate
 from pargs_min.decode import ModelPolicy, PolicyStepper, RewardGuidance, RewardScorer, generate
 from pargs_min.losses import partial_bradley_terry_loss
+from pargs_min.models import give_vocabulary_head
 from pargs_min.reward_model import body_and_head, prefix_rewards, token_rewards
 from pargs_min.scoring import CachedText, LanguageModelScorer, SiblingScorer, VocabularyScorer
 from pargs_min.static import StaticPolicy, StaticScorer
@@ -95,12 +96,10 @@ def models_of_shape(name: str, dtype: torch.dtype = torch.float32, device: str =
 
 
 def with_vocabulary_head(scalar: PreTrainedModel) -> PreTrainedModel:
-    """The same backbone, shared, under a random vocabulary head."""
+    """The same backbone, shared, under a vocabulary head."""
     model = copy.deepcopy(scalar, {id(scalar.base_model): scalar.base_model})
-    rows, old = scalar.get_input_embeddings().num_embeddings, scalar.score.weight
-    model.config.num_labels = rows
-    model.score = nn.Linear(old.shape[1], rows, bias=False, device=old.device, dtype=old.dtype)
-    return model.eval()
+    give_vocabulary_head(model)
+    return model
 
 
 # ---- the ways ----
