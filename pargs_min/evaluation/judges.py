@@ -82,7 +82,7 @@ def judge_code(name: str) -> str | None:
     """The file of a function's module; None for judges of other kinds. Raises ValueError if there is no such module."""
     if not _is_function(name):
         return None
-    with _here_first(), _code_of_others(f"judge {name!r} cannot be loaded; expected MODULE:FUNCTION"):
+    with _code_of_others(f"judge {name!r} cannot be loaded; expected MODULE:FUNCTION"):
         spec = find_spec(name.partition(":")[0])
         return spec.origin if spec else None
 
@@ -90,7 +90,7 @@ def judge_code(name: str) -> str | None:
 def function_judge(name: str) -> Callable[[Texts], list]:
     """`module:function` of (prompts, responses), two lists of strings; the working directory is searched first."""
     module, _, function = name.partition(":")
-    with _here_first(), _code_of_others(f"judge {name!r} cannot be loaded; expected MODULE:FUNCTION"):
+    with _code_of_others(f"judge {name!r} cannot be loaded; expected MODULE:FUNCTION"):
         judge = getattr(importlib.import_module(module), function)
 
     def score(texts: Texts) -> list:
@@ -115,20 +115,11 @@ def _checked(answer: Any) -> Any:
 
 
 @contextmanager
-def _here_first() -> Iterator[None]:
-    """Context manager: modules are searched in the working directory first."""
+def _code_of_others(what: str) -> Iterator[None]:
+    """Context manager: whatever it raises, a ValueError says what. Its modules are searched in the working directory
+    first, which it must leave alone."""
     here = os.getcwd()
     sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
-
-
-@contextmanager
-def _code_of_others(what: str) -> Iterator[None]:
-    """Whatever it raises, a ValueError says what; it must leave the working directory alone."""
-    here = os.getcwd()
     try:
         yield
         if os.getcwd() != here:
@@ -139,6 +130,7 @@ def _code_of_others(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {error!r}") from error
     finally:
         os.chdir(here)
+        sys.path.remove(here)
 
 
 def model_judge(name: str) -> Callable[[Texts], list[float]]:
