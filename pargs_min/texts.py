@@ -22,36 +22,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pargs_min import decode, scoring
 from pargs_min.codec import Codec, check_vocabularies, left_pad, shares_ids
-from pargs_min.decode import (
-    Generation,
-    ModelPolicy,
-    NoReward,
-    PolicyStepper,
-    RewardScorer,
-    Step,
-    Warp,
-    WarpedPolicy,
-    recorded_warp,
-    response_log_probs,
-    response_rewards,
-    row_uniforms,
-)
 from pargs_min.memory import enough_memory
 from pargs_min.methods import METHODS, OBJECTIVES, Batch, Method, Setup, guided_by, no_reward
 from pargs_min.reading import text_rewards
 from pargs_min.reward_model import context_length, has_vocabulary_head, is_language_model, pooled_padding, recorded
-from pargs_min.scoring import (
-    MOST,
-    LanguageModelScorer,
-    ReencodeScorer,
-    RewardFn,
-    SiblingScorer,
-    VocabularyScorer,
-    model_rewards,
-)
 from pargs_min.static import StaticPolicy, StaticScorer
 from pargs_min.trunk import TrunkScorer, one_query_scorer, share_trunk
+
+Numbers = Sequence[tuple[int, int]]  # prompt number and sample number of each text
 
 
 @dataclass(frozen=True)
@@ -87,8 +67,8 @@ class Tokens:
     ref_min_p: float = 0.0
 
     @property
-    def warp(self) -> Warp:
-        return Warp(self.ref_temperature, self.ref_top_k, self.ref_top_p, self.ref_min_p)
+    def warp(self) -> decode.Warp:
+        return decode.Warp(self.ref_temperature, self.ref_top_k, self.ref_top_p, self.ref_min_p)
 
 
 @dataclass(frozen=True)
@@ -122,7 +102,7 @@ def generate_texts(
     compiled: bool = False,
     shard: tuple[int, int] = (0, 1),
     done: Mapping[tuple[int, int], list[int] | None] | None = None,
-    on_step: Callable[[Step], None] | None = None,
+    on_step: Callable[[decode.Step], None] | None = None,
     **settings,
 ) -> Iterator[dict]:
     """Yield one record per prompt and sample, in order.
@@ -198,7 +178,7 @@ class _Writer:
         reward: tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None],
         final: tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None],
         compiled: bool,
-        on_step: Callable[[Step], None] | None,
+        on_step: Callable[[decode.Step], None] | None,
     ):
         self.method, self.how, self.codec, self.device, self.prompts = method, how, codec, lm.device, prompts
         self.encoded = [_encode(codec, prompt, number) for number, prompt in enumerate(prompts)]
@@ -214,7 +194,7 @@ class _Writer:
 
         # Whom to ask, and how.
         longest = _longest(self.encoded, how.max_new_tokens, lm)
-        policy: PolicyStepper = ModelPolicy(lm, vocabulary=codec.vocabulary)
+        policy: decode.PolicyStepper = decode.ModelPolicy(lm, vocabulary=codec.vocabulary)
         asking: dict[str, Any] = dict(codec=codec, prompts=prompts, encoded=self.encoded)
         asking |= dict(max_new_tokens=how.max_new_tokens, lm=None if compiled else lm)
         for guide in filter(None, (reward[0], final[0])):
@@ -225,15 +205,15 @@ class _Writer:
             raise ValueError("guide_below (--guide-below) does not go with --compile, whose steps read one token")
         if compiled:
             policy = StaticPolicy(lm, longest, vocabulary=codec.vocabulary)
-            if isinstance(scorer, SiblingScorer) and (top_k or codec.vocabulary) <= MOST:
+            if isinstance(scorer, scoring.SiblingScorer) and (top_k or codec.vocabulary) <= scoring.MOST:
                 scorer = StaticScorer(scorer.model, longest + (top_k or codec.vocabulary))
         self.rate = weigh or reward_fn
         settings = dict(max_new_tokens=how.max_new_tokens, temperature=how.temperature, eos=codec.ends, on_step=on_step)
         self.setup = Setup(
-            policy if how.warp == Warp() else WarpedPolicy(policy, how.warp),
+            policy if how.warp == decode.Warp() else decode.WarpedPolicy(policy, how.warp),
             candidates | settings,
             how.beta,
-            scorer or NoReward(),
+            scorer or decode.NoReward(),
             self.rate or no_reward,
             rows=getattr(how, method.rows) if method.rows else 1,
             final=weigh,
@@ -244,7 +224,7 @@ class _Writer:
         read = lm, *self.raters, scorer.model if isinstance(scorer, TrunkScorer) else None
         self.hooked = [one for one in read if all(one is not stepper.model for stepper in self.static)]
 
-    def write(self, numbers: list[tuple[int, int]], seed: int) -> Iterator[dict]:
+    def write(self, numbers: Numbers, seed: int) -> Iterator[dict]:
         """The records of a batch of (prompt number, sample number)."""
         batch = self._batch(numbers, seed)
         with enough_memory(*self._doing(len(numbers), batch.prompt_ids.shape[1])):
@@ -252,17 +232,17 @@ class _Writer:
             with counted_passes(*self.hooked) as passes:
                 generation, kl = self.method.write(self.method, self.setup, batch)
             with counted_passes(*self.raters) as rated:
-                rewards = self.rate and response_rewards(self.rate, batch.prompt_ids, batch.mask, generation)
+                rewards = self.rate and decode.response_rewards(self.rate, batch.prompt_ids, batch.mask, generation)
             seconds = time.perf_counter() - began
         calls = passes["rows"] + rated["rows"] + sum(stepper.passes for stepper in self.static)
         cost = {"seconds": seconds / len(numbers), "model_calls": calls / len(numbers)}
         return self._records(numbers, generation, kl, rewards, cost)
 
-    def _batch(self, numbers: list[tuple[int, int]], seed: int) -> Batch:
+    def _batch(self, numbers: Numbers, seed: int) -> Batch:
         """The first numbers of a row's stream draw its tokens; by the rest smc chooses among particles."""
         tokens, rows = self.how.max_new_tokens, self.setup.rows
         prompts, samples = zip(*[(p, s * rows + i) for p, s in numbers for i in range(rows)], strict=True)
-        uniforms = row_uniforms(seed, prompts, samples, 2 * tokens + 1)
+        uniforms = decode.row_uniforms(seed, prompts, samples, 2 * tokens + 1)
         tensors = (*left_pad([self.encoded[p] for p, _ in numbers]), uniforms[:, :tokens], uniforms[::rows, tokens:])
         return Batch(*(tensor.to(self.device) for tensor in tensors))
 
@@ -279,7 +259,7 @@ class _Writer:
         return doing, f"{less}, or --dtype bfloat16"
 
     def _records(
-        self, numbers: list[tuple[int, int]], generation: Generation, kl: Tensor, rewards: Tensor | None, cost: dict
+        self, numbers: Numbers, generation: decode.Generation, kl: Tensor, rewards: Tensor | None, cost: dict
     ) -> Iterator[dict]:
         ref_log_probs = generation.ref_log_probs.sum(-1).tolist()
         for i, (number, sample) in enumerate(numbers):
@@ -289,7 +269,7 @@ class _Writer:
             record |= {"response": self.codec.text(ids), "response_ids": ids}
             record |= {"finished": self.codec.finished(ids), "method": self.method.name}
             record |= {"ref_log_prob": ref_log_probs[i], "kl": kl[i].item(), "cost": cost}
-            record |= {} if self.how.warp == Warp() else {"reference": vars(self.how.warp)}
+            record |= {} if self.how.warp == decode.Warp() else {"reference": vars(self.how.warp)}
             record |= {"now": self.codec.now.isoformat()} if self.codec.now and self.codec.dated else {}
             yield record if rewards is None else record | {"reward": rewards[i].item()}
 
@@ -309,7 +289,7 @@ def _check(
     prompts: list[dict],
     reward_model: PreTrainedModel | None,
     final: PreTrainedModel | None,
-    warp: Warp,
+    warp: decode.Warp,
     **counts: int,
 ) -> None:
     if not prompts:
@@ -331,7 +311,7 @@ def _check(
     if wanted not in (None, objective):
         what = f"{OBJECTIVES[objective]} is {guided_by(objective)}"
         warnings.warn(f"{method} with {what}; train one with --objective {wanted}", stacklevel=3)
-    learned_on = recorded_warp(recorded(reward_model).get("reference", vars(warp)), "the guide")
+    learned_on = decode.recorded_warp(recorded(reward_model).get("reference", vars(warp)), "the guide")
     if learned_on != warp:
         warnings.warn(
             f"this guide learned from texts of the reference sampled as {learned_on}, and guides it sampled as {warp}: "
@@ -392,7 +372,7 @@ def _reward(
     encoded: list[list[int]],
     max_new_tokens: int,
     lm: PreTrainedModel | None,
-) -> tuple[RewardFn | None, RewardScorer | None]:
+) -> tuple[scoring.RewardFn | None, decode.RewardScorer | None]:
     """The fastest right way to ask this reward model: of whole texts, and of the candidates of a step."""
     if model is None:
         return None, None
@@ -401,7 +381,7 @@ def _reward(
         check_vocabularies(codec.tokenizer, tokenizer)
         _longest(encoded, max_new_tokens, model)
         how = dict(beta=recorded(model).get("beta"), vocabulary=codec.vocabulary)
-        return None, one_query_scorer(lm, model, partial(LanguageModelScorer, **how))
+        return None, one_query_scorer(lm, model, partial(scoring.LanguageModelScorer, **how))
     try:
         check_vocabularies(codec.tokenizer, tokenizer)
         form = common_form(None, model) or codec.form
@@ -410,12 +390,12 @@ def _reward(
         longest = _longest(encoded, max_new_tokens)
         warnings.warn(f"{error}. Falling back to decoded texts: {_reencoding(longest)}", stacklevel=3)
         reward_fn = text_rewards(model, tokenizer, codec, prompts)
-        return reward_fn, ReencodeScorer(reward_fn)
+        return reward_fn, scoring.ReencodeScorer(reward_fn)
     longest = _longest(encoded, max_new_tokens, model)
     scorer = choose_scorer(model, longest, codec.ends or (), lm) if guided else None
     if tokenizer.chat_template and not recorded(model):
         return text_rewards(model, tokenizer, codec, prompts), scorer  # whole chats, as its template closes them
-    return model_rewards(model), scorer
+    return scoring.model_rewards(model), scorer
 
 
 def _check_prompts(codec: Codec, prompts: list[dict], encoded: list[list[int]]) -> None:
@@ -427,7 +407,7 @@ def _check_prompts(codec: Codec, prompts: list[dict], encoded: list[list[int]]) 
 
 def choose_scorer(
     model: PreTrainedModel, longest: int, ends: Collection[int] = (), lm: PreTrainedModel | None = None
-) -> RewardScorer:
+) -> decode.RewardScorer:
     """The fastest scorer that is right for this model and texts of up to `longest` tokens.
 
     `VocabularyScorer` for a vocabulary head, `SiblingScorer` for others where it is right, else `ReencodeScorer`, with
@@ -438,19 +418,19 @@ def choose_scorer(
         lm: the language model, whose lowest layers a vocabulary-headed model may share (`one_query_scorer`).
     """
     if has_vocabulary_head(model):
-        return one_query_scorer(lm, model, VocabularyScorer)
+        return one_query_scorer(lm, model, scoring.VocabularyScorer)
     if (pad := pooled_padding(model)) in ends:
         why = f"this reward model takes an end token ({pad}) for padding, and reads a text that has ended before it"
     else:
         try:
-            scorer = SiblingScorer(model)
+            scorer = scoring.SiblingScorer(model)
             if scorer.window is None or longest <= scorer.window:
                 return scorer
             why = f"texts of up to {longest} tokens outgrow the reward model's attention window of {scorer.window}"
         except ValueError as error:
             why = str(error)
     warnings.warn(f"{why}. Falling back to whole texts: {_reencoding(longest)}", stacklevel=2)
-    return ReencodeScorer(model_rewards(model))
+    return scoring.ReencodeScorer(scoring.model_rewards(model))
 
 
 def _reencoding(longest: int) -> str:
@@ -499,7 +479,7 @@ def text_log_probs(lm: PreTrainedModel, codec: Codec, texts: Sequence[dict], bat
             )
     totals = []
     runs = (
-        (recorded_warp(how, f"prompt number {(run := [*some])[0].get('prompt_number')}"), run)
+        (decode.recorded_warp(how, f"prompt number {(run := [*some])[0].get('prompt_number')}"), run)
         for how, some in groupby(texts, lambda text: text.get("reference", {}))
     )
     batches = ((warp, run[i : i + batch_size]) for warp, run in runs for i in range(0, len(run), batch_size))
@@ -507,7 +487,7 @@ def text_log_probs(lm: PreTrainedModel, codec: Codec, texts: Sequence[dict], bat
         prompt_ids, mask = left_pad([codec.prompt(text) for text in some])
         responses, written = (x.flip(1) for x in left_pad([text["response_ids"][::-1] for text in some]))
         ids, mask = torch.cat([prompt_ids, responses], 1).to(lm.device), torch.cat([mask, written], 1).to(lm.device)
-        log_probs = response_log_probs(lm, ids, mask, responses.shape[1], warp)
+        log_probs = decode.response_log_probs(lm, ids, mask, responses.shape[1], warp)
         totals += (log_probs.double() * written.to(lm.device)).sum(1).tolist()
     for text, total in zip(texts, totals, strict=True):
         if not math.isfinite(total):

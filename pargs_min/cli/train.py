@@ -15,52 +15,21 @@ import torch
 from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 
+from pargs_min import data, models
+from pargs_min import train as training
 from pargs_min.baselines.farma import train_farma
 from pargs_min.baselines.genarm import train_genarm
 from pargs_min.cli.hub import model_card, push
 from pargs_min.cli.options import choice, parse
 from pargs_min.cli.resuming import differences
 from pargs_min.codec import Codec, check_vocabularies
-from pargs_min.data import (
-    Text,
-    effective_texts,
-    encode_preferences,
-    encode_texts,
-    in_subsets,
-    records_form,
-    split_by_prompt,
-    training_form,
-)
 from pargs_min.decode import Warp, recorded_warp
 from pargs_min.distil import train_distilled, vocabulary_headed
 from pargs_min.lora import lora_config
-from pargs_min.models import (
-    is_classifier,
-    load_config,
-    load_language_model,
-    load_reward_model,
-    load_tokenizer,
-    record,
-    save,
-)
 from pargs_min.records import Response, read_preferences, read_responses
 from pargs_min.reward_model import context_length, recorded
 from pargs_min.scoring import model_rewards
 from pargs_min.store import content, read_json, results, write_json
-from pargs_min.train import (
-    FEW_TEXTS,
-    check_settings,
-    checkpoints,
-    keep_best,
-    last_checkpoint,
-    rate,
-    subset_accuracies,
-    train_language_model,
-    train_partial_on_texts,
-    train_reward_model,
-    train_value_model,
-    usable_settings,
-)
 from pargs_min.trunk import copy_trunk, frozen_trunk
 
 Records = tuple[list, list]  # to train on, and of --eval-dataset
@@ -125,16 +94,16 @@ class Recipe(NamedTuple):
 
 # Objective -> how it is trained.
 RECIPES = {
-    "partial": Recipe(train_reward_model, ("objective", "tail", "reduction")),
-    "full": Recipe(train_reward_model, ("objective", "tail", "reduction")),
-    "win": Recipe(train_reward_model, ("objective",)),
+    "partial": Recipe(training.train_reward_model, ("objective", "tail", "reduction")),
+    "full": Recipe(training.train_reward_model, ("objective", "tail", "reduction")),
+    "win": Recipe(training.train_reward_model, ("objective",)),
     "farma": Recipe(train_farma, head="vocab"),
     "autoregressive": Recipe(train_genarm, language_model=True),
-    "value": Recipe(train_value_model, ("objective",), on_texts=True),
-    "soft": Recipe(train_value_model, ("objective", "lam"), on_texts=True),
-    "reweighted": Recipe(train_language_model, ("beta",), on_texts=True, language_model=True),
+    "value": Recipe(training.train_value_model, ("objective",), on_texts=True),
+    "soft": Recipe(training.train_value_model, ("objective", "lam"), on_texts=True),
+    "reweighted": Recipe(training.train_language_model, ("beta",), on_texts=True, language_model=True),
 }
-SOFT_LABELS = Recipe(train_partial_on_texts, ("tail",), on_texts=True)  # "partial" with --soft-labels-from
+SOFT_LABELS = Recipe(training.train_partial_on_texts, ("tail",), on_texts=True)  # "partial" with --soft-labels-from
 DISTILLED = Recipe(train_distilled, ("beta", "top_k"), on_texts=True)  # with --distil-from
 
 
@@ -241,23 +210,23 @@ def train(arguments: list[str]) -> None:
         return distil(options, args)
     recipe, rater = options.recipe, options.reward_model or options.soft_labels_from
     records = read(options, partial(read_texts, rater) if recipe.on_texts else read_preferences)
-    form = training_form(*records)  # an error now, not after training
+    form = data.training_form(*records)  # an error now, not after training
 
     set_seed(args.seed)  # draws the new head
-    tokenizer = load_tokenizer(options.model)
+    tokenizer = models.load_tokenizer(options.model)
     dtype = torch.bfloat16 if options.lora_rank and args.bf16 else torch.float32
     if recipe.language_model:
-        model = load_language_model(options.model, dtype=dtype)
+        model = models.load_language_model(options.model, dtype=dtype)
     else:
-        model = load_reward_model(options.model, tokenizer, dtype=dtype, head=recipe.head)
+        model = models.load_reward_model(options.model, tokenizer, dtype=dtype, head=recipe.head)
 
     limit = options.max_length or context_length(model)
     if recipe.on_texts:
         form, encode = rated(rater, tokenizer, limit, str(args.device), form)
     else:
         asked = dict(max_length=limit, append_eos=options.append_eos, form=form)
-        encode = partial(encode_preferences, tokenizer=tokenizer, **asked)
-    named = {} if recipe.on_texts or recipe.language_model else in_subsets(records[1])
+        encode = partial(data.encode_preferences, tokenizer=tokenizer, **asked)
+    named = {} if recipe.on_texts or recipe.language_model else data.in_subsets(records[1])
     subsets = {name: encode(some)[0] for name, some in named.items()}
     told = {name: getattr(options, name) for name in recipe.takes}
     made = dict(objective=options.objective) | told | dict(append_eos=options.append_eos, prompt_format=form)
@@ -271,12 +240,12 @@ def train(arguments: list[str]) -> None:
         if recipe.on_texts and args.process_index == 0:
             print(few_from(items))
         metrics = recipe.train(model, tokenizer, items, held_out, lora_rank=options.lora_rank, **told, **settings)
-        return metrics | subset_accuracies(model, subsets)
+        return metrics | training.subset_accuracies(model, subsets)
 
     if recipe.language_model:
         model.config.pargs = made
     else:
-        record(model, **made)
+        models.record(model, **made)
     with frozen_trunk(model, options.shared_layers):
         fit_and_save(options, args, records, encode, fit, model, tokenizer)
 
@@ -285,19 +254,19 @@ def distil(options: TrainOptions, args: TrainingArguments) -> None:
     """Train a vocabulary head on the body of a scalar guide."""
     name, device = str(options.distil_from), str(args.device)
     records = read(options, partial(read_texts, name))
-    form, sampled = records_form([record for some in records for record in some]), sampled_as(records)
+    form, sampled = data.records_form([one for some in records for one in some]), sampled_as(records)
 
     set_seed(args.seed)
-    tokenizer = load_tokenizer(name)
-    check_vocabularies(load_tokenizer(options.model), tokenizer)
-    guide = load_reward_model(name, tokenizer, device=device)
-    model, reference = vocabulary_headed(guide), load_language_model(options.model, device=device)
+    tokenizer = models.load_tokenizer(name)
+    check_vocabularies(models.load_tokenizer(options.model), tokenizer)
+    guide = models.load_reward_model(name, tokenizer, device=device)
+    model, reference = vocabulary_headed(guide), models.load_language_model(options.model, device=device)
     form = recorded(guide).get("prompt_format", form)
     limit = options.max_length or min((n for n in map(context_length, (guide, reference)) if n), default=None)
 
-    def encode(some: Sequence[Response]) -> tuple[list[Text], dict[str, int]]:
+    def encode(some: Sequence[Response]) -> tuple[list[data.Text], dict[str, int]]:
         check_forms(some, form, name)
-        return encode_texts(some, tokenizer, limit, form)
+        return data.encode_texts(some, tokenizer, limit, form)
 
     told: dict[str, Any] = dict(beta=options.beta, top_k=options.top_k)
     asked: dict[str, Any] = dict(guide=guide, reference=reference, warp=Warp(**sampled), lora_rank=options.lora_rank)
@@ -306,7 +275,7 @@ def distil(options: TrainOptions, args: TrainingArguments) -> None:
     if options.shared_layers is not None:
         copy_trunk(model, reference, options.shared_layers)
         made["shared_layers"] = options.shared_layers
-    record(model, **made)
+    models.record(model, **made)
     fit = partial(train_distilled, model, tokenizer, **asked, **told)
     with frozen_trunk(model, options.shared_layers):
         fit_and_save(options, args, records, encode, fit, model, tokenizer)
@@ -331,14 +300,15 @@ def sampled_as(records: Records) -> dict:
     return vars(next(iter(warps)))
 
 
-def few_from(texts: Sequence[Text]) -> str:
+def few_from(texts: Sequence[data.Text]) -> str:
     """Says from which beta on so few of each prompt's texts are effective that a larger one cannot be learned."""
-    few = next((beta for beta in BETAS if effective_texts(texts, beta).mean() < FEW_TEXTS), None)
+    enough = training.FEW_TEXTS
+    few = next((beta for beta in BETAS if data.effective_texts(texts, beta).mean() < enough), None)
     if few is None:
-        return f"texts: at beta {BETAS[-1]:g} at least {FEW_TEXTS} per prompt are effective under exp(beta * reward)"
+        return f"texts: at beta {BETAS[-1]:g} at least {enough} per prompt are effective under exp(beta * reward)"
     return (
-        f"texts: from beta {few:g} on fewer than {FEW_TEXTS} per prompt are effective under exp(beta * reward): too"
-        " few to learn what a larger beta pays"
+        f"texts: from beta {few:g} on fewer than {enough} per prompt are effective under exp(beta * reward): too few to"
+        " learn what a larger beta pays"
     )
 
 
@@ -350,15 +320,15 @@ def rated(
     Raises:
         ValueError: if the texts were written for prompts of another form.
     """
-    check_vocabularies(tokenizer, load_tokenizer(name))
-    rater = load_reward_model(name, device=device)
+    check_vocabularies(tokenizer, models.load_tokenizer(name))
+    rater = models.load_reward_model(name, device=device)
     theirs = recorded(rater).get("prompt_format", form)
     reward_fn = model_rewards(rater)
 
-    def encode(records: Sequence[Response]) -> tuple[list[Text], dict[str, int]]:
+    def encode(records: Sequence[Response]) -> tuple[list[data.Text], dict[str, int]]:
         check_forms(records, theirs, name)
-        texts, counts = encode_texts(records, tokenizer, max_length, theirs)
-        return rate(texts, reward_fn, device=device), counts
+        texts, counts = data.encode_texts(records, tokenizer, max_length, theirs)
+        return training.rate(texts, reward_fn, device=device), counts
 
     return theirs, encode
 
@@ -385,20 +355,20 @@ def begin(command: Callable, arguments: list[str], kind: type, **defaults: Any) 
             refuses.
     """
     defaults = DEFAULTS | dict(dataloader_pin_memory=torch.accelerator.is_available()) | defaults
-    with usable_settings():
+    with training.usable_settings():
         options, args = parse(command, arguments, kind, TrainingArguments, defaults=defaults)
     if options.load_best:
-        keep_best(args)
+        training.keep_best(args)
     if args.push_to_hub and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", args.hub_model_id or ""):
         raise ValueError(
             f"hub_model_id (--hub-model-id) must be OWNER/NAME to push to (--push-to-hub), got {args.hub_model_id!r}"
         )
     args.hub_model_id = args.hub_model_id if args.push_to_hub else None
     args.push_to_hub = False  # not by Trainer, and not its checkpoints: `fit_and_save` pushes what is whole
-    check_settings(args, options.resume)
+    training.check_settings(args, options.resume)
     if options.resume:
         check_same(Path(args.output_dir), recipe(options, args))
-    elif not options.overwrite and (found := last_checkpoint(args.output_dir)):
+    elif not options.overwrite and (found := training.last_checkpoint(args.output_dir)):
         raise ValueError(f"there are checkpoints ({found}): add --resume or --overwrite, or another --output-dir")
     return options, args
 
@@ -457,28 +427,28 @@ def fit_and_save(
 
     items, held_out = (prepare(some) if some else [] for some in records)
     if not held_out:
-        items, held_out = split_by_prompt(items, options.eval_fraction, args.seed)
+        items, held_out = data.split_by_prompt(items, options.eval_fraction, args.seed)
     if options.load_best and not held_out:
         raise ValueError("--load-best needs held-out records: give --eval-dataset, or an --eval-fraction above 0")
 
     named = ("model", "reward_model", "soft_labels_from", "distil_from")
     folder, sources = Path(args.output_dir), tuple(getattr(options, name, None) for name in named)
-    goes_on = options.resume and last_checkpoint(folder) is not None
+    goes_on = options.resume and training.last_checkpoint(folder) is not None
     replace = options.overwrite or (goes_on and (folder / KEPT).exists())  # the model of a run that goes on is its own
     base = getattr(options, "distil_from", None) or options.model
     about: dict[str, Any] = dict(name=args.hub_model_id or folder.resolve().name, base=base, dataset=options.dataset)
-    about |= {} if is_classifier(load_config(options.model)) else dict(reference=options.model)
+    about |= {} if models.is_classifier(models.load_config(options.model)) else dict(reference=options.model)
     about |= dict(counts={"learned from": len(items), "held out": len(held_out)})
     with results(folder, "config.json", "README.md", overwrite=replace, sources=sources) if first else nullcontext():
         if first and options.resume:
             check_same(folder, recipe(options, args))  # again, now that nobody else writes there
         if first and not goes_on:
-            for old in checkpoints(folder):
+            for old in training.checkpoints(folder):
                 shutil.rmtree(old)
             write_json(folder / KEPT, recipe(options, args))
         metrics = fit(items, held_out, args=args, resume=options.resume)
         if first:
-            save(model, tokenizer, folder, model_card(model, tokenizer, metrics=metrics, **about))
+            models.save(model, tokenizer, folder, model_card(model, tokenizer, metrics=metrics, **about))
     say("\n".join(f"{name:28} {value:.4g}" for name, value in metrics.items()))
     say(f"saved {args.output_dir}")
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from pargs_min.cli import main
-from pargs_min.cli import train as cli_train
 from pargs_min.models import load_tokenizer, save
 from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
 
@@ -97,7 +96,7 @@ def test_a_run_that_another_has_replaced_since_is_not_resumed(made, capsys, monk
         Path("out/pargs.json").write_text(json.dumps(recipe | {"objective": "full"}))
         return [], []
 
-    monkeypatch.setattr(cli_train, "split_by_prompt", replaced)
+    monkeypatch.setattr("pargs_min.data.split_by_prompt", replaced)
     assert train("out", "--resume") == 2
     assert refused(capsys, "objective 'full' there, 'partial' now")
 
