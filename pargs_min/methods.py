@@ -5,30 +5,15 @@ Whoever needs to know something of a method (what trains its reward, how its KL 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from pargs_min.decode import (
-    Draw,
-    Generation,
-    NoReward,
-    PolicyStepper,
-    RewardScorer,
-    generate,
-    greedy,
-    response_rewards,
-    sample,
-)
+from pargs_min.decode import Draw, Generation, PolicyStepper, RewardScorer, generate, greedy, response_rewards, sample
 from pargs_min.scoring import RewardFn, WinTilt
 from pargs_min.smc import smc
-
-
-def no_reward(ids: Tensor, mask: Tensor) -> Tensor:
-    """The reward of whole texts where there is no reward model. Raises ValueError."""
-    raise ValueError("this method needs a reward model")
 
 
 @dataclass(frozen=True)
@@ -38,10 +23,9 @@ class Setup:
     policy: PolicyStepper
     settings: dict[str, Any]  # of `generate`: the candidates, max_new_tokens, temperature, eos, on_step
     beta: float = 0.0
-    scorer: RewardScorer = field(default_factory=NoReward)  # reward of prefixes
-    reward_fn: RewardFn = no_reward  # reward of whole texts
+    scorer: RewardScorer | None = None  # reward of prefixes
+    reward_fn: RewardFn | None = None  # reward of whole texts
     rows: int = 1  # behind each response
-    final: RewardFn | None = None  # what smc weighs whole texts by; None takes reward_fn
 
 
 class Batch(NamedTuple):
@@ -53,7 +37,63 @@ class Batch(NamedTuple):
     choices: Tensor  # (B, N + 1), by which smc chooses among particles
 
 
-def as_is(scorer: RewardScorer, beta: float) -> tuple[RewardScorer, float]:
+# ---- how the KL of a response is known: (B,) nats whose mean over responses estimates the divergence ----
+
+
+def sampled_kl(generation: Generation) -> Tensor:
+    """sum_i log pi(y_i | y_<i) - log pi_ref(y_i | y_<i); 0 for the reference itself, but not for its top k."""
+    return (generation.log_probs - generation.ref_log_probs).sum(-1)
+
+
+def greedy_kl(generation: Generation) -> Tensor:
+    """-sum_i log pi_ref(y_i | y_<i): the divergence of a policy that can write nothing else."""
+    return -generation.ref_log_probs.sum(-1)
+
+
+# ---- how texts are written: B responses, and the (B,) kl of each in nats ----
+
+Written = tuple[Generation, Tensor]
+
+
+def tokenwise(method: "Method", setup: Setup, batch: Batch) -> Written:
+    """One call of the loop. What the guide was trained on tells PARGS, ARGS, controlled decoding, ... apart."""
+    reward, beta = method.tilt(setup.scorer, setup.beta)
+    settings = setup.settings | dict(beta=beta, draw=method.draw, uniforms=batch.uniforms)
+    generation = generate(setup.policy, reward, batch.prompt_ids, batch.mask, **settings)
+    return generation, method.kl(generation)
+
+
+def best_of_n(method: "Method", setup: Setup, batch: Batch) -> Written:
+    """For each prompt the best of n samples of the reference, drawn as one batch of B * n rows.
+
+    Its kl is log n - (n - 1) / n more than that of the sample: an upper bound (Beirami et al., arXiv 2401.01879).
+
+    Source: Stiennon et al. (2020), arXiv 2009.01325.
+    """
+    n = setup.rows
+    prompt_ids, mask = batch.prompt_ids.repeat_interleave(n, 0), batch.mask.repeat_interleave(n, 0)
+    samples = generate(setup.policy, None, prompt_ids, mask, beta=0.0, uniforms=batch.uniforms, **setup.settings)
+    rewards = response_rewards(cast("RewardFn", setup.reward_fn), prompt_ids, mask, samples).view(-1, n)
+    best = rewards.argmax(-1) + n * torch.arange(len(rewards), device=rewards.device)
+    generation = Generation(*(getattr(samples, column.name)[best] for column in fields(samples)))
+    return generation, sampled_kl(generation) + math.log(n) - (n - 1) / n
+
+
+def by_smc(method: "Method", setup: Setup, batch: Batch) -> Written:
+    """For each prompt one of n particles, drawn by weight (`smc`)."""
+    settings = setup.settings | dict(n=setup.rows, beta=setup.beta, final=setup.reward_fn, uniforms=batch.uniforms)
+    scorer = cast("RewardScorer", setup.scorer)
+    particles = smc(setup.policy, scorer, batch.prompt_ids, batch.mask, choices=batch.choices[:, :-1], **settings)
+    return particles.pick(batch.choices[:, -1])
+
+
+# ---- the table ----
+
+
+Tilt = Callable[[Any, float], tuple[Any, float]]  # (scorer, beta) -> those of the loop
+
+
+def as_is(scorer: RewardScorer | None, beta: float) -> tuple[RewardScorer | None, float]:
     """Most methods tilt the reference by beta times the reward."""
     return scorer, beta
 
@@ -69,13 +109,13 @@ class Method:
 
     name: str
     does: str
-    write: Callable[["Method", Setup, Batch], tuple[Generation, Tensor]]  # B responses, and the (B,) kl of each in nats
+    write: Callable[["Method", Setup, Batch], Written] = tokenwise
     guided: bool = False  # the reward enters at every token
     draw: Draw = sample
     objective: str | None = None  # what its reward model must be trained with; None: any will do
     rows: str | None = None  # the setting that says how many rows are written for each response
-    kl: Callable[[Generation, int], Tensor] | None = None  # from the paths of n rows; None: `write` alone knows
-    tilt: Callable[[RewardScorer, float], tuple[RewardScorer, float]] = as_is  # (scorer, beta) -> those of the loop
+    kl: Callable[[Generation], Tensor] = sampled_kl  # of what `tokenwise` writes, from its path
+    tilt: Tilt = as_is
     bound: str | None = None  # its kl is an upper bound in the mean, by this much; None: it is the divergence itself
 
     @property
@@ -88,115 +128,10 @@ class Method:
         return self.guided or self.rows is not None
 
 
-# ---- how the KL of a response is known: (B,) nats whose mean over responses estimates the divergence ----
-
-
-def sampled_kl(generation: Generation, n: int = 1) -> Tensor:
-    """sum_i log pi(y_i | y_<i) - log pi_ref(y_i | y_<i); 0 for the reference itself, but not for its top k."""
-    return (generation.log_probs - generation.ref_log_probs).sum(-1)
-
-
-def greedy_kl(generation: Generation, n: int = 1) -> Tensor:
-    """-sum_i log pi_ref(y_i | y_<i): the divergence of a policy that can write nothing else."""
-    return -generation.ref_log_probs.sum(-1)
-
-
-def selected_kl(generation: Generation, n: int = 1) -> Tensor:
-    """log n - (n - 1) / n more than that of a sample: an upper bound (Beirami et al., arXiv 2401.01879)."""
-    return sampled_kl(generation) + math.log(n) - (n - 1) / n
-
-
-def path_kl(method: str, generation: Generation, n: int = 1) -> Tensor:
-    """(B,) KL estimates in nats of each response, from the untruncated reference, by the rule of its method.
-
-    Raises:
-        ValueError: for smc, whose paths do not tell.
-    """
-    if (kl := METHODS[method].kl) is None:
-        raise ValueError(f"the paths of {method} do not tell its divergence: take the kl that `{method}` returns")
-    return kl(generation, n)
-
-
-# ---- the methods ----
-
-
-def plain(policy: PolicyStepper, prompt_ids: Tensor, mask: Tensor, **settings) -> Generation:
-    """Samples of the reference; `settings` are those of `generate`."""
-    return generate(policy, None, prompt_ids, mask, beta=0.0, **settings)
-
-
-def guided(
-    method: str,
-    policy: PolicyStepper,
-    reward: RewardScorer,
-    prompt_ids: Tensor,
-    mask: Tensor,
-    *,
-    beta: float,
-    **settings,
-) -> Generation:
-    """PARGS, ARGS, controlled decoding, ...: what the guide was trained on tells which, not the loop.
-
-    Raises:
-        ValueError: if `method` is none of these.
-    """
-    if method not in (names := [name for name in GUIDED if METHODS[name].rows is None]):
-        raise ValueError(f"method must be one of {', '.join(names)}, got {method!r}")
-    reward, beta = METHODS[method].tilt(reward, beta)
-    return generate(policy, reward, prompt_ids, mask, beta=beta, draw=METHODS[method].draw, **settings)
-
-
-def best_of_n(
-    policy: PolicyStepper, reward_fn: RewardFn, prompt_ids: Tensor, mask: Tensor, *, n: int, **settings
-) -> Generation:
-    """For each prompt the best of n samples of the reference, drawn as one batch of B * n rows.
-
-    Args:
-        reward_fn: reward of whole texts, see `pargs_min.scoring.model_rewards`.
-        settings: those of `generate`; `uniforms`, where given, are (B * n, N), the n rows of a prompt together.
-
-    Raises:
-        ValueError: if n < 1.
-
-    Source: Stiennon et al. (2020), arXiv 2009.01325.
-    """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
-    prompt_ids, mask = prompt_ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)
-    samples = plain(policy, prompt_ids, mask, **settings)
-    rewards = response_rewards(reward_fn, prompt_ids, mask, samples).view(-1, n)
-    best = rewards.argmax(-1) + n * torch.arange(len(rewards), device=rewards.device)
-    return Generation(*(getattr(samples, column.name)[best] for column in fields(samples)))
-
-
-def _plain(method: Method, setup: Setup, batch: Batch) -> tuple[Generation, Tensor]:
-    generation = plain(setup.policy, batch.prompt_ids, batch.mask, uniforms=batch.uniforms, **setup.settings)
-    return generation, path_kl(method.name, generation)
-
-
-def _guided(method: Method, setup: Setup, batch: Batch) -> tuple[Generation, Tensor]:
-    settings = setup.settings | dict(beta=setup.beta, uniforms=batch.uniforms)
-    generation = guided(method.name, setup.policy, setup.scorer, batch.prompt_ids, batch.mask, **settings)
-    return generation, path_kl(method.name, generation)
-
-
-def _best_of_n(method: Method, setup: Setup, batch: Batch) -> tuple[Generation, Tensor]:
-    settings = setup.settings | dict(n=setup.rows, uniforms=batch.uniforms)
-    generation = best_of_n(setup.policy, setup.reward_fn, batch.prompt_ids, batch.mask, **settings)
-    return generation, path_kl(method.name, generation, setup.rows)
-
-
-def _smc(method: Method, setup: Setup, batch: Batch) -> tuple[Generation, Tensor]:
-    final = setup.final or setup.reward_fn
-    settings = setup.settings | dict(n=setup.rows, beta=setup.beta, final=final, uniforms=batch.uniforms)
-    particles = smc(setup.policy, setup.scorer, batch.prompt_ids, batch.mask, choices=batch.choices[:, :-1], **settings)
-    return particles.pick(batch.choices[:, -1])
-
-
-SAMPLED: dict[str, Any] = dict(write=_guided, guided=True, draw=sample, kl=sampled_kl)
-GREEDY: dict[str, Any] = dict(write=_guided, guided=True, draw=greedy, kl=greedy_kl)
+SAMPLED: dict[str, Any] = dict(guided=True)
+GREEDY: dict[str, Any] = dict(guided=True, draw=greedy, kl=greedy_kl)
 TABLE = (
-    Method("plain", "the reference itself", write=_plain, kl=sampled_kl),
+    Method("plain", "the reference itself"),
     Method("pargs", "guided by a reward model of prefixes, sampled (arXiv 2406.07780)", objective="partial", **SAMPLED),
     Method("pargs-greedy", "the same, always the most likely candidate", objective="partial", **GREEDY),
     Method("args", "guided by a full-sequence reward model, sampled", objective="full", **SAMPLED),
@@ -211,15 +146,14 @@ TABLE = (
     Method(
         "best-of-n",
         "n samples of the reference, the best by a reward of whole texts",
-        write=_best_of_n,
+        write=best_of_n,
         rows="n",
-        kl=selected_kl,
         bound="log n - (n - 1)/n more than that of its samples",
     ),
     Method(
         "smc",
         "particles guided like pargs, resampled towards the RLHF policy of whole texts (`smc.py`)",
-        write=_smc,
+        write=by_smc,
         guided=True,
         rows="particles",
         bound="what all its particles tell, not the text alone",

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pargs_min import decode, scoring
 from pargs_min.codec import Codec, check_vocabularies, left_pad, shares_ids
 from pargs_min.memory import enough_memory
-from pargs_min.methods import METHODS, OBJECTIVES, Batch, Method, Setup, guided_by, no_reward
+from pargs_min.methods import METHODS, OBJECTIVES, Batch, Method, Setup, guided_by
 from pargs_min.reading import text_rewards
 from pargs_min.reward_model import context_length, has_vocabulary_head, is_language_model, pooled_padding, recorded
 from pargs_min.static import StaticPolicy, StaticScorer
@@ -126,7 +126,7 @@ def generate_texts(
 
     Yields:
         prompt as given, prompt_ids (what the models read) and prompt_format, prompt_number, sample, response (text),
-        response_ids, finished (whether it ended by itself), method, ref_log_prob (nats), kl (nats, `path_kl` or `smc`),
+        response_ids, finished (whether it ended by itself), method, ref_log_prob (nats), kl (nats, see `methods.py`),
         reference (its `Warp`, if any), cost (this text's share of its batch: seconds, and model_calls, forward passes
         of one row by any model), and with a reward model `reward` of the whole response.
 
@@ -212,11 +212,10 @@ class _Writer:
         self.setup = Setup(
             policy if how.warp == decode.Warp() else decode.WarpedPolicy(policy, how.warp),
             candidates | settings,
-            how.beta,
-            scorer or decode.NoReward(),
-            self.rate or no_reward,
+            how.beta if method.guided else 0.0,
+            scorer,
+            self.rate,
             rows=getattr(how, method.rows) if method.rows else 1,
-            final=weigh,
         )
         # Passes are counted by hooks, but compiled steps count their own.
         self.static = [one for one in (policy, scorer) if isinstance(one, (StaticPolicy, StaticScorer))]

@@ -13,7 +13,7 @@ A record of a step:
 ref_prob is the reference's probability, prob the guided one, both over the whole vocabulary; reward is null for a
 token that was no candidate, and for all tokens of a step that `guide_below` left unguided. `others` adds up all tokens
 that are not listed, `rest` says whether they are worth a row, and `unlisted` counts the candidates among them. nats is
-log prob - log ref_prob of the drawn token: how far guidance moved it; over a text's tokens the sum is its `path_kl`.
+log prob - log ref_prob of the drawn token: how far guidance moved it; over a text's tokens the sum is its kl.
 """
 
 import base64

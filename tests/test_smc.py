@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from pargs_min.decode import ModelPolicy, greedy, row_uniforms
-from pargs_min.methods import guided, path_kl, response_rewards
+from pargs_min.decode import ModelPolicy, generate, greedy, row_uniforms
+from pargs_min.methods import response_rewards, sampled_kl
 from pargs_min.reward_model import final_rewards, prefix_rewards
 from pargs_min.scoring import ReencodeScorer, SiblingScorer, model_rewards
 from pargs_min.smc import effective_sample_size, smc, systematic
@@ -202,9 +202,9 @@ def test_one_particle_is_pargs():
     uniforms = streams(range(3), 1)
     found = run(1, ids, mask, uniforms)
     settings = dict(beta=BETA, top_k=5, max_new_tokens=6, eos=END, uniforms=uniforms[:, :6])
-    pargs = guided("pargs", ModelPolicy(tiny_lm()), SiblingScorer(tiny_reward_model("llama")), ids, mask, **settings)
+    pargs = generate(ModelPolicy(tiny_lm()), SiblingScorer(tiny_reward_model("llama")), ids, mask, **settings)
     assert torch.equal(found.generation.tokens, pargs.tokens)
-    assert_close(found.kl[:, 0], path_kl("pargs", pargs), rtol=0, atol=1e-10)
+    assert_close(found.kl[:, 0], sampled_kl(pargs), rtol=0, atol=1e-10)
 
 
 def test_a_prompt_has_particles_of_its_own():

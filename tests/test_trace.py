@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import pargs_min.trace as module
 from pargs_min.cli import main
 from pargs_min.decode import Drawn, ModelPolicy, Step, generate, row_uniforms
-from pargs_min.methods import path_kl
+from pargs_min.methods import sampled_kl
 from pargs_min.models import save_reward_model
 from pargs_min.scoring import SiblingScorer
 from pargs_min.trace import drawn, read_page, records, to_html, to_text, token_names, visible
@@ -98,7 +98,7 @@ def test_the_records_are_the_generation(traced):
         reward = float(generation.rewards[1, i])
         assert token["reward"] == (None if math.isnan(reward) else reward)
     total = sum(record["nats"] for record in trace)
-    assert total == pytest.approx(float(path_kl("pargs", generation)[1]))
+    assert total == pytest.approx(float(sampled_kl(generation)[1]))
     assert json.loads(json.dumps(trace)) == trace
 
 

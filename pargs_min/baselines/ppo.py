@@ -22,15 +22,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pargs_min.codec import left_pad
-from pargs_min.decode import ModelPolicy, response_log_probs, response_rewards, row_uniforms
-from pargs_min.methods import plain
+from pargs_min.decode import ModelPolicy, generate, response_log_probs, response_rewards, row_uniforms
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import RewardFn
 from pargs_min.store import aside, saving
@@ -235,8 +234,8 @@ def rollout(
     asked = [_prompt_number(number, len(prompts), settings.seed) for number in numbers]
     prompt_ids, mask = (tensor.to(models.ref.device) for tensor in left_pad([prompts[number] for number in asked]))
     uniforms = row_uniforms(settings.seed, asked, numbers, settings.max_new_tokens)
-    limits = dict(top_k=0, max_new_tokens=settings.max_new_tokens, eos=ends, uniforms=uniforms)
-    texts = plain(ModelPolicy(models.policy), prompt_ids, mask, **limits)
+    limits: dict[str, Any] = dict(max_new_tokens=settings.max_new_tokens, eos=ends, uniforms=uniforms)
+    texts = generate(ModelPolicy(models.policy), None, prompt_ids, mask, beta=0.0, top_k=0, **limits)
 
     # The reward model scores whole texts; policy, reference and value function look at each token.
     scores = response_rewards(reward_fn, prompt_ids, mask, texts)

@@ -596,14 +596,14 @@ def test_a_guide_that_shares_layers_is_not_spread_over_devices(lm, prompts, tmp_
 
 
 def test_out_of_memory_is_one_line_and_keeps_what_was_written(lm, prompts, tmp_path, capsys, monkeypatch):
-    def short_of_memory(policy, prompt_ids, mask, **settings):
+    def short_of_memory(policy, reward, prompt_ids, mask, **settings):
         if len(prompt_ids) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(policy, prompt_ids, mask, **settings)
+        return loop(policy, reward, prompt_ids, mask, **settings)
 
-    plain, out, whole = methods.plain, tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    loop, out, whole = methods.generate, tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     assert generate(lm, prompts, whole, "--method", "plain") == 0
-    monkeypatch.setattr(methods, "plain", short_of_memory)
+    monkeypatch.setattr(methods, "generate", short_of_memory)
     assert generate(lm, prompts, out, "--method", "plain", "--batch-size", "1", "--shard", "0/3") == 0
     assert generate(lm, prompts, out, "--method", "plain", "--batch-size", "2", "--resume") == 2
     err = capsys.readouterr().err.splitlines()[-1]
