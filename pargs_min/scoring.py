@@ -43,7 +43,58 @@ FEW = 64  # among so many times as many tokens, candidates are looked up in a vo
 RewardFn = Callable[[Tensor, Tensor], Tensor]  # whole texts (N, T) and their mask -> (N,)
 
 
-class SiblingScorer:
+class CachedText:
+    """B texts that a causal model reads token by token, behind a key-value cache of its own: the prompts at first, then
+    one token per row and step."""
+
+    cache: Any  # of transformers; None before the first reading
+    ids: Tensor  # (B, n) tokens that have not been read, or were the last ones that were
+
+    def __init__(self, model: PreTrainedModel, body: PreTrainedModel):
+        self.model, self.body, self.max_length = model, body, context_length(model)
+
+    def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
+        """Take the prompts: (B, P) ids, padded on the left, and their mask."""
+        check_evaluating(self.model)
+        self.cache, self.ids, self.mask, self.positions = None, prompt_ids, mask, token_positions(mask)
+        self.unread = True
+
+    @torch.inference_mode()
+    def read(self, **settings):
+        """The body's output on what it has not read yet; once per step."""
+        settings |= dict(past_key_values=self.cache, use_cache=True)
+        output = read(self.body, self.ids, self.mask, self.positions, **settings)
+        if (cache := getattr(output, "past_key_values", None)) is None:
+            raise ValueError(
+                f"{type(self.model).__name__} is recurrent: it keeps no cache of keys and values to go on from"
+            )
+        self.cache, self.unread = cache, False
+        return output
+
+    def next_log_probs(self, vocabulary: int | None) -> Tensor:
+        """(B, V) log-probabilities of the next token in nats, in float32 or wider, by a language model; once per step.
+
+        Args:
+            vocabulary: V; None means all rows of the model.
+        """
+        logits = self.read(logits_to_keep=1).logits[:, -1, :vocabulary]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+    def push(self, tokens: Tensor) -> None:
+        """Append the (B,) tokens that were drawn."""
+        ids, positions = tokens[:, None], self.positions[:, -1:] + 1
+        if self.unread:
+            ids, positions = torch.cat([self.ids, ids], 1), torch.cat([self.positions, positions], 1)
+        self.ids, self.positions, self.unread = ids, positions, True
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
+
+    def select(self, rows: Tensor) -> None:
+        """Let row i go on from what row rows[i] has read; (B,) ints, after `read` and before `push`."""
+        self.cache.reorder_cache(rows)
+        self.ids, self.mask, self.positions = self.ids[rows], self.mask[rows], self.positions[rows]
+
+
+class SiblingScorer(CachedText):
     """r(prefix + candidate) for k candidates in one pass over a cache that is never copied.
 
     The candidates are fed as k tokens that share one position, in parts of at most MOST. Each attends to the cached
@@ -58,14 +109,11 @@ class SiblingScorer:
             layers, flash attention, or anything else that fails one small comparison of the two.
     """
 
-    last: Tensor | None  # (B, n) the tokens that were drawn, until they have been read
-
     def __init__(self, model: PreTrainedModel):
-        self.model = model
-        self.body, self.head = body_and_head(model)
+        body, self.head = body_and_head(model)
+        super().__init__(model, body)
         if self.head.out_features != 1:
             raise ValueError("this reward model has a vocabulary head; use VocabularyScorer")
-        self.max_length = context_length(model)
         self.window = attention_window(model.config.get_text_config())
         if "flash" in (model.config._attn_implementation or ""):
             raise ValueError('flash attention ignores the sibling mask; load with attn_implementation="sdpa"')
@@ -73,46 +121,34 @@ class SiblingScorer:
 
     @torch.inference_mode()
     def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
-        """Read the prompts: (B, P) ids, padded on the left, and their mask."""
-        check_evaluating(self.model)
+        """Read the prompts but for their last tokens: (B, P) ids, padded on the left, and their mask."""
+        super().start(prompt_ids, mask)
         self.cache = DynamicCache()  # without a config it keeps every position, whatever the layer
-        self.mask, self.last = mask[:, :-1], prompt_ids[:, -1:]
-        self.position = mask.sum(-1, keepdim=True)
         if prompt_ids.shape[1] > 1:
-            positions = token_positions(self.mask)
-            read(self.body, prompt_ids[:, :-1], self.mask, positions, past_key_values=self.cache, use_cache=True)
+            before = (of_all[:, :-1] for of_all in (self.ids, self.mask, self.positions))
+            read(self.body, *before, past_key_values=self.cache, use_cache=True)
+        self.ids, self.positions = self.ids[:, -1:], self.positions[:, -1:]
 
     @torch.inference_mode()
     def score(self, candidates: Tensor, ref_log_probs: Tensor | None = None) -> Tensor:
         """(B, K) rewards of the prefixes that end in each of the (B, K) candidates."""
-        if self.last is None:
+        if not self.unread:
             raise RuntimeError("score() may be called once per step: push() the drawn token first")
-        last, self.last = self.last, None
-        self.mask = torch.cat([self.mask, self.mask.new_ones(last.shape)], 1)
         if self.window is not None and self.mask.shape[1] + 1 > self.window:
             raise ValueError(f"the text outgrows this reward model's attention window of {self.window}; {WAY_OUT}")
         rewards: list[Tensor] = []
         for part in candidates.split(MOST, 1):
             if rewards:
                 self.cache.crop(-1)  # each part reads the last token again
-                last = last[:, -1:]
-            n, k = last.shape[1], part.shape[1]
-            positions = self.position + torch.arange(-n, k, device=last.device).clamp(max=0)
-            ids, mask = torch.cat([last, part], 1), sibling_mask(self.mask[:, :-n], k, self.head.weight.dtype, n)
+            n, k = 1 if rewards else self.ids.shape[1], part.shape[1]
+            ids = torch.cat([self.ids[:, -n:], part], 1)
+            positions = torch.cat([self.positions[:, -n:], (self.positions[:, -1:] + 1).expand(-1, k)], 1)
+            mask = sibling_mask(self.mask[:, :-n], k, self.head.weight.dtype, n)
             hidden = read(self.body, ids, mask, positions, past_key_values=self.cache, use_cache=True).last_hidden_state
             self.cache.crop(-k)
             rewards.append(token_rewards(self.head, hidden[:, n:]).to(candidates.device))
+        self.unread = False
         return torch.cat(rewards, 1)
-
-    def push(self, tokens: Tensor) -> None:
-        """Append the (B,) tokens that were drawn."""
-        self.last = tokens[:, None] if self.last is None else torch.cat([self.last, tokens[:, None]], 1)
-        self.position = self.position + 1
-
-    def select(self, rows: Tensor) -> None:
-        """Let row i go on from what row rows[i] has read; (B,) ints, after `score` and before `push`."""
-        self.cache.reorder_cache(rows)
-        self.mask, self.position = self.mask[rows], self.position[rows]
 
 
 def sibling_mask(prefix: Tensor, k: int, dtype: torch.dtype, n: int = 1) -> Tensor:
@@ -200,57 +236,6 @@ def alike(rewards: Tensor, others: Tensor, dtype: torch.dtype) -> bool:
     """
     tolerance = 0.3 if torch.finfo(dtype).bits == 16 else 1e-2
     return bool((rewards - others).abs().max() <= tolerance * others.std().clamp(min=1e-6))
-
-
-class CachedText:
-    """B texts that a causal model reads token by token, behind a key-value cache of its own: the prompts at first, then
-    one token per row and step."""
-
-    cache: Any  # of transformers; None before the first reading
-    ids: Tensor  # (B, n) tokens that have not been read, or were the last ones that were
-
-    def __init__(self, model: PreTrainedModel, body: PreTrainedModel):
-        self.model, self.body, self.max_length = model, body, context_length(model)
-
-    def start(self, prompt_ids: Tensor, mask: Tensor) -> None:
-        """Take the prompts: (B, P) ids, padded on the left, and their mask."""
-        check_evaluating(self.model)
-        self.cache, self.ids, self.mask, self.positions = None, prompt_ids, mask, token_positions(mask)
-        self.unread = True
-
-    @torch.inference_mode()
-    def read(self, **settings):
-        """The body's output on what it has not read yet; once per step."""
-        settings |= dict(past_key_values=self.cache, use_cache=True)
-        output = read(self.body, self.ids, self.mask, self.positions, **settings)
-        if (cache := getattr(output, "past_key_values", None)) is None:
-            raise ValueError(
-                f"{type(self.model).__name__} is recurrent: it keeps no cache of keys and values to go on from"
-            )
-        self.cache, self.unread = cache, False
-        return output
-
-    def next_log_probs(self, vocabulary: int | None) -> Tensor:
-        """(B, V) log-probabilities of the next token in nats, in float32 or wider, by a language model; once per step.
-
-        Args:
-            vocabulary: V; None means all rows of the model.
-        """
-        logits = self.read(logits_to_keep=1).logits[:, -1, :vocabulary]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-    def push(self, tokens: Tensor) -> None:
-        """Append the (B,) tokens that were drawn."""
-        ids, positions = tokens[:, None], self.positions[:, -1:] + 1
-        if self.unread:
-            ids, positions = torch.cat([self.ids, ids], 1), torch.cat([self.positions, positions], 1)
-        self.ids, self.positions, self.unread = ids, positions, True
-        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
-
-    def select(self, rows: Tensor) -> None:
-        """Let row i go on from what row rows[i] has read; (B,) ints, after `read` and before `push`."""
-        self.cache.reorder_cache(rows)
-        self.ids, self.mask, self.positions = self.ids[rows], self.mask[rows], self.positions[rows]
 
 
 class VocabularyScorer(CachedText):
