@@ -188,12 +188,6 @@ def split_by_prompt(pairs: Sequence[Pair], fraction: float, seed: int = 0) -> tu
     return train, [pair for pair in pairs if tuple(pair.prompt_ids) in held_out]
 
 
-def in_subsets(preferences: Sequence[Preference]) -> dict[str, list[Preference]]:
-    """The preferences of each subset of a benchmark, such as RewardBench, by its name."""
-    names = dict.fromkeys(one.subset for one in preferences if one.subset is not None)
-    return {name: [one for one in preferences if one.subset == name] for name in names}
-
-
 # ---- rated samples of the reference ----
 
 

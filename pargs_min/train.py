@@ -7,7 +7,7 @@ precision and processes are those of transformers' `Trainer`; ours are the losse
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,20 +29,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from pargs_min.data import (
-    Pair,
-    Text,
-    at_response_tokens,
-    collate,
-    collate_groups,
-    collate_texts,
-    effective_texts,
-    from_columns,
-    in_groups,
-    reweighted,
-)
+from pargs_min import data
+from pargs_min.data import Pair, Text
 from pargs_min.lora import check_rank, low_rank
 from pargs_min.losses import (
     bradley_terry_loss,
@@ -150,12 +139,12 @@ def train_partial_on_texts(
     _check_rated(texts, eval_texts)
     loss, items = objective_functions("partial", tail, "prefix")
     extend_with = (tokenizer.eos_token_id if end is None else end) if tail == "extend" else None
-    groups, eval_groups = (in_groups(some, group_size) if some else [] for some in (texts, eval_texts))
+    groups, eval_groups = (data.in_groups(some, group_size) if some else [] for some in (texts, eval_texts))
 
     def soft_loss(*terms: Tensor) -> Tensor:
         return loss(*terms[:-1], labels=terms[-1])
 
-    collator = pair_collator(tokenizer, items, extend_with, collate_groups)
+    collator = pair_collator(tokenizer, items, extend_with, data.collate_groups)
     return fit(GroupTrainer, model, tokenizer, groups, eval_groups, soft_loss, collator, **run)
 
 
@@ -231,8 +220,8 @@ def train_language_model(
         UserWarning: if fewer than 100 texts per prompt are effective.
     """
     _check_rated(texts, eval_texts)
-    drawn, held_out = (reweighted(some, beta, args.seed) for some in (texts, eval_texts))
-    effective = effective_texts(texts, beta)
+    drawn, held_out = (data.reweighted(some, beta, args.seed) for some in (texts, eval_texts))
+    effective = data.effective_texts(texts, beta)
     if effective.mean() < FEW_TEXTS:
         warnings.warn(
             f"at beta {beta:g} only {effective.mean():.3g} texts per prompt are effective, fewer than {FEW_TEXTS}: "
@@ -250,7 +239,7 @@ def _check_rated(*texts: Sequence[Text]) -> None:
 
 
 def pair_collator(
-    tokenizer: PreTrainedTokenizerBase, items: Items, extend_with: int | None = None, gather: Callable = collate
+    tokenizer: PreTrainedTokenizerBase, items: Items, extend_with: int | None = None, gather: Callable = data.collate
 ) -> Collator:
     """Pairs -> a batch (`collate`), with `items` of it as labels for Trainer to count; of groups `collate_groups`."""
 
@@ -265,7 +254,7 @@ def text_collator(tokenizer: PreTrainedTokenizerBase) -> Collator:
     """Texts -> a batch (`collate_texts`), with its response tokens as labels for Trainer to count."""
 
     def collate_with_items(batch: Sequence[Text]) -> Batch:
-        tensors = collate_texts(batch, tokenizer.pad_token_id or 0)
+        tensors = data.collate_texts(batch, tokenizer.pad_token_id or 0)
         return tensors | {"labels": _counted(written_up_to(tensors["response_lengths"]))}
 
     return collate_with_items
@@ -277,7 +266,7 @@ def rate(texts: Sequence[Text], reward_fn: RewardFn, *, batch_size: int = 32, de
     rated = []
     for start in progress(range(0, len(texts), batch_size), desc="rewards"):
         some = texts[start : start + batch_size]
-        batch = collate_texts(some, pad_id=0)
+        batch = data.collate_texts(some, pad_id=0)
         rewards = reward_fn(batch["input_ids"].to(device), batch["attention_mask"].to(device)).tolist()
         rated += [text._replace(reward=reward) for text, reward in zip(some, rewards, strict=True)]
     return rated
@@ -287,8 +276,8 @@ def fit(
     trainer_class: "type[PrefixTrainer]",
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    data: Sequence,
-    eval_data: Sequence,
+    items: Sequence,
+    eval_items: Sequence,
     loss: Callable[..., Tensor],
     collator: Collator,
     *,
@@ -306,7 +295,7 @@ def fit(
     checkpoint = check_settings(args, resume)
     check_rank(checkpoint, lora_rank)
     with enough_memory(*_asked(args)), low_rank(model, lora_rank), _forward_is(trainer_class.reads, model):
-        parts = dict(train_dataset=data, eval_dataset=eval_data or None, callbacks=[WithTokenizer(tokenizer)])
+        parts = dict(train_dataset=items, eval_dataset=eval_items or None, callbacks=[WithTokenizer(tokenizer)])
         trainer = trainer_class(model, args, data_collator=collator, loss=loss, **parts)
         if trainer.is_fsdp_enabled:
             raise ValueError(
@@ -389,23 +378,6 @@ def check_settings(args: TrainingArguments, resume: bool) -> str | None:
         )
     _check_whole(Path(checkpoint))
     return checkpoint
-
-
-def keep_best(args: TrainingArguments) -> None:
-    """Let training end with the weights of the checkpoint whose held-out loss is least.
-
-    Checkpoints are saved when held-out records are evaluated, and the other way round; where the settings name neither,
-    after every tenth of the steps.
-    """
-    if args.eval_strategy != "no":
-        args.save_strategy, args.save_steps = SaveStrategy(args.eval_strategy.value), args.eval_steps
-    elif (args.save_strategy, args.save_steps) != (SaveStrategy.STEPS, TrainingArguments.save_steps):
-        args.eval_strategy, args.eval_steps = IntervalStrategy(args.save_strategy.value), args.save_steps
-    if args.eval_strategy == "no":
-        args.eval_strategy, args.save_strategy = IntervalStrategy.STEPS, SaveStrategy.STEPS
-        args.eval_steps = args.save_steps = 0.1
-    args.do_eval = args.load_best_model_at_end = True
-    args.metric_for_best_model, args.greater_is_better = "eval_loss", False
 
 
 def _check_whole(checkpoint: Path) -> None:
@@ -548,7 +520,7 @@ class PairTrainer(PrefixTrainer):
     """For batches of pairs (`collate`)."""
 
     def terms(self, rewards, inputs):
-        return *at_response_tokens(rewards, inputs), inputs["chosen_lengths"], inputs["rejected_lengths"]
+        return *data.at_response_tokens(rewards, inputs), inputs["chosen_lengths"], inputs["rejected_lengths"]
 
     def predictions_and_labels(self, terms, inputs):
         chosen, rejected, *ends = terms[:4]  # what a loss reads besides comes behind
@@ -594,7 +566,7 @@ class ValueTrainer(PrefixTrainer):
 
     def terms(self, rewards, inputs):
         lengths = inputs["response_lengths"]
-        return from_columns(rewards, inputs["prompt_lengths"], int(lengths.max())), inputs["rewards"], lengths
+        return data.from_columns(rewards, inputs["prompt_lengths"], int(lengths.max())), inputs["rewards"], lengths
 
     def predictions_and_labels(self, terms, inputs):
         values, rewards, lengths = terms
@@ -751,16 +723,12 @@ def prefix_accuracy(model: PreTrainedModel, pairs: Sequence[Pair], *, batch_size
     lengths = torch.arange(1, longest + 1, device=model.device)
     ahead = torch.zeros(2, longest, dtype=torch.float64, device=model.device)
     for start in range(0, len(pairs), batch_size):
-        batch = {name: t.to(model.device) for name, t in collate(pairs[start : start + batch_size], pad_id=0).items()}
-        rewards = at_response_tokens(prefix_rewards(model, batch["input_ids"], batch["attention_mask"]), batch)
+        some = data.collate(pairs[start : start + batch_size], pad_id=0)
+        batch = {name: tensor.to(model.device) for name, tensor in some.items()}
+        rewards = data.at_response_tokens(prefix_rewards(model, batch["input_ids"], batch["attention_mask"]), batch)
         margins, differ = prefix_margins(*rewards, batch, lengths.expand(len(batch["chosen_lengths"]), -1))
         ahead += torch.stack([_wins(margins) * differ, differ.double()]).sum(1)
     return PrefixAccuracy((ahead[0] / ahead[1]).cpu(), ahead[1].long().cpu())
-
-
-def subset_accuracies(model: PreTrainedModel, subsets: Mapping[str, Sequence[Pair]]) -> dict[str, float]:
-    """Pair accuracy on whole responses of each subset of a benchmark, by the name `eval_accuracy/subset`."""
-    return {f"eval_accuracy/{name}": prefix_accuracy(model, some).accuracy[-1].item() for name, some in subsets.items()}
 
 
 def prefix_margins(
@@ -779,7 +747,7 @@ def prefix_margins(
         (B, K) margins, and (B, K) booleans.
     """
     ends = batch["chosen_lengths"][:, None], batch["rejected_lengths"][:, None]
-    ids = at_response_tokens(batch["input_ids"], batch)
+    ids = data.at_response_tokens(batch["input_ids"], batch)
     both = torch.arange(ids[0].shape[1], device=lengths.device) < torch.minimum(*ends)
     shared = ((ids[0] == ids[1]) & both).cumprod(1).sum(1, keepdim=True)
     chosen, rejected = (

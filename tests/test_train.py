@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from pargs_min import minimal, train
 from pargs_min.baselines.farma import train_farma
 from pargs_min.baselines.genarm import train_genarm
+from pargs_min.cli.train import keep_best
 from pargs_min.data import Pair, Text, at_response_tokens, by_prompt, collate, reweighted
 from pargs_min.distil import train_distilled
 from pargs_min.losses import bradley_terry_loss, prefix_value_loss, soft_value_loss, soft_value_scale
@@ -23,7 +24,6 @@ from pargs_min.models import save_reward_model
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import model_rewards
 from pargs_min.train import (
-    keep_best,
     last_checkpoint,
     objective_functions,
     prefix_accuracy,

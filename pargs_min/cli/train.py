@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from pargs_min import data, models
 from pargs_min import train as training
@@ -26,7 +27,7 @@ from pargs_min.codec import Codec, check_vocabularies
 from pargs_min.decode import Warp, recorded_warp
 from pargs_min.distil import train_distilled, vocabulary_headed
 from pargs_min.lora import lora_config
-from pargs_min.records import Response, read_preferences, read_responses
+from pargs_min.records import Preference, Response, read_preferences, read_responses
 from pargs_min.reward_model import context_length, recorded
 from pargs_min.scoring import model_rewards
 from pargs_min.store import content, read_json, results, write_json
@@ -226,8 +227,8 @@ def train(arguments: list[str]) -> None:
     else:
         asked = dict(max_length=limit, append_eos=options.append_eos, form=form)
         encode = partial(data.encode_preferences, tokenizer=tokenizer, **asked)
-    named = {} if recipe.on_texts or recipe.language_model else data.in_subsets(records[1])
-    subsets = {name: encode(some)[0] for name, some in named.items()}
+    subsets = {} if recipe.on_texts or recipe.language_model else in_subsets(records[1])
+    benchmark = {name: encode(some)[0] for name, some in subsets.items()}
     told = {name: getattr(options, name) for name in recipe.takes}
     made = dict(objective=options.objective) | told | dict(append_eos=options.append_eos, prompt_format=form)
     made |= {name: value for name in ("lora_rank", "shared_layers") if (value := getattr(options, name)) is not None}
@@ -240,7 +241,9 @@ def train(arguments: list[str]) -> None:
         if recipe.on_texts and args.process_index == 0:
             print(few_from(items))
         metrics = recipe.train(model, tokenizer, items, held_out, lora_rank=options.lora_rank, **told, **settings)
-        return metrics | training.subset_accuracies(model, subsets)
+        for name, some in benchmark.items():
+            metrics[f"eval_accuracy/{name}"] = training.prefix_accuracy(model, some).accuracy[-1].item()
+        return metrics
 
     if recipe.language_model:
         model.config.pargs = made
@@ -248,6 +251,12 @@ def train(arguments: list[str]) -> None:
         models.record(model, **made)
     with frozen_trunk(model, options.shared_layers):
         fit_and_save(options, args, records, encode, fit, model, tokenizer)
+
+
+def in_subsets(preferences: Sequence[Preference]) -> dict[str, list[Preference]]:
+    """The preferences of each subset of a benchmark, such as RewardBench, by its name."""
+    names = dict.fromkeys(one.subset for one in preferences if one.subset is not None)
+    return {name: [one for one in preferences if one.subset == name] for name in names}
 
 
 def distil(options: TrainOptions, args: TrainingArguments) -> None:
@@ -358,7 +367,7 @@ def begin(command: Callable, arguments: list[str], kind: type, **defaults: Any) 
     with training.usable_settings():
         options, args = parse(command, arguments, kind, TrainingArguments, defaults=defaults)
     if options.load_best:
-        training.keep_best(args)
+        keep_best(args)
     if args.push_to_hub and not re.fullmatch(r"([\w.-]+/)?[\w.-]+", args.hub_model_id or ""):
         raise ValueError(
             f"hub_model_id (--hub-model-id) must be OWNER/NAME to push to (--push-to-hub), got {args.hub_model_id!r}"
@@ -371,6 +380,23 @@ def begin(command: Callable, arguments: list[str], kind: type, **defaults: Any) 
     elif not options.overwrite and (found := training.last_checkpoint(args.output_dir)):
         raise ValueError(f"there are checkpoints ({found}): add --resume or --overwrite, or another --output-dir")
     return options, args
+
+
+def keep_best(args: TrainingArguments) -> None:
+    """Let training end with the weights of the checkpoint whose held-out loss is least.
+
+    Checkpoints are saved when held-out records are evaluated, and the other way round; where the settings name neither,
+    after every tenth of the steps.
+    """
+    if args.eval_strategy != "no":
+        args.save_strategy, args.save_steps = SaveStrategy(args.eval_strategy.value), args.eval_steps
+    elif (args.save_strategy, args.save_steps) != (SaveStrategy.STEPS, TrainingArguments.save_steps):
+        args.eval_strategy, args.eval_steps = IntervalStrategy(args.save_strategy.value), args.save_steps
+    if args.eval_strategy == "no":
+        args.eval_strategy, args.save_strategy = IntervalStrategy.STEPS, SaveStrategy.STEPS
+        args.eval_steps = args.save_steps = 0.1
+    args.do_eval = args.load_best_model_at_end = True
+    args.metric_for_best_model, args.greater_is_better = "eval_loss", False
 
 
 def recipe(options: Any, args: TrainingArguments | None = None) -> dict:
