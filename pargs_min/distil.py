@@ -208,6 +208,6 @@ class DistilTrainer(PrefixTrainer):
 
     def metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
         """`loss`, and `divergence`, what it is above the least."""
-        losses, items, least = evaluation.predictions
-        loss = mean_loss(losses, items)
-        return {"loss": loss, "divergence": loss - mean_loss(least, items), "texts": len(losses)}
+        means, items, least = evaluation.predictions
+        loss = mean_loss(means, items)
+        return {"loss": loss, "divergence": loss - mean_loss(least, items), "texts": len(means)}

@@ -30,19 +30,9 @@ from transformers import (
     TrainingArguments,
 )
 
-from pargs_min import data
+from pargs_min import data, losses
 from pargs_min.data import Pair, Text
 from pargs_min.lora import check_rank, low_rank
-from pargs_min.losses import (
-    bradley_terry_loss,
-    compared_prefixes,
-    likelihood_loss,
-    partial_bradley_terry_loss,
-    prefix_value_loss,
-    prefix_win_loss,
-    soft_value_loss,
-    soft_value_scale,
-)
 from pargs_min.memory import enough_memory, is_out_of_memory
 from pargs_min.models import load_config
 from pargs_min.progress import progress
@@ -176,10 +166,10 @@ def train_value_model(
         FloatingPointError: as `train_reward_model`.
     """
     _check_rated(texts, eval_texts)
-    loss: Callable[..., Tensor] = prefix_value_loss
+    loss: Callable[..., Tensor] = losses.prefix_value_loss
     if objective == "soft":
-        log_mean, highest = soft_value_scale(torch.tensor([text.reward for text in texts]), lam)
-        loss = partial(soft_value_loss, lam=lam, log_mean=log_mean, highest=highest)
+        log_mean, highest = losses.soft_value_scale(torch.tensor([text.reward for text in texts]), lam)
+        loss = partial(losses.soft_value_loss, lam=lam, log_mean=log_mean, highest=highest)
     elif objective != "value":
         raise ValueError(f'objective must be "value" or "soft", got {objective!r}')
     return fit(ValueTrainer, model, tokenizer, texts, eval_texts, loss, text_collator(tokenizer), **run)
@@ -228,8 +218,8 @@ def train_language_model(
             "write more of them, or choose a lower beta",
             stacklevel=2,
         )
-    collator = text_collator(tokenizer)
-    metrics = fit(LikelihoodTrainer, model, tokenizer, drawn, held_out, likelihood_loss, collator, args=args, **run)
+    loss, collator = losses.likelihood_loss, text_collator(tokenizer)
+    metrics = fit(LikelihoodTrainer, model, tokenizer, drawn, held_out, loss, collator, args=args, **run)
     return metrics | {"effective_texts_mean": float(effective.mean()), "effective_texts_least": float(effective.min())}
 
 
@@ -510,10 +500,10 @@ class PrefixTrainer(Watched):
         with torch.no_grad(), self.compute_loss_context_manager():
             _, terms = self.compute_loss(model, inputs, return_outputs=True)
         # The loss of each row and what it is a mean of: Trainer would average over batches, however large they are.
-        losses = torch.stack([self.loss(*row) for row in zip(*(term.split(1) for term in terms), strict=True)])
-        items = (inputs["labels"] != -100).view(len(losses), -1).sum(1)
+        means = torch.stack([self.loss(*row) for row in zip(*(term.split(1) for term in terms), strict=True)])
+        items = (inputs["labels"] != -100).view(len(means), -1).sum(1)
         predictions, labels = self.predictions_and_labels(terms, inputs)
-        return None, (losses, items, *predictions), labels
+        return None, (means, items, *predictions), labels
 
 
 class PairTrainer(PrefixTrainer):
@@ -531,11 +521,11 @@ class PairTrainer(PrefixTrainer):
 
     def metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
         """`loss`, and `accuracy` over pairs: of whole responses, after 25, 50, 75 % and after 1, 2, 4, ... tokens."""
-        (losses, items, wins, differ), longest = evaluation.predictions, evaluation.label_ids
+        (means, items, wins, differ), longest = evaluation.predictions, evaluation.label_ids
         names = _percent_names("accuracy")
         names += [f"accuracy_after_{length}" for length in LENGTHS if length < longest.max()]
         accuracies = {name: (wins[:, n].sum(), count) for n, name in enumerate(names) if (count := differ[:, n].sum())}
-        counts = {"loss": mean_loss(losses, items), "pairs": int(differ[:, len(FRACTIONS) - 1].sum())}
+        counts = {"loss": mean_loss(means, items), "pairs": int(differ[:, len(FRACTIONS) - 1].sum())}
         return counts | {name: float(won / count) for name, (won, count) in accuracies.items()}
 
 
@@ -550,15 +540,15 @@ class GroupTrainer(PairTrainer):
         return super().predictions_and_labels(terms, of_pairs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        _, (losses, items, wins, differ), longest = super().prediction_step(model, inputs, prediction_loss_only)
-        group = inputs["group"].to(losses.device)
+        _, (means, items, wins, differ), longest = super().prediction_step(model, inputs, prediction_loss_only)
+        group = inputs["group"].to(means.device)
 
         def summed(values: Tensor) -> Tensor:
             return values.new_zeros(int(group.max()) + 1, *values.shape[1:]).index_add(0, group, values)
 
         counts = summed(items)
         longest = longest.new_zeros(len(counts)).scatter_reduce(0, group, longest[:, 0], "amax")
-        return None, (summed(losses * items) / counts, counts, summed(wins), summed(differ)), longest
+        return None, (summed(means * items) / counts, counts, summed(wins), summed(differ)), longest
 
 
 class ValueTrainer(PrefixTrainer):
@@ -574,11 +564,11 @@ class ValueTrainer(PrefixTrainer):
 
     def metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
         """`loss`, and `correlation` of value and reward over texts, also after 25, 50 and 75 % of each."""
-        (losses, items, values), rewards = evaluation.predictions, evaluation.label_ids
+        (means, items, values), rewards = evaluation.predictions, evaluation.label_ids
         columns = zip(_percent_names("correlation"), values.T, strict=True)
         varied = {name: column for name, column in columns if rewards.std() > 0 and column.std() > 0}
         correlations = {name: float(np.corrcoef(column, rewards)[0, 1]) for name, column in varied.items()}
-        return {"loss": mean_loss(losses, items), "texts": len(rewards)} | correlations
+        return {"loss": mean_loss(means, items), "texts": len(rewards)} | correlations
 
 
 class LikelihoodTrainer(ValueTrainer):
@@ -600,8 +590,8 @@ class LikelihoodTrainer(ValueTrainer):
 
     def metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
         """`loss`."""
-        losses, items = evaluation.predictions
-        return {"loss": mean_loss(losses, items), "texts": len(losses)}
+        means, items = evaluation.predictions
+        return {"loss": mean_loss(means, items), "texts": len(means)}
 
 
 def fractions(lengths: Tensor) -> Tensor:
@@ -630,11 +620,12 @@ def objective_functions(
             return _counted(written_up_to(torch.stack([chosen, rejected], 1)))
         if objective == "full" or reduction == "pair":
             return one_each(batch)
-        return _counted(compared_prefixes(chosen, rejected, int(torch.maximum(chosen, rejected).max()), tail, lengths))
+        longest = int(torch.maximum(chosen, rejected).max())
+        return _counted(losses.compared_prefixes(chosen, rejected, longest, tail, lengths))
 
     if objective != "partial":
-        return {"full": full_loss, "win": prefix_win_loss}[objective], items
-    return partial(partial_bradley_terry_loss, tail=tail, reduction=reduction, lengths=lengths), items
+        return {"full": full_loss, "win": losses.prefix_win_loss}[objective], items
+    return partial(losses.partial_bradley_terry_loss, tail=tail, reduction=reduction, lengths=lengths), items
 
 
 def one_each(batch: Batch) -> Tensor:
@@ -660,7 +651,7 @@ def full_loss(
     >>> full_loss(torch.tensor([[9.0, 2.0]]), torch.tensor([[1.0, 9.0]]), torch.tensor([2]), torch.tensor([1]))
     tensor(0.3133)
     """
-    return bradley_terry_loss(
+    return losses.bradley_terry_loss(
         chosen_rewards.gather(1, chosen_lengths[:, None] - 1), rejected_rewards.gather(1, rejected_lengths[:, None] - 1)
     )
 
@@ -757,9 +748,9 @@ def prefix_margins(
     return chosen - rejected, torch.minimum(lengths, torch.maximum(*ends)) > shared
 
 
-def mean_loss(losses: np.ndarray, items: np.ndarray) -> float:
+def mean_loss(means: np.ndarray, items: np.ndarray) -> float:
     """Of rows that are means of so many items each."""
-    return float((losses.astype(float) * items).sum() / max(items.sum(), 1))
+    return float((means.astype(float) * items).sum() / max(items.sum(), 1))
 
 
 def _percent_names(measure: str) -> list[str]:
