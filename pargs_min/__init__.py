@@ -15,7 +15,7 @@ The ground floor is the method; read it in this order:
     data.py train.py lora.py      from preference pairs to a reward model
     distil.py                     from a scalar head to one for the whole vocabulary
     trunk.py                      a guide whose lower layers are the language model's
-    texts.py trace.py             files of texts; one text token by token
+    texts.py trace.py             texts for many prompts; one text token by token
     static.py                     compiled steppers for the same loop
 
 Everything enters and leaves by three doors (models, text, files):
