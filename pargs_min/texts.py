@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from pargs_min.reward_model import context_length, has_vocabulary_head, is_langu
 from pargs_min.static import StaticPolicy, StaticScorer
 from pargs_min.trunk import TrunkScorer, one_query_scorer, share_trunk
 
+Model: TypeAlias = PreTrainedModel | None
+Guide: TypeAlias = tuple[Model, PreTrainedTokenizerBase | None]
 Numbers = Sequence[tuple[int, int]]  # prompt number and sample number of each text
 
 
@@ -136,9 +138,7 @@ def generate_texts(
         MemoryError: where a batch is too large, saying what to lower; the records before it have been yielded.
     """
     how = Decoding(**settings)
-    counts = dict(num_samples=num_samples, n=how.n, particles=how.particles, batch_size=batch_size)
-    counts["max_new_tokens"] = how.max_new_tokens
-    _check(method, prompts, reward_model, final_reward_model, how.warp, **counts)
+    _check(method, how, prompts, reward_model, final_reward_model, num_samples=num_samples, batch_size=batch_size)
     guides = ((reward_model, reward_tokenizer), (final_reward_model, final_reward_tokenizer))
     same = [model for model, theirs in guides if model is not None and shares_ids(tokenizer, theirs)]
     form = common_form(prompt_format, *same) or recorded(lm).get("prompt_format")
@@ -165,23 +165,23 @@ def generate_texts(
             yield from (record for number, record in zip(batch, records, strict=True) if number not in skip)
 
 
+@dataclass
 class _Writer:
     """Writes batches of texts, and says what they cost."""
 
-    def __init__(
-        self,
-        method: Method,
-        how: Decoding,
-        codec: Codec,
-        lm: PreTrainedModel,
-        prompts: list[dict],
-        reward: tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None],
-        final: tuple[PreTrainedModel | None, PreTrainedTokenizerBase | None],
-        compiled: bool,
-        on_step: Callable[[decode.Step], None] | None,
-    ):
-        self.method, self.how, self.codec, self.device, self.prompts = method, how, codec, lm.device, prompts
-        self.encoded = [_encode(codec, prompt, number) for number, prompt in enumerate(prompts)]
+    method: Method
+    how: Decoding
+    codec: Codec
+    lm: PreTrainedModel
+    prompts: list[dict]
+    reward: Guide
+    final: Guide
+    compiled: bool
+    on_step: Callable[[decode.Step], None] | None
+
+    def __post_init__(self) -> None:
+        method, how, codec, lm = self.method, self.how, self.codec, self.lm
+        self.encoded = [_encode(codec, prompt, number) for number, prompt in enumerate(self.prompts)]
         top_k = (min(10, codec.vocabulary) if method.guided else 0) if how.top_k is None else how.top_k
         candidates: dict[str, Any] = {name: getattr(how, name) for name in ("min_ref_prob", "truncate", "guide_below")}
         candidates["top_k"] = top_k
@@ -195,23 +195,22 @@ class _Writer:
         # Whom to ask, and how.
         longest = _longest(self.encoded, how.max_new_tokens, lm)
         policy: decode.PolicyStepper = decode.ModelPolicy(lm, vocabulary=codec.vocabulary)
-        asking: dict[str, Any] = dict(codec=codec, prompts=prompts, encoded=self.encoded)
-        asking |= dict(max_new_tokens=how.max_new_tokens, lm=None if compiled else lm)
-        for guide in filter(None, (reward[0], final[0])):
+        self.raters = self.reward[0], self.final[0]
+        for guide in filter(None, self.raters):
             share_trunk(lm, guide)
-        reward_fn, scorer = _reward(*reward, guided=method.guided, **asking)
-        weigh, _ = _reward(*final, guided=False, **asking)
-        if compiled and how.guide_below is not None:
+        reward_fn, scorer = self._reward(*self.reward, guided=method.guided)
+        weigh, _ = self._reward(*self.final, guided=False)
+        if self.compiled and how.guide_below is not None:
             raise ValueError("guide_below (--guide-below) does not go with --compile, whose steps read one token")
-        if compiled:
+        if self.compiled:
             policy = StaticPolicy(lm, longest, vocabulary=codec.vocabulary)
             if isinstance(scorer, scoring.SiblingScorer) and (top_k or codec.vocabulary) <= scoring.MOST:
                 scorer = StaticScorer(scorer.model, longest + (top_k or codec.vocabulary))
         self.rate = weigh or reward_fn
-        settings = dict(max_new_tokens=how.max_new_tokens, temperature=how.temperature, eos=codec.ends, on_step=on_step)
+        settings = dict(max_new_tokens=how.max_new_tokens, temperature=how.temperature, eos=codec.ends)
         self.setup = Setup(
             policy if how.warp == decode.Warp() else decode.WarpedPolicy(policy, how.warp),
-            candidates | settings,
+            candidates | settings | dict(on_step=self.on_step),
             how.beta if method.guided else 0.0,
             scorer,
             self.rate,
@@ -219,9 +218,37 @@ class _Writer:
         )
         # Passes are counted by hooks, but compiled steps count their own.
         self.static = [one for one in (policy, scorer) if isinstance(one, (StaticPolicy, StaticScorer))]
-        self.raters = reward[0], final[0]
         read = lm, *self.raters, scorer.model if isinstance(scorer, TrunkScorer) else None
         self.hooked = [one for one in read if all(one is not stepper.model for stepper in self.static)]
+
+    def _reward(
+        self, model: Model, tokenizer: PreTrainedTokenizerBase | None, *, guided: bool
+    ) -> tuple[scoring.RewardFn | None, decode.RewardScorer | None]:
+        """The fastest right way to ask this reward model: of whole texts, and of the candidates of a step."""
+        if model is None:
+            return None, None
+        codec, tokens, lm = self.codec, self.how.max_new_tokens, None if self.compiled else self.lm
+        tokenizer = tokenizer or codec.tokenizer
+        if is_language_model(model):
+            check_vocabularies(codec.tokenizer, tokenizer)
+            _longest(self.encoded, tokens, model)
+            how = dict(beta=recorded(model).get("beta"), vocabulary=codec.vocabulary)
+            return None, one_query_scorer(lm, model, partial(scoring.LanguageModelScorer, **how))
+        try:
+            check_vocabularies(codec.tokenizer, tokenizer)
+            form = common_form(None, model) or codec.form
+            _check_prompts(Codec(tokenizer, form, now=codec.now), self.prompts, self.encoded)
+        except ValueError as error:
+            longest = _longest(self.encoded, tokens)
+            warnings.warn(f"{error}. Falling back to decoded texts: {_reencoding(longest)}", stacklevel=3)
+            reward_fn = text_rewards(model, tokenizer, codec, self.prompts)
+            return reward_fn, scoring.ReencodeScorer(reward_fn)
+        longest = _longest(self.encoded, tokens, model)
+        scorer = choose_scorer(model, longest, codec.ends or (), lm) if guided else None
+        if tokenizer.chat_template and not recorded(model):
+            # whole chats, as its template closes them
+            return text_rewards(model, tokenizer, codec, self.prompts), scorer
+        return scoring.model_rewards(model), scorer
 
     def write(self, numbers: Numbers, seed: int) -> Iterator[dict]:
         """The records of a batch of (prompt number, sample number)."""
@@ -243,7 +270,7 @@ class _Writer:
         prompts, samples = zip(*[(p, s * rows + i) for p, s in numbers for i in range(rows)], strict=True)
         uniforms = decode.row_uniforms(seed, prompts, samples, 2 * tokens + 1)
         tensors = (*left_pad([self.encoded[p] for p, _ in numbers]), uniforms[:, :tokens], uniforms[::rows, tokens:])
-        return Batch(*(tensor.to(self.device) for tensor in tensors))
+        return Batch(*(tensor.to(self.lm.device) for tensor in tensors))
 
     def _doing(self, texts: int, width: int) -> tuple[str, str]:
         """What a batch takes, and what to lower where that is too much."""
@@ -283,18 +310,12 @@ def shard_range(prompts: int, shard: tuple[int, int]) -> range:
     return range(prompts * i // n, prompts * (i + 1) // n)
 
 
-def _check(
-    method: str,
-    prompts: list[dict],
-    reward_model: PreTrainedModel | None,
-    final: PreTrainedModel | None,
-    warp: decode.Warp,
-    **counts: int,
-) -> None:
+def _check(method: str, how: Decoding, prompts: list[dict], reward_model: Model, final: Model, **counts: int) -> None:
     if not prompts:
         raise ValueError("prompts is empty; give at least one")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    counts |= dict(n=how.n, particles=how.particles, max_new_tokens=how.max_new_tokens)
     for name, value in counts.items():
         if not 1 <= value <= 1_000_000:
             raise ValueError(f"{name} must be at least 1, and at most 1,000,000, got {value}")
@@ -310,11 +331,11 @@ def _check(
     if wanted not in (None, objective):
         what = f"{OBJECTIVES[objective]} is {guided_by(objective)}"
         warnings.warn(f"{method} with {what}; train one with --objective {wanted}", stacklevel=3)
-    learned_on = decode.recorded_warp(recorded(reward_model).get("reference", vars(warp)), "the guide")
-    if learned_on != warp:
+    learned_on = decode.recorded_warp(recorded(reward_model).get("reference", vars(how.warp)), "the guide")
+    if learned_on != how.warp:
         warnings.warn(
-            f"this guide learned from texts of the reference sampled as {learned_on}, and guides it sampled as {warp}: "
-            "what it expects of a prefix is not what follows",
+            f"this guide learned from texts of the reference sampled as {learned_on}, and guides it sampled as "
+            f"{how.warp}: what it expects of a prefix is not what follows",
             stacklevel=3,
         )
     if not recorded(reward_model).get("append_eos", True):
@@ -359,42 +380,6 @@ def common_form(asked: str | None, *reward_models: PreTrainedModel) -> str | Non
             "(--prompt-format), must be for one form"
         )
     return known[0] if known else None
-
-
-def _reward(
-    model: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase | None,
-    *,
-    guided: bool,
-    codec: Codec,
-    prompts: list[dict],
-    encoded: list[list[int]],
-    max_new_tokens: int,
-    lm: PreTrainedModel | None,
-) -> tuple[scoring.RewardFn | None, decode.RewardScorer | None]:
-    """The fastest right way to ask this reward model: of whole texts, and of the candidates of a step."""
-    if model is None:
-        return None, None
-    tokenizer = tokenizer or codec.tokenizer
-    if is_language_model(model):
-        check_vocabularies(codec.tokenizer, tokenizer)
-        _longest(encoded, max_new_tokens, model)
-        how = dict(beta=recorded(model).get("beta"), vocabulary=codec.vocabulary)
-        return None, one_query_scorer(lm, model, partial(scoring.LanguageModelScorer, **how))
-    try:
-        check_vocabularies(codec.tokenizer, tokenizer)
-        form = common_form(None, model) or codec.form
-        _check_prompts(Codec(tokenizer, form, now=codec.now), prompts, encoded)
-    except ValueError as error:
-        longest = _longest(encoded, max_new_tokens)
-        warnings.warn(f"{error}. Falling back to decoded texts: {_reencoding(longest)}", stacklevel=3)
-        reward_fn = text_rewards(model, tokenizer, codec, prompts)
-        return reward_fn, scoring.ReencodeScorer(reward_fn)
-    longest = _longest(encoded, max_new_tokens, model)
-    scorer = choose_scorer(model, longest, codec.ends or (), lm) if guided else None
-    if tokenizer.chat_template and not recorded(model):
-        return text_rewards(model, tokenizer, codec, prompts), scorer  # whole chats, as its template closes them
-    return scoring.model_rewards(model), scorer
 
 
 def _check_prompts(codec: Codec, prompts: list[dict], encoded: list[list[int]]) -> None:
