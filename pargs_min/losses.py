@@ -52,6 +52,19 @@ def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tens
     return F.softplus(rejected_rewards - chosen_rewards).mean()
 
 
+def full_loss(
+    chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
+) -> Tensor:
+    """The Bradley-Terry loss of whole responses: of the reward at the last token of each (nats per pair).
+
+    >>> full_loss(torch.tensor([[9.0, 2.0]]), torch.tensor([[1.0, 9.0]]), torch.tensor([2]), torch.tensor([1]))
+    tensor(0.3133)
+    """
+    return bradley_terry_loss(
+        chosen_rewards.gather(1, chosen_lengths[:, None] - 1), rejected_rewards.gather(1, rejected_lengths[:, None] - 1)
+    )
+
+
 def partial_bradley_terry_loss(
     chosen_rewards: Tensor,
     rejected_rewards: Tensor,

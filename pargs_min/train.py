@@ -624,7 +624,7 @@ def objective_functions(
         return _counted(losses.compared_prefixes(chosen, rejected, longest, tail, lengths))
 
     if objective != "partial":
-        return {"full": full_loss, "win": losses.prefix_win_loss}[objective], items
+        return {"full": losses.full_loss, "win": losses.prefix_win_loss}[objective], items
     return partial(losses.partial_bradley_terry_loss, tail=tail, reduction=reduction, lengths=lengths), items
 
 
@@ -641,19 +641,6 @@ def written_up_to(lengths: Tensor) -> Tensor:
 def _counted(items: Tensor) -> Tensor:
     """Labels of what a loss is a mean of, as Trainer counts them."""
     return torch.where(items, 0, -100)
-
-
-def full_loss(
-    chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
-) -> Tensor:
-    """The Bradley-Terry loss of whole responses: of the reward at the last token of each (nats per pair).
-
-    >>> full_loss(torch.tensor([[9.0, 2.0]]), torch.tensor([[1.0, 9.0]]), torch.tensor([2]), torch.tensor([1]))
-    tensor(0.3133)
-    """
-    return losses.bradley_terry_loss(
-        chosen_rewards.gather(1, chosen_lengths[:, None] - 1), rejected_rewards.gather(1, rejected_lengths[:, None] - 1)
-    )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pargs_min.data import Pair, at_response_tokens
-from pargs_min.losses import bradley_terry_loss, written_tokens
+from pargs_min.losses import full_loss, written_tokens
 from pargs_min.reward_model import features, has_vocabulary_head, next_token_rewards
 from pargs_min.train import PairTrainer, fit, one_each, pair_collator
 
@@ -47,10 +47,9 @@ def farma_loss(
     >>> farma_loss(rewards, torch.zeros(1, 2), torch.tensor([2]), torch.tensor([1]), best)  # 0.1269 + 1
     tensor(1.1269)
     """
-    sides = (chosen_rewards, chosen_lengths), (rejected_rewards, rejected_lengths)
-    written = [written_tokens(rows, lengths) for rows, lengths in sides]
-    whole = bradley_terry_loss(*(rows.gather(1, lengths[:, None] - 1)[:, 0] for rows, lengths in sides))
-    before = written[0][:, 1:]  # where a token follows
+    written_tokens(rejected_rewards, rejected_lengths)
+    before = written_tokens(chosen_rewards, chosen_lengths)[:, 1:]  # where a token follows
+    whole = full_loss(chosen_rewards, rejected_rewards, chosen_lengths, rejected_lengths)
     gaps = (chosen_rewards - chosen_best)[:, :-1].masked_fill(~before, 0.0)
     return whole + (gaps.square().sum(1) / before.sum(1).clamp(min=1)).mean()
 
