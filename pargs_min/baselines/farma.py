@@ -43,11 +43,12 @@ def farma_loss(
     Source: Rashid et al. (2025), arXiv 2502.04517, and its code: it trains on the two terms in turn, an epoch each, and
     on the second with prefixes of chosen responses alone, from the tenth token on.
 
+    >>> import torch
     >>> rewards, best = torch.tensor([[0.5, 2.0]]), torch.tensor([[1.5, 9.0]])
     >>> farma_loss(rewards, torch.zeros(1, 2), torch.tensor([2]), torch.tensor([1]), best)  # 0.1269 + 1
     tensor(1.1269)
     """
-    written_tokens(rejected_rewards, rejected_lengths)
+    written_tokens(rejected_rewards, rejected_lengths)  # raises for these, too
     before = written_tokens(chosen_rewards, chosen_lengths)[:, 1:]  # where a token follows
     whole = full_loss(chosen_rewards, rejected_rewards, chosen_lengths, rejected_lengths)
     gaps = (chosen_rewards - chosen_best)[:, :-1].masked_fill(~before, 0.0)

@@ -31,6 +31,7 @@ def autoregressive_loss(
 
     Source: Xu et al. (2024), arXiv 2410.08193; the scale that their code gives the reward is 1 here.
 
+    >>> import torch
     >>> chosen, rejected = torch.tensor([[-1.0, -0.5]]), torch.tensor([[-2.0, 9.0]])
     >>> autoregressive_loss(chosen, rejected, torch.tensor([2]), torch.tensor([1]))
     tensor(0.4741)

@@ -57,7 +57,7 @@ class Recipe:
         start: family, layers and width of a model with random weights; None starts from the reference.
         lengths: first and last prefix length to train on (partial); no end where the last is None.
         beta: of the policy that it is trained for (soft, reweighted, dpo, ppo).
-        shared_layers: how many of its lowest layers stay the reference's.
+        shared_layers: how many of its lowest layers stay the reference's; None: as the lab says.
 
     >>> str(Recipe("partial", pairs=500, lengths=(1, 8)))
     'partial, pairs=500, lengths=1-8'
@@ -160,6 +160,7 @@ def guide(lab: Lab, recipe: Recipe, seed: int) -> PreTrainedModel:
 
 def _train(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> dict[str, float]:
     how, tokenizer = recipe.training, load_tokenizer(lab.model)
+    shared = lab.shared_layers if recipe.shared_layers is None else recipe.shared_layers
     data: list[Any] = rated(lab, seed) if how.source in ("texts", "guide") else material(lab).pairs[: recipe.pairs]
     held_out, labelled = [], material(lab).held_out if how.source == "pairs" else []
     best: dict[str, float] = {}
@@ -173,14 +174,14 @@ def _train(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> dict[str, float
         model = guide(lab, FULL, seed) if how.warm else _untrained(lab, recipe, tokenizer, seed)
         with TemporaryDirectory() as checkpoints:
             args = _arguments(lab, recipe, len(data), factor * getattr(lab, how.rate), checkpoints, seed)
-            with frozen_trunk(model, recipe.shared_layers):
+            with frozen_trunk(model, shared):
                 metrics = how.by(lab, recipe, model, tokenizer, data, held_out or labelled, args)
         found = {"rate": factor} | {name: metrics[f"eval_{name}"] for name in TOLD if f"eval_{name}" in metrics}
         if not best or found["loss"] < best["loss"]:
             best, kept_model = found, model
     known: dict[str, Any] = dict(objective=recipe.objective, append_eos=lab.append_eos)
     known |= dict(prompt_format=material(lab).form) | ({"reference": vars(lab.warp)} if how.source == "texts" else {})
-    known |= {name: value for name in ("beta", "shared_layers") if (value := getattr(recipe, name)) is not None}
+    known |= {name: value for name, value in (("beta", recipe.beta), ("shared_layers", shared)) if value is not None}
     record(kept_model, **known)
     save(kept_model, tokenizer, folder)
     return {"seconds": time.perf_counter() - began, **best}

@@ -48,6 +48,7 @@ class Sizes:
         text_prompts: How many of the pairs' prompts get texts of the reference, to learn from. Default: all.
         texts_per_prompt: So many of them for each, an even number. Default: two for each pair.
         lora_rank: Train adapters of this rank and the head instead of all weights.
+        shared_layers: Train guides above the lowest so many layers alone, which stay the reference's.
         ref_temperature: How the reference is sampled, as for `pargs generate`.
         ref_top_k: As for `pargs generate`.
         ref_top_p: As for `pargs generate`.
@@ -70,6 +71,7 @@ class Sizes:
     text_prompts: int | None = None
     texts_per_prompt: int | None = None
     lora_rank: int | None = None
+    shared_layers: int | None = None
     ref_temperature: float = 1.0
     ref_top_k: int = 0
     ref_top_p: float = 1.0
@@ -201,7 +203,7 @@ def contents(lab: Lab) -> dict[str, str]:
 
 # Settings of a lab that what it makes depends on.
 MAKING = {"append_eos", "max_new_tokens", "pairs_per_step", "epochs", "learning_rate", "dpo_learning_rate"}
-MAKING |= {"ppo_learning_rate", "ppo_updates", "text_prompts", "texts_per_prompt", "lora_rank", "warp"}
+MAKING |= {"ppo_learning_rate", "ppo_updates", "text_prompts", "texts_per_prompt", "lora_rank", "shared_layers", "warp"}
 
 
 def made_from(lab: Lab, *files: str, **settings: object) -> dict[str, object]:

@@ -55,7 +55,8 @@ OPTIONS = {
         output-dir=runs/study seeds=3 seed=0 worlds processes=2 quick=False methods=[] betas=[] model dataset prompts
         judge held-out max-new-tokens=64 samples=16 plain-samples=64 batch-size=32 pairs-per-step=16
         epochs=1.0 learning-rate=1e-05 dpo-learning-rate=1e-06 ppo-learning-rate=1e-05 ppo-updates=100 append-eos=True
-        text-prompts texts-per-prompt lora-rank ref-temperature=1.0 ref-top-k=0 ref-top-p=1.0 ref-min-p=0.0 second-judge
+        text-prompts texts-per-prompt lora-rank shared-layers ref-temperature=1.0 ref-top-k=0 ref-top-p=1.0
+        ref-min-p=0.0 second-judge
     """,
     "benchmark": """
         config=tiny{tiny,gpt2,smollm2-135m,gpt2-large,llama-1b,llama-7b} model reward-model top-k=10 batch-size=1

@@ -239,8 +239,10 @@ def test_a_guided_token_is_priced_beside_a_plain_one(lab, monkeypatch):
 
 def test_shared_layers_stay_those_of_the_reference(lab):
     reference = load_language_model(lab.model).state_dict()
-    for recipe in (Recipe("reweighted", beta=1.0, shared_layers=1), replace(DISTILLED, shared_layers=1)):
-        model = load_guide(make(lab, recipe, 0))
+    anyway = replace(lab, folder=f"{lab.folder}/shared", shared_layers=1)  # where the lab says so
+    one = Recipe("reweighted", beta=1.0, shared_layers=1)
+    for home, recipe in ((lab, one), (lab, replace(DISTILLED, shared_layers=1)), (anyway, FULL)):
+        model = load_guide(make(home, recipe, 0))
         assert model.config.pargs["shared_layers"] == 1
         same = {
             name
