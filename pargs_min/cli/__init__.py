@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0; 1 if `pargs benchmark --check` misses a target; 2 for input that cannot be used, or does not
         fit into memory; 130 when interrupted; 141 when nobody reads its output any more (`| head`).
     """
-    warnings.formatwarning = lambda message, *_, **__: f"pargs: warning: {message}\n"
+    warnings.formatwarning = warning_line
     try:
         try:
             return _run(*(sys.argv[1:] if arguments is None else arguments) or ["--help"])
@@ -51,6 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("pargs: interrupted", file=sys.stderr)
         return 130
+
+
+def warning_line(message: Warning | str, *place: object, **source: object) -> str:
+    """A warning without its place in the code; workers take the function over, so it has a name."""
+    return f"pargs: warning: {message}\n"
 
 
 def _run(name: str, *arguments: str) -> int:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -131,7 +132,8 @@ def _shared(worlds: Worlds, cells: Sequence[Cell]) -> list[list[tuple]]:
 @contextmanager
 def workers(processes: int) -> Iterator[Executor]:
     """Processes that train and decode side by side; an error or an interrupt drops what has not begun."""
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), quiet_worker, (os.getpid(),))
+    how = (os.getpid(), warnings.formatwarning)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), quiet_worker, how)
     try:
         yield pool
     finally:
@@ -148,8 +150,10 @@ def _no_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def quiet_worker(parent: int) -> None:
-    """One thread, since processes share the cores, and no word: the first process reports, also of an interrupt."""
+def quiet_worker(parent: int, formatwarning: Callable[..., str]) -> None:
+    """One thread, since processes share the cores, and no word: the first process reports, also of an interrupt.
+    Warnings look as the parent's do."""
+    warnings.formatwarning = formatwarning
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -6,11 +6,13 @@ import math
 import os
 import signal
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
+from pargs_min.cli import warning_line
 from pargs_min.experiments import measure, recipes, sweep
 from pargs_min.experiments.measure import Cell
 from pargs_min.experiments.recipes import FULL, VALUE
@@ -107,6 +109,16 @@ def test_workers_have_one_thread_each_and_end_at_an_interrupt_without_a_word(mon
     with sweep.workers(1) as pool:
         assert pool.submit(torch.get_num_threads).result() == 1
         assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_DFL
+
+
+def test_a_worker_warns_as_its_parent_does(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warning_line)
+    with sweep.workers(1) as pool:
+        assert pool.submit(warnings_of_a_worker).result() == "pargs: warning: careful\n"
+
+
+def warnings_of_a_worker():
+    return warnings.formatwarning("careful", UserWarning, "code.py", 1)
 
 
 @pytest.mark.usefixtures("one_process")
