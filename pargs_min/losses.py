@@ -55,7 +55,16 @@ def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tens
 def full_loss(
     chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor
 ) -> Tensor:
-    """The Bradley-Terry loss of whole responses: of the reward at the last token of each (nats per pair).
+    """The Bradley-Terry loss of whole responses, which reads the reward at the last token of each (ARGS).
+
+        L = -mean log sigmoid(r(chosen_1:n) - r(rejected_1:m)),   n, m their lengths
+
+    Args:
+        chosen_rewards, rejected_rewards: (B, T) r(y_1:i) of each response, right padded.
+        chosen_lengths, rejected_lengths: (B,) number of tokens of each.
+
+    Returns:
+        Scalar, in nats per pair.
 
     >>> full_loss(torch.tensor([[9.0, 2.0]]), torch.tensor([[1.0, 9.0]]), torch.tensor([2]), torch.tensor([1]))
     tensor(0.3133)

@@ -128,21 +128,22 @@ class Method:
         return self.guided or self.rows is not None
 
 
-SAMPLED: dict[str, Any] = dict(guided=True)
 GREEDY: dict[str, Any] = dict(guided=True, draw=greedy, kl=greedy_kl)
 TABLE = (
     Method("plain", "the reference itself"),
-    Method("pargs", "guided by a reward model of prefixes, sampled (arXiv 2406.07780)", objective="partial", **SAMPLED),
+    Method(
+        "pargs", "guided by a reward model of prefixes, sampled (arXiv 2406.07780)", objective="partial", guided=True
+    ),
     Method("pargs-greedy", "the same, always the most likely candidate", objective="partial", **GREEDY),
-    Method("args", "guided by a full-sequence reward model, sampled", objective="full", **SAMPLED),
+    Method("args", "guided by a full-sequence reward model, sampled", objective="full", guided=True),
     Method("args-greedy", "the same, always the most likely candidate (arXiv 2402.01694)", objective="full", **GREEDY),
-    Method("cd", "guided by a value model: controlled decoding (arXiv 2310.17022)", objective="value", **SAMPLED),
-    Method("soft", "guided by a soft value model, whose optimum is the RLHF policy", objective="soft", **SAMPLED),
-    Method("reweighted", "the same, by a language model of reweighted texts", objective="reweighted", **SAMPLED),
-    Method("win", "guided by a model of win rates; beta is eta", objective="win", tilt=by_win_rate, **SAMPLED),
-    Method("genarm", "autoregressive reward model (arXiv 2410.08193)", objective="autoregressive", **SAMPLED),
-    Method("farma", "vocabulary-headed reward model (arXiv 2502.04517)", objective="farma", **SAMPLED),
-    Method("implicit", "guided by the implicit reward of a model fine-tuned by DPO", objective="dpo", **SAMPLED),
+    Method("cd", "guided by a value model: controlled decoding (arXiv 2310.17022)", objective="value", guided=True),
+    Method("soft", "guided by a soft value model, whose optimum is the RLHF policy", objective="soft", guided=True),
+    Method("reweighted", "the same, by a language model of reweighted texts", objective="reweighted", guided=True),
+    Method("win", "guided by a model of win rates; beta is eta", objective="win", tilt=by_win_rate, guided=True),
+    Method("genarm", "autoregressive reward model (arXiv 2410.08193)", objective="autoregressive", guided=True),
+    Method("farma", "vocabulary-headed reward model (arXiv 2502.04517)", objective="farma", guided=True),
+    Method("implicit", "guided by the implicit reward of a model fine-tuned by DPO", objective="dpo", guided=True),
     Method(
         "best-of-n",
         "n samples of the reference, the best by a reward of whole texts",

@@ -87,9 +87,8 @@ def study(arguments: list[str]) -> None:
     elif name not in studies.NAMES:
         raise ValueError(f"no study {name!r}; there are {', '.join(studies.NAMES)}")
     options, sizes = parse(study, rest, StudyOptions, Sizes, prog="pargs study NAME", description=studies.__doc__ or "")
-    folder = options.output_dir
+    world, folder = _world(options, sizes), options.output_dir
     folder.mkdir(parents=True, exist_ok=True)
-    world = _world(options, sizes)
     seeds = range(options.seed, options.seed + options.seeds)
     settings = dict(processes=options.processes, quick=options.quick, methods=options.methods, betas=options.betas)
     print(studies.run(name, world, folder, seeds=seeds, **settings))
@@ -97,10 +96,18 @@ def study(arguments: list[str]) -> None:
 
 
 def _world(options: StudyOptions, sizes: Sizes) -> Callable[[int], Lab]:
-    """The lab of each seed: a world of its own, or the user's model."""
+    """The lab of each seed: a world of its own, or the user's model.
+
+    Raises:
+        ValueError: for an option that would change nothing.
+    """
     if options.model is None:
+        if changed := [name for name, value in vars(sizes).items() if value != getattr(Sizes, name)]:
+            raise ValueError(f"--{changed[0].replace('_', '-')} is for a study of your own model: add --model, ...")
         torch.set_num_threads(1)  # the world's models are so small that a second thread only waits
         return partial(_embedded, options)
+    if options.worlds:
+        raise ValueError("--worlds is for the embedded worlds: all seeds share your own model")
     own: dict = dict(model=options.model, pairs=options.dataset, prompts=options.prompts, judge=options.judge)
     return partial(_same, Lab(folder=str(options.output_dir), **own, **vars(sizes)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +16,7 @@ from pargs_min.cli import main
 from pargs_min.evaluation.statistics import FrontierPoint
 from pargs_min.experiments import measure, report, studies
 from pargs_min.experiments.measure import CAP, Cell
-from pargs_min.experiments.recipes import FULL, PARTIAL, SOFT_LABELS, make
+from pargs_min.experiments.recipes import DISTILLED, FULL, PARTIAL, SOFT_LABELS, make
 from pargs_min.experiments.report import legend, table
 from pargs_min.experiments.setup import embedded, numbered
 from pargs_min.experiments.studies import NAMES, run
@@ -75,6 +76,17 @@ def test_a_study_can_be_of_some_methods_first(name, world, tmp_path, monkeypatch
     every = rows()
     assert len(measured) == len(every) - 2  # what was measured before is kept
     assert [row for row in every if row in few] == few
+
+
+def test_what_is_kept_is_a_share_of_the_whole_guide_alone():
+    cheaper = MODULES["cheaper"]
+    distilled = row("pargs", [2.0, 3.0], [1.0, 1.0], beta=1.0, recipe=DISTILLED)
+    gated = row("pargs", [1.0, 1.0], [1.0, 1.0], beta=1.0, recipe=SOFT_LABELS, guide_below=0.9)
+    best = row("pargs", [4.0, 4.0], [1.0, 1.0], beta=1.0, recipe=SOFT_LABELS)
+    plain = row("plain", [0.0, 0.0], [0.0, 0.0])
+    shares = [found.mean for found in cheaper.kept([plain, distilled, gated, best]).values()]
+    assert shares == [0.625, 0.25, 1.0]
+    assert all(math.isnan(found.mean) for found in cheaper.kept([plain, distilled, gated]).values())
 
 
 @pytest.mark.parametrize("asked", [dict(methods=["parks"]), dict(betas=[7.0])])
@@ -210,9 +222,16 @@ def test_a_study_of_a_model_of_ones_own(world, tmp_path, capsys):
         (["nonsense"], "no study 'nonsense'; there are data-size"),
         (["beta", "--model", "x"], "needs --dataset, --prompts, --judge, too"),
         (["beta", "--seeds", "0"], "must be at least 1, got 0"),
+        (["beta", "--samples", "4"], "--samples is for a study of your own model: add --model"),
+        (["cost", "--methods", "pargs"], "this study has no 'pargs'; it has none"),
+        (
+            ["real", "--worlds", "2", "--model", "m", "--dataset", "d", "--prompts", "p", "--judge", "j"],
+            "all seeds share your own model",
+        ),
     ],
 )
-def test_what_cannot_be_studied_is_named(arguments, message, capsys):
+def test_what_cannot_be_studied_is_named(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     assert main(["study", *arguments]) == 2
     assert message in capsys.readouterr().err
 

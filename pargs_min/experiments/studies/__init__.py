@@ -57,6 +57,7 @@ def run(
     """
     study = _study(name)
     if hasattr(study, "run"):
+        chosen([], methods, betas)
         return study.run(world(seeds[0]), folder, quick)
     worlds = in_each_world(partial(_labs, name, world, quick), seeds, processes)
     labs = [worlds[seed][""] for seed in seeds]
@@ -89,7 +90,8 @@ def chosen(cells: Sequence[Cell], methods: Sequence[str], betas: Sequence[float]
     for option, name, asked in (("--methods", "name", methods), ("--betas", "beta", betas)):
         known = dict.fromkeys(value for cell in cells if (value := getattr(cell, name)) is not None)
         if unknown := [value for value in asked if value not in known]:
-            raise ValueError(f"{option}: this study has no {unknown[0]!r}; it has {', '.join(map(repr, known))}")
+            has = ", ".join(map(repr, known)) or "none"
+            raise ValueError(f"{option}: this study has no {unknown[0]!r}; it has {has}")
     of_methods = [cell for cell in cells if not methods or cell.name in methods or not cell.recipes]
     return [cell for cell in of_methods if not betas or cell.beta in (None, *betas)]
 

@@ -1,5 +1,6 @@
 """What may be left out of guidance, and how much of its gain goes with it?"""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -31,17 +32,24 @@ def cells(lab: Lab, seed: int) -> list[Cell]:
     return [Cell(seed, "plain"), *(replace(cell, timed=True) for cell in found)]
 
 
-def whole(row: Row, rows: list[Row]) -> Row:
-    """The row of the guide that leaves nothing out: of the same method, with layers of its own, at every step."""
-    return next(other for other in rows if other.cell.method == row.cell.method)
+def whole(row: Row, rows: list[Row]) -> Row | None:
+    """The row of the guide that leaves nothing out, if it is there: a guide of its own at every step."""
+    recipe = row.cell.recipe and replace(row.cell.recipe, head=None, shared_layers=None)
+    cell = replace(row.cell, guide_below=None, recipe=recipe)
+    return next((other for other in rows if other.cell == cell), None)
 
 
 def kept(rows: list[Row]) -> dict[str, Estimate]:
-    """What each way keeps of the gain over plain of the guide that leaves nothing out."""
+    """What each way keeps of the gain over plain of the guide that leaves nothing out; nan where that is not there."""
     plain, *others = rows
     gain = {row.cell: np.subtract(row.found["reward"].seeds, plain.found["reward"].seeds) for row in others}
-    with np.errstate(all="ignore"):  # a guide may gain nothing
-        return {str(row.cell): interval((gain[row.cell] / gain[whole(row, others).cell]).tolist()) for row in others}
+    shares = {}
+    for row in others:
+        best = whole(row, others)
+        with np.errstate(all="ignore"):  # a guide may gain nothing
+            share = interval((gain[row.cell] / gain[best.cell]).tolist()) if best else Estimate(math.nan)
+        shares[str(row.cell)] = share
+    return shares
 
 
 def conclude(rows: list[Row]) -> str:
