@@ -192,6 +192,13 @@ class Drawn(NamedTuple):
     log_probs: Tensor
     rewards: Tensor
 
+    @classmethod
+    def of(cls, tokens: Tensor, reference: Tensor, log_probs: Tensor, candidates: Tensor, rewards: Tensor) -> "Drawn":
+        """What is known of (B,) tokens, from (B, V) log-probabilities and (B, K) candidates and rewards."""
+        chosen = candidates == tokens[:, None]
+        reward = rewards.masked_fill(~chosen, 0.0).sum(-1).masked_fill(~chosen.any(-1), torch.nan)
+        return cls(tokens, *(of_all.gather(1, tokens[:, None])[:, 0] for of_all in (reference, log_probs)), reward)
+
 
 @dataclass(frozen=True)
 class Step:
@@ -296,7 +303,7 @@ def generate(
         tokens = draw(log_probs, uniforms[:, number])
         eligible = ~ref_log_probs.isneginf()
         rewards = rewards.masked_fill(~(eligible if asked is None else eligible & asked[:, None]), torch.nan)
-        drawn = _drawn(tokens, reference, log_probs, candidates, rewards)
+        drawn = Drawn.of(tokens, reference, log_probs, candidates, rewards)
         seen = reference.gather(1, candidates), rewards, log_probs.gather(1, candidates)
         step = Step(number, candidates, *seen, drawn, texts.alive, eligible)
         if on_step is not None:
@@ -316,13 +323,6 @@ def _score(reward: RewardScorer, candidates: Tensor, ref_log_probs: Tensor, aske
     if not asked.any():
         return torch.zeros_like(ref_log_probs)
     return reward.score(candidates, ref_log_probs).masked_fill(~asked[:, None], 0.0)
-
-
-def _drawn(tokens: Tensor, reference: Tensor, log_probs: Tensor, candidates: Tensor, rewards: Tensor) -> Drawn:
-    chosen = candidates == tokens[:, None]
-    reward = rewards.masked_fill(~chosen, 0.0).sum(-1).masked_fill(~chosen.any(-1), torch.nan)
-    ref_log_prob, log_prob = (of_all.gather(1, tokens[:, None])[:, 0] for of_all in (reference, log_probs))
-    return Drawn(tokens, ref_log_prob, log_prob, reward)
 
 
 class NoReward:

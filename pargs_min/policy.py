@@ -63,17 +63,23 @@ def top_k_candidates(ref_log_probs: Tensor, top_k: int, min_ref_prob: float = 0.
     vocabulary = ref_log_probs.shape[-1]
     if not 0 <= top_k <= vocabulary:
         raise ValueError(f"top_k must lie between 1 and the vocabulary size {vocabulary} (0 takes all), got {top_k}")
-    if not 0 <= min_ref_prob <= 1:
-        raise ValueError(f"min_ref_prob must be a probability, from 0 to 1, got {min_ref_prob}")
     if top_k == 0:
         log_probs = ref_log_probs
         candidates = torch.arange(vocabulary, device=ref_log_probs.device).expand_as(ref_log_probs)
     else:
         log_probs, candidates = ref_log_probs.topk(top_k, -1)
-    if min_ref_prob > 0:
-        least = log_probs.amax(-1, keepdim=True).clamp(max=math.log(min_ref_prob))
-        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf)
-    return log_probs, candidates
+    return likely_enough(log_probs, min_ref_prob), candidates
+
+
+def likely_enough(ref_log_probs: Tensor, min_ref_prob: float) -> Tensor:
+    """(..., K) log pi_ref of candidates, in nats, with -inf for those less likely than `min_ref_prob`; the most likely
+    one stays. Raises ValueError if that is no probability."""
+    if not 0 <= min_ref_prob <= 1:
+        raise ValueError(f"min_ref_prob must be a probability, from 0 to 1, got {min_ref_prob}")
+    if min_ref_prob == 0:
+        return ref_log_probs
+    least = ref_log_probs.amax(-1, keepdim=True).clamp(max=math.log(min_ref_prob))
+    return ref_log_probs.masked_fill(ref_log_probs < least, -torch.inf)
 
 
 def worth_guiding(ref_log_probs: Tensor, guide_below: float) -> Tensor:

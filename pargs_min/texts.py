@@ -232,12 +232,11 @@ class _Writer:
         if is_language_model(model):
             check_vocabularies(codec.tokenizer, tokenizer)
             _longest(self.encoded, tokens, model)
-            how = dict(beta=recorded(model).get("beta"), vocabulary=codec.vocabulary)
-            return None, one_query_scorer(lm, model, partial(scoring.LanguageModelScorer, **how))
+            return None, language_model_scorer(lm, model, codec.vocabulary)
         try:
             check_vocabularies(codec.tokenizer, tokenizer)
             form = common_form(None, model) or codec.form
-            _check_prompts(Codec(tokenizer, form, now=codec.now), self.prompts, self.encoded)
+            check_prompts(Codec(tokenizer, form, now=codec.now), self.prompts, self.encoded)
         except ValueError as error:
             longest = _longest(self.encoded, tokens)
             warnings.warn(f"{error}. Falling back to decoded texts: {_reencoding(longest)}", stacklevel=3)
@@ -321,8 +320,12 @@ def _check(method: str, how: Decoding, prompts: list[dict], reward_model: Model,
             raise ValueError(f"{name} must be at least 1, and at most 1,000,000, got {value}")
     if final is not None and METHODS[method].rows != "particles":
         raise ValueError(f"final_reward_model (--final-reward-model) is for method smc alone, not for {method}")
-    if not METHODS[method].needs_reward:
-        return
+    if METHODS[method].needs_reward:
+        check_guide(method, how.warp, reward_model)
+
+
+def check_guide(method: str, warp: decode.Warp, reward_model: Model) -> None:
+    """Warns of a guide that was trained for something else. Raises ValueError if there is none, or it cannot be one."""
     if reward_model is None:
         raise ValueError(f"method {method} needs a reward model (--reward-model)")
     if METHODS[method].rows and is_language_model(reward_model):
@@ -330,18 +333,18 @@ def _check(method: str, how: Decoding, prompts: list[dict], reward_model: Model,
     objective, wanted = recorded(reward_model).get("objective", "full"), METHODS[method].objective
     if wanted not in (None, objective):
         what = f"{OBJECTIVES[objective]} is {guided_by(objective)}"
-        warnings.warn(f"{method} with {what}; train one with --objective {wanted}", stacklevel=3)
-    learned_on = decode.recorded_warp(recorded(reward_model).get("reference", vars(how.warp)), "the guide")
-    if learned_on != how.warp:
+        warnings.warn(f"{method} with {what}; train one with --objective {wanted}", stacklevel=4)
+    learned_on = decode.recorded_warp(recorded(reward_model).get("reference", vars(warp)), "the guide")
+    if learned_on != warp:
         warnings.warn(
             f"this guide learned from texts of the reference sampled as {learned_on}, and guides it sampled as "
-            f"{how.warp}: what it expects of a prefix is not what follows",
-            stacklevel=3,
+            f"{warp}: what it expects of a prefix is not what follows",
+            stacklevel=4,
         )
     if not recorded(reward_model).get("append_eos", True):
         warnings.warn(
             "this reward model was trained on responses without an end token: its reward of ending is extrapolation",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -382,11 +385,17 @@ def common_form(asked: str | None, *reward_models: PreTrainedModel) -> str | Non
     return known[0] if known else None
 
 
-def _check_prompts(codec: Codec, prompts: list[dict], encoded: list[list[int]]) -> None:
+def check_prompts(codec: Codec, prompts: list[dict], encoded: list[list[int]]) -> None:
     """Raises ValueError if a reward model reads a prompt otherwise than the language model does."""
     for number, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
         if codec.prompt(prompt) != ids:
             raise ValueError(f"the reward model reads prompt number {number} differently (another chat template?)")
+
+
+def language_model_scorer(lm: Model, guide: PreTrainedModel, vocabulary: int) -> decode.RewardScorer:
+    """The scorer of a guide that is itself a language model, as it was trained (`one_query_scorer`)."""
+    how = dict(beta=recorded(guide).get("beta"), vocabulary=vocabulary)
+    return one_query_scorer(lm, guide, partial(scoring.LanguageModelScorer, **how))
 
 
 def choose_scorer(

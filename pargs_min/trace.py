@@ -46,18 +46,23 @@ def visible(token: str) -> str:
     return "◌" + shown if unicodedata.combining(shown[:1] or " ") else shown or "<empty>"
 
 
-def token_names(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
-    """The name of a token id as `visible` writes it; where a token is half a character, the tokenizer's own piece."""
+def token_texts(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
+    """The text of a token id; where a token is half a character, the tokenizer's own piece."""
 
-    def name(token: int) -> str:
+    def text(token: int) -> str:
         piece, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])
         if piece is None or "\ufffd" in text:
-            return visible(piece or f"<{token}>")
-        if piece.startswith("▁") and not text.startswith(" "):  # sentencepiece drops the blank of a first word
-            text = " " + text
-        return visible(text)
+            return piece or f"<{token}>"
+        # sentencepiece drops the blank of a first word
+        return " " + text if piece.startswith("▁") and not text.startswith(" ") else text
 
-    return name
+    return text
+
+
+def token_names(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], str]:
+    """The name of a token id: its text, as `visible` writes it."""
+    text = token_texts(tokenizer)
+    return lambda token: visible(text(token))
 
 
 def records(steps: Sequence[Step], name: Callable[[int], str], *, row: int = 0, shown: int = 10) -> list[dict]:
@@ -65,7 +70,7 @@ def records(steps: Sequence[Step], name: Callable[[int], str], *, row: int = 0, 
 
     Args:
         steps: what `on_step` was called with, in order.
-        name: token id -> text, see `token_names`.
+        name: token id -> text, see `token_names` and `token_texts`.
         row: of the batch.
         shown: candidates listed per step, >= 1: the likeliest under the guided policy, and the one that was drawn.
 

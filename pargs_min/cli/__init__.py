@@ -5,6 +5,7 @@ commands:
   train      train a reward model on every prefix of the responses of preference pairs
   generate   generate texts for a file of prompts, guided by a reward model or not
   trace      show one text token by token: what could have followed, what was drawn
+  serve      serve a guided model, as clients of OpenAI's interface expect it, with a playground
   evaluate   judge texts of any methods over the same prompts, in one table
   study      answer an open question by a grid of experiments
   benchmark  measure what a guided token costs
@@ -19,7 +20,7 @@ from importlib import import_module
 
 # Command -> its file, imported when it is called: `pargs --help` is instant, and heavy imports stand on top of a file.
 COMMANDS = dict(demo="study", train="train", generate="decode", trace="decode", evaluate="evaluate")
-COMMANDS |= dict(study="study", benchmark="benchmark", dpo="finetune", ppo="finetune")
+COMMANDS |= dict(serve="serve", study="study", benchmark="benchmark", dpo="finetune", ppo="finetune")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,13 +20,12 @@ from pargs_min.trace import read_page, records, to_html, to_text, token_names
 
 
 @dataclass(kw_only=True)
-class DecodeOptions:
-    """Options of both commands, besides those of `Tokens`.
+class ModelOptions:
+    """Options of all that decodes: its models.
 
     Args:
         model: Language model, the reference: a folder or a hub id.
         reward_model: Reward model, or another guide: a folder or a hub id. plain needs none.
-        seed: Determines each text, together with its prompt and sample number.
         prompt_format: Read prompts of text as they stand (text), as the turn of a human (dialogue), or as a user's
             message (chat). Default: as the reward model was trained; without one, chat where there is a chat template.
         device: cuda, cpu, or auto: layers of models too large for one GPU are spread over all. Default: cuda if
@@ -36,10 +35,20 @@ class DecodeOptions:
 
     model: str
     reward_model: str | None = None
-    seed: int = 0
     prompt_format: str | None = choice(FORMS, None)
     device: str | None = None
     dtype: str = choice(DTYPES, "auto")
+
+
+@dataclass(kw_only=True)
+class DecodeOptions(ModelOptions):
+    """Options of both commands, besides those of `Tokens`.
+
+    Args:
+        seed: Determines each text, together with its prompt and sample number.
+    """
+
+    seed: int = 0
 
 
 @dataclass(kw_only=True)
@@ -100,8 +109,8 @@ class TraceOptions(DecodeOptions):
 NOT_IN_THE_TEXT = ("prompts", "output", "batch_size", "device", "compile", "shard", "resume", "num_samples")
 
 
-def load(options: DecodeOptions) -> dict:
-    """What both commands tell `generate_texts` besides `Tokens`: models, tokenizers, method, form and seed.
+def load(options: ModelOptions) -> dict:
+    """The models and tokenizers of `generate_texts`, and the form of prompts that was asked for.
 
     Raises:
         ValueError: if a model cannot be loaded.
@@ -121,7 +130,7 @@ def load(options: DecodeOptions) -> dict:
     guides = [loaded[name] for name in ("reward_model", "final_reward_model") if name in loaded]
     if device == SPREAD and any(recorded(guide).get("shared_layers") for guide in guides):
         raise ValueError("a guide that shares layers with its language model is read on one device: drop --device auto")
-    return loaded | {name: getattr(options, name) for name in ("method", "prompt_format", "seed")}
+    return loaded | {"prompt_format": options.prompt_format}
 
 
 def generate(arguments: list[str]) -> None:
@@ -136,6 +145,7 @@ def generate(arguments: list[str]) -> None:
     done, now = read_done(options.output, settings, prompts), time_of(options.output) or datetime.now()
 
     more = vars(how) | dict(batch_size=options.batch_size, compiled=options.compile, shard=shard, done=done, now=now)
+    more |= dict(method=options.method, seed=options.seed)
     texts = generate_texts(prompts=prompts, num_samples=options.num_samples, **more, **load(options))
     part = shard_range(len(prompts), shard)
     total = len(part) * options.num_samples
@@ -162,6 +172,7 @@ def trace(arguments: list[str]) -> None:
     steps: list[Step] = []
     earlier = dict.fromkeys((0, sample) for sample in range(options.sample))
     one = dict(prompts=[{"prompt": options.prompt}], num_samples=options.sample + 1, done=earlier, batch_size=1)
+    one |= dict(method=options.method, seed=options.seed)
     list(generate_texts(**one, **vars(how), on_step=steps.append, **loaded))
 
     seen = records(steps, token_names(loaded["tokenizer"]), shown=options.shown)
