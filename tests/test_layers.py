@@ -11,10 +11,10 @@ from pargs_min.methods import FINE_TUNED, METHODS, OBJECTIVES
 
 PACKAGE = Path(pargs_min.__file__).parent
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
-WINGS = {"baselines", "benchmark", "evaluation", "experiments", "world", "cli"}
+WINGS = {"baselines", "benchmark", "evaluation", "experiments", "serving", "world", "cli"}
 OPEN = {  # the wings that a wing may use, besides the ground floor and itself
     "experiments": {"baselines", "benchmark", "evaluation", "world"},
-    "cli": {"baselines", "benchmark", "evaluation", "world", "experiments"},
+    "cli": {"baselines", "benchmark", "evaluation", "world", "experiments", "serving"},
 }
 METHOD = {  # what a reader of the method meets, and all that it may import of the package
     "minimal": set(),

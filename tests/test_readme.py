@@ -21,6 +21,7 @@ PAGES = [
     "tutorials/COMMANDS.md",
     "tutorials/RESULTS.md",
     "tutorials/SMALL_GPU.md",
+    "tutorials/SERVING.md",
 ]
 TEXT = {page: (ROOT / page).read_text("utf-8") for page in [*PAGES, "theory/README.md"]}
 README = TEXT["README.md"]

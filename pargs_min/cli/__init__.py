@@ -19,8 +19,8 @@ import warnings
 from importlib import import_module
 
 # Command -> its file, imported when it is called: `pargs --help` is instant, and heavy imports stand on top of a file.
-COMMANDS = dict(demo="study", train="train", generate="decode", trace="decode", evaluate="evaluate")
-COMMANDS |= dict(serve="serve", study="study", benchmark="benchmark", dpo="finetune", ppo="finetune")
+COMMANDS = dict(demo="study", train="train", generate="decode", trace="decode", serve="serve")
+COMMANDS |= dict(evaluate="evaluate", study="study", benchmark="benchmark", dpo="finetune", ppo="finetune")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """`pargs serve`: a guided model behind OpenAI's interface."""
 
+import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,11 +10,11 @@ from pargs_min.codec import Codec, check_vocabularies
 from pargs_min.decode import ModelPolicy
 from pargs_min.methods import METHODS, Method, tokenwise
 from pargs_min.reward_model import context_length, is_language_model, recorded
+from pargs_min.serving import LOCAL
 from pargs_min.texts import Tokens, check_guide, check_prompts, choose_scorer, common_form, language_model_scorer
 from pargs_min.trunk import share_trunk
 
 TOKENWISE = {name: method for name, method in METHODS.items() if method.write is tokenwise}
-LOCAL = ("127.0.0.1", "localhost", "::1")
 PROBES = {"chat": [{"role": "user", "content": "Why?"}], "ids": [0]}  # prompts, by form
 
 
@@ -60,13 +61,26 @@ def serve(arguments: list[str]) -> None:
         from pargs_min.serving.app import Server, app_of
     except ImportError as error:
         raise ValueError(f"a server needs FastAPI and uvicorn ({error}): pip install 'pargs-min[serve]'") from None
-    key = api_key(options)
+    key, place = api_key(options), bound(options.host, options.port)
     served = offer(options, how)
     app = app_of(served, key=key, local=options.host in LOCAL, most=options.max_body)
     served.engine.thread.start()
-    config = uvicorn.Config(app, options.host, options.port, log_level="warning")
-    print(f"serving {served.name} at http://{options.host}:{options.port} (Ctrl-C stops it)", flush=True)
-    Server(config, served.engine).run()
+    host, port = place.getsockname()[:2]
+    print(
+        f"serving {served.name} at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops it)", flush=True
+    )
+    Server(uvicorn.Config(app, log_level="warning"), served.engine).run([place])
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at this address, which is taken before models are loaded. Raises ValueError if it cannot be had."""
+    place = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        place.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"host {host} and port {port} cannot be used ({error}): choose another --port") from None
+    return place
 
 
 def api_key(options: ServeOptions) -> str | None:

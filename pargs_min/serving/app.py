@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import json
 import math
+import re
 import secrets
 import sys
 import time
@@ -27,12 +28,12 @@ from pargs_min.codec import Codec
 from pargs_min.decode import Step, greedy
 from pargs_min.memory import is_out_of_memory
 from pargs_min.methods import Method
+from pargs_min.serving import LOCAL
 from pargs_min.serving.engine import Busy, Closing, Engine, Text
 from pargs_min.serving.protocol import ChatRequest, CompletionRequest, Reader, as_chat, as_completion, error
 from pargs_min.texts import Tokens
 from pargs_min.trace import records, token_texts
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
 PAGES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
 SAFE = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -177,7 +178,7 @@ class Choice:
         if self.shown is not None:
             settled = self.reader.codec.text(self.reader.ids).rstrip("\ufffd")
             [record] = records([step], self.name, row=row, shown=max(1, self.shown))
-            self.fresh.append((settled[self.spelt :], record))
+            self.fresh.append((settled[self.spelt :], record | {"step": len(self.reader.ids) - 1}))
             self.spelt = max(self.spelt, len(settled))
         if stopped:
             self.finish, self.text.wanted = "stop", False
@@ -401,11 +402,7 @@ class Guard:
         await self.app(scope, limited, send)
 
     def _wrong(self, path: str, headers: dict[str, str]) -> Refused | None:
-        host = (
-            headers.get("host", "").rpartition(":")[0]
-            if headers.get("host", "")[-1:].isdigit()
-            else headers.get("host", "")
-        )
+        host = re.sub(r":\d+$", "", headers.get("host", ""))
         if self.hosts and host.strip("[]") not in self.hosts:
             return Refused(f"this server answers to {self.hosts[0]} alone", 403)
         if self.key and path not in PAGES and path != "/health":

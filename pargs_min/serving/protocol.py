@@ -8,9 +8,9 @@ the guided policy, and have `guidance` beside them: each token's record of `trac
 import math
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from pargs_min.codec import Codec
 from pargs_min.trace import drawn
@@ -22,6 +22,17 @@ NEUTRAL |= {"tools": [None, []], "functions": [None, []], "response_format": [No
 UNREAD = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 LOWEST = -9999.0  # stands for the logarithm of 0, which JSON lacks
 SHOWN = 20  # candidates that a client may ask to see, at most
+
+
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a character (a lone surrogate)") from None
+    return text
+
+
+WholeText = Annotated[str, AfterValidator(_whole)]
 
 
 class Strict(BaseModel):
@@ -68,7 +79,7 @@ class Request(Strict):
 
 
 class CompletionRequest(Request):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: WholeText | list[WholeText] | list[int] | list[list[int]]
     logprobs: int | None = Field(None, ge=0, le=SHOWN)
 
     @property
@@ -85,12 +96,12 @@ class CompletionRequest(Request):
 
 class Part(Strict):
     type: Literal["text"]
-    text: str
+    text: WholeText
 
 
 class Message(Strict):
-    role: str
-    content: str | list[Part]
+    role: WholeText
+    content: WholeText | list[Part]
 
     def as_record(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
@@ -129,7 +140,9 @@ class Reader:
         text = self.codec.text(self.ids)
         if found := [place for stop in self.stops if (place := text.find(stop)) >= 0]:
             return self._say(text[: min(found)]), True
-        return self._say(text[: len(text) - self._unsettled(text)]), False
+        text = text.rstrip("\ufffd")
+        begun = [size for stop in self.stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
+        return self._say(text[: len(text) - max(begun, default=0)]), False
 
     def rest(self) -> str:
         """What was held back, at the end."""
@@ -138,11 +151,6 @@ class Reader:
     def _say(self, text: str) -> str:
         new, self.said = text[len(self.said) :], max(self.said, text, key=len)
         return new
-
-    def _unsettled(self, text: str) -> int:
-        halves = len(text) - len(text.rstrip("\ufffd"))
-        begun = [size for stop in self.stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
-        return max([halves, *begun])
 
 
 def as_chat(tokens: Sequence[tuple[str, dict]]) -> dict:

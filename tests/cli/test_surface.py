@@ -50,6 +50,15 @@ OPTIONS = {
         prompt! method=pargs{plain,pargs,pargs-greedy,args,args-greedy,cd,soft,reweighted,win,genarm,farma,implicit}
         output beside=[] shown=10 sample=0
     """,
+    "serve": """
+        model! reward-model beta=1.0 top-k min-ref-prob=0.0 truncate=False guide-below max-new-tokens=512
+        temperature=1.0
+        ref-temperature=1.0 ref-top-k=0 ref-top-p=1.0 ref-min-p=0.0 device
+        dtype=auto{float32,bfloat16,float16,auto} prompt-format{text,dialogue,chat,ids}
+        method=pargs{plain,pargs,pargs-greedy,args,args-greedy,cd,soft,reweighted,win,genarm,farma,implicit}
+        name host=127.0.0.1 port=8000 api-key-file rows=32 waiting=64 max-top-k max-length max-body=1048576
+        log-prompts=False
+    """,
     "evaluate": "files! judge=[] against reference export{alpacaeval} output-dir=runs/evaluation overwrite=False",
     "study": """
         output-dir=runs/study seeds=3 seed=0 worlds processes=2 quick=False methods=[] betas=[] model dataset prompts
