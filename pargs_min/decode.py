@@ -197,7 +197,8 @@ class Drawn(NamedTuple):
         """What is known of (B,) tokens, from (B, V) log-probabilities and (B, K) candidates and rewards."""
         chosen = candidates == tokens[:, None]
         reward = rewards.masked_fill(~chosen, 0.0).sum(-1).masked_fill(~chosen.any(-1), torch.nan)
-        return cls(tokens, *(of_all.gather(1, tokens[:, None])[:, 0] for of_all in (reference, log_probs)), reward)
+        ref_log_prob, log_prob = (of_all.gather(1, tokens[:, None])[:, 0] for of_all in (reference, log_probs))
+        return cls(tokens, ref_log_prob, log_prob, reward)
 
 
 @dataclass(frozen=True)

@@ -156,9 +156,7 @@ class Choice:
     name: Callable[[int], str]
     finish: str | None = None
     spelt: int = 0  # characters that its tokens have, as far as they are settled
-    fresh: list[tuple[str, dict]] = field(
-        default_factory=list
-    )  # tokens that have not been handed out, with their records
+    fresh: list[tuple[str, dict]] = field(default_factory=list)  # text and record of tokens not handed out yet
 
     def hear(self, what: tuple[Step, int] | Exception | None) -> str | None:
         """What is new in the text; None where it has ended before.
@@ -218,8 +216,8 @@ class Answer:
         self.about = about | {"model": served.name}
         try:
             served.engine.submit(texts)
-        except (Busy, Closing) as full:
-            raise refusal(full) from None
+        except (Busy, Closing) as wrong:
+            raise refusal(wrong) from None
 
     async def news(self) -> AsyncIterator[tuple[Choice, str]]:
         """What is new of each choice. Whoever stops listening frees its texts."""
@@ -277,7 +275,7 @@ def refusal(wrong: Exception) -> Refused:
     if isinstance(wrong, Closing):
         return Refused("the server is shutting down", 503)
     if is_out_of_memory(wrong):
-        return Refused("out of memory: ask for a shorter text, or with less candidates", 503)
+        return Refused("out of memory: ask for a shorter text, or fewer candidates", 503)
     if isinstance(wrong, FloatingPointError):
         return Refused(f"{wrong}; the weights may be damaged, or beta too large", 500)
     traceback.print_exception(wrong, file=sys.stderr)
@@ -345,7 +343,10 @@ async def respond(served: Served, asked: ChatRequest | CompletionRequest, reques
         if await request.is_disconnected():
             whole.cancel()
             return Response(status_code=499)
-    return JSONResponse(await whole)
+    try:
+        return JSONResponse(await whole)
+    except Exception as wrong:
+        raise refusal(wrong) from None
 
 
 async def as_response(request: Request, wrong: Exception) -> Response:
@@ -361,7 +362,7 @@ async def as_response(request: Request, wrong: Exception) -> Response:
 def about(served: Served) -> dict:
     """The model as `/v1/models` lists it, and what a request may ask of it."""
     offers = {"method": served.method.name, "methods": [*served.methods], "beta": served.how.beta}
-    offers |= {"chat": bool(served.codec.tokenizer.chat_template), "max_tokens": served.how.max_new_tokens}
+    offers |= {"chat": served.codec.form == "chat", "max_tokens": served.how.max_new_tokens}
     return {"id": served.name, "object": "model", "created": 0, "owned_by": "pargs-min", "pargs": offers}
 
 
