@@ -210,6 +210,28 @@ def test_a_chats_log_probabilities():
         assert ask().choices[0].logprobs is None
 
 
+def test_a_stop_string_ends_its_own_choice_and_frees_its_row():
+    """Of two texts, one holds the word: it is cut there, and the other goes on alone."""
+    found = (expected("a b c", n=2, seed=seed, max_new_tokens=20) for seed in range(100))
+    seed, (first, second), word = next(
+        (seed, texts, word)
+        for seed, texts in enumerate(found)
+        for word in texts[0].split()[2:4]
+        if word not in texts[1] and len(texts[1].split()) > 12
+    )
+    policy = Counted(ModelPolicy(LM, CODEC.vocabulary))
+    with running(served(engine=engine(policy=policy))) as address:
+        ask = partial(httpx2.post, f"{address}/v1/completions")
+        for stop in (word, ["nowhere", word, ""]):
+            policy.rows.clear()
+            answer = ask(json={"prompt": "a b c", "n": 2, "seed": seed, "stop": stop}).json()
+            assert [choice["text"] for choice in answer["choices"]] == [first[: first.index(word)], second]
+            assert answer["choices"][0]["finish_reason"] == "stop"
+            assert answer["usage"]["completion_tokens"] < 6 + 21
+            assert policy.rows[0] == 2
+            assert policy.rows[8:] == [1] * len(policy.rows[8:])
+
+
 WRONG = [
     ("prompt", {"prompt": 5}, "prompt"),
     ("prompt", {"prompt": []}, "empty"),
