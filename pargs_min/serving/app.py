@@ -126,7 +126,7 @@ class Served:
             raise Refused(f"{self.name} has no chat template: ask /v1/completions", param="messages")
         try:
             return replace(self.codec, now=datetime.now()).prompt({"prompt": prompt})
-        except ValueError as wrong:
+        except Exception as wrong:  # of no kind of its own, where a tokenizer lacks a word
             raise Refused(str(wrong), param="messages" if chat else "prompt") from None
 
     def _room(self, ids: list[int], asked: ChatRequest | CompletionRequest) -> int:
