@@ -47,11 +47,11 @@ class Browser:
             self.complaints.append(json.dumps(message["params"]))
         return message
 
-    def open(self, page: Path, width: int = 1200, height: int = 900, dark: bool = False) -> None:
+    def open(self, page: Path | str, width: int = 1200, height: int = 900, dark: bool = False) -> None:
         self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.ask("Emulation.setEmulatedMedia", features=[scheme])
-        answer = self.ask("Page.navigate", url=page.resolve().as_uri())
+        answer = self.ask("Page.navigate", url=page if isinstance(page, str) else page.resolve().as_uri())
         assert "errorText" not in answer, answer
         while self._read().get("method") != "Page.loadEventFired":
             pass
@@ -62,9 +62,24 @@ class Browser:
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
 
-    def press(self, key: str, code: int) -> None:
+    def press(self, key: str, code: int, modifiers: int = 0) -> None:
+        """A key with its virtual key code; modifiers: 1 Alt, 2 Ctrl, 4 Meta, 8 Shift."""
+        how = dict(key=key, code=key, windowsVirtualKeyCode=code, modifiers=modifiers)
         for kind in ("rawKeyDown", "keyUp"):
-            self.ask("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+            self.ask("Input.dispatchKeyEvent", type=kind, **how)
+
+    def write(self, text: str) -> None:
+        """Into the field that has the focus."""
+        self.ask("Input.insertText", text=text)
+
+    def click(self, selector: str) -> None:
+        """In the middle of the first line of an element, scrolled into view."""
+        found = f"document.querySelector({json.dumps(selector)})"
+        self.run(f"{found}.scrollIntoView({{block: 'nearest'}})")
+        x, y, width, height = self.run(f"Object.values({found}.getClientRects()[0].toJSON()).slice(0, 4)")
+        at = dict(x=x + width / 2, y=y + height / 2, button="left", clickCount=1)
+        for kind in ("mousePressed", "mouseReleased"):
+            self.ask("Input.dispatchMouseEvent", type=kind, **at)
 
     def picture(self, path: Path) -> None:
         path.write_bytes(base64.b64decode(self.ask("Page.captureScreenshot")["data"]))
