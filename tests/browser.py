@@ -104,5 +104,7 @@ def browser() -> Iterator[Browser]:
         finally:
             os.close(ours_out)
             os.close(ours_in)
-            run.terminate()
-            run.wait(20)
+            try:
+                run.wait(20)  # it ends where nobody speaks to it, and then writes nothing more into its profile
+            finally:
+                run.kill()
