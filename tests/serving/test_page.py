@@ -273,10 +273,11 @@ def test_bytes_that_are_no_character_can_be_chosen_and_change_no_text(reader):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    with running(served(PreTrainedTokenizerFast(tokenizer_object=backend), top_k=50)) as address:
+    with running(served(PreTrainedTokenizerFast(tokenizer_object=backend), top_k=50, max_new_tokens=19)) as address:
         visit(reader, address)
         generate(reader, "é")
         text, records = asked(address, "é")
+        assert text.endswith("\ufffd")  # which is said last, and by no token
         assert texts(reader)[1] == text
         tokens = "[...document.querySelectorAll('.guided .text span')]"
         assert reader.run(f"{tokens}.length") == len(records)
@@ -334,6 +335,8 @@ def test_stop_frees_the_server_and_keeps_the_text(reader, address):
         before = texts(reader)
         assert len(before[0]) > 2
         until(reader, f"{TEXT}[0].length > {len(before[0])} && {TEXT}[1].length > 2")
+        assert "writing" in reader.run("document.querySelector('.guided .end').innerText")
+        running_texts = [*offered.engine.running]
         reader.click("#stop")
         until(reader, f"{STATUS} === 'Stopped.'")
         plain, guided = texts(reader)
@@ -346,6 +349,8 @@ def test_stop_frees_the_server_and_keeps_the_text(reader, address):
         while offered.engine.running:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+        assert running_texts
+        assert all(len(text.ids) < 20 for text in running_texts)  # they were given up
         assert texts(reader) == [plain, guided]
 
 
@@ -384,6 +389,8 @@ def test_tokens_and_numbers_are_written_as_in_a_trace(reader, address):
         assert reader.run(f"visible({json.dumps(token)})") == trace.visible(token)
     for number in (0.0, 1.0, 0.12345, 0.001, 9.4e-4, 2.4e-7, 1e-12):
         assert reader.run(f"number({number})") == trace._number(number)
+    ways = [reader.run(f"way({nats})") for nats in (-0.11, -0.09, 0, 0.09, 0.11)]
+    assert ways == ["down", "same", "same", "same", "up"]
     assert [reader.run(f"signed({nats})") for nats in (-1e-7, -0.126, 2)] == ["+0.00 nats", "−0.13 nats", "+2.00 nats"]
 
 
