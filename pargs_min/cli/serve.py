@@ -74,7 +74,8 @@ def serve(arguments: list[str]) -> None:
 
 def bound(host: str, port: int) -> socket.socket:
     """A socket at this address, which is taken before models are loaded. Raises ValueError if it cannot be had."""
-    place = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    place = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, so that asyncio sends tokens at once
     place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         place.bind((host, port))

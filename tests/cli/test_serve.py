@@ -16,7 +16,7 @@ import pytest
 
 from pargs_min.cli import main
 from pargs_min.cli.decode import load
-from pargs_min.cli.serve import ServeOptions, offer
+from pargs_min.cli.serve import ServeOptions, bound, offer
 from pargs_min.texts import Tokens
 from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
 
@@ -161,6 +161,12 @@ def test_a_port_that_is_taken_is_refused_before_models_are_loaded(made, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["serve", "--model", "nowhere", "--port", str(taken.getsockname()[1])]) == 2
     assert "choose another --port" in capsys.readouterr().err
+
+
+def test_tokens_are_sent_at_once():
+    """Not held back for 40 ms, until an earlier packet is acknowledged: asyncio asks so where the protocol is named."""
+    with bound("127.0.0.1", 0) as place:
+        assert place.proto == socket.IPPROTO_TCP
 
 
 def test_without_the_extra_it_says_what_to_install(made, monkeypatch, capsys):

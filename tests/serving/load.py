@@ -1,8 +1,9 @@
 """How a server bears 32 clients at once, beside one that calls transformers' `generate` for each request in turn.
 
-    python -m tests.serving.load MODEL          # prints ratios, and the latency of a first token
+    python -m tests.serving.load MODEL          # prints ratios
 
-Both serve the same model, unguided, with texts of the same length; requests are the same, and so are their clients.
+Both serve the same model, unguided, with texts of up to the same length; requests are the same, and so are their
+clients. Then, alone: the time to the first token of a stream, plain and guided, in steps of a plain one.
 """
 
 import json
@@ -11,15 +12,20 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx2
+import numpy as np
 import torch
 import uvicorn
 from fastapi import FastAPI
 from transformers.utils import logging
 
 from pargs_min.cli.serve import ServeOptions, offer
-from pargs_min.models import load_language_model, load_tokenizer
+from pargs_min.models import load_language_model, load_reward_model, load_tokenizer, record, save
 from pargs_min.texts import Tokens
 from tests.serving.conftest import listening, running
 
@@ -43,20 +49,19 @@ def generate_server(model: str) -> FastAPI:
     return app
 
 
-def ask(address: str, seed: int) -> tuple[float, int]:
+def ask(client: httpx2.Client, seed: int) -> tuple[float, int]:
     """Seconds that an answer took, and its tokens."""
     began = time.perf_counter()
-    body = {"prompt": PROMPT, "seed": seed, "max_tokens": TOKENS}
-    answer = httpx2.post(f"{address}/v1/completions", json=body, timeout=600).json()
+    answer = client.post("/v1/completions", json={"prompt": PROMPT, "seed": seed, "max_tokens": TOKENS}).json()
     return time.perf_counter() - began, answer["usage"]["completion_tokens"] if "usage" in answer else TOKENS
 
 
 def bear(address: str) -> dict[str, float]:
     """Tokens per second of all clients together, and the median seconds of a request."""
-    ask(address, 0)
-    began = time.perf_counter()
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        found = [*pool.map(lambda seed: ask(address, seed), range(REQUESTS))]
+    with httpx2.Client(base_url=address, timeout=600) as client, ThreadPoolExecutor(CLIENTS) as pool:
+        ask(client, 0)
+        began = time.perf_counter()
+        found = [*pool.map(partial(ask, client), range(REQUESTS))]
     seconds = time.perf_counter() - began
     return {
         "rate": sum(tokens for _, tokens in found) / seconds,
@@ -64,29 +69,48 @@ def bear(address: str) -> dict[str, float]:
     }
 
 
-def first_token(address: str, **more) -> float:
-    """Median seconds to the first token of a stream, alone."""
-    taken = []
-    for seed in range(20):
-        began = time.perf_counter()
-        body = {"prompt": PROMPT, "seed": seed, "max_tokens": TOKENS, "stream": True} | more
-        with httpx2.stream("POST", f"{address}/v1/completions", json=body) as answer:
-            next(line for line in answer.iter_lines() if line)
-            taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+def stream(client: httpx2.Client, method: str, seed: int) -> tuple[float, float]:
+    """Seconds to the first token of a stream, and between one token and the next."""
+    body = {"prompt": PROMPT, "seed": seed, "max_tokens": TOKENS, "stream": True, "method": method}
+    times = [time.perf_counter()]
+    with client.stream("POST", "/v1/completions", json=body) as answer:
+        times += [time.perf_counter() for line in answer.iter_lines() if line]
+    gaps = [after - before for before, after in pairwise(times)]
+    return gaps[0], statistics.median(gaps[1:-1])
 
 
 def main(model: str) -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
+    with TemporaryDirectory() as folder:
+        untrained(model, folder)
+        offered = offer(ServeOptions(model=model, reward_model=folder), Tokens(max_new_tokens=TOKENS))
     plain = uvicorn.Server(uvicorn.Config(generate_server(model), log_level="warning"))
-    offered = offer(ServeOptions(model=model, method="plain"), Tokens(max_new_tokens=TOKENS))
+    offered.method = offered.methods["plain"]
     with running(offered) as ours, listening(plain) as theirs:
         rounds = [(bear(ours), bear(theirs)) for _ in range(3)]
         for name in ("rate", "median"):
             print(name, "ours / generate's:", [round(mine[name] / other[name], 2) for mine, other in rounds])
-        print("first token, ms:", round(1000 * first_token(ours), 1))
+        with httpx2.Client(base_url=ours) as client:
+            for _ in range(2):
+                found = {
+                    method: np.median([stream(client, method, seed) for seed in range(20)], 0)
+                    for method in ("plain", "pargs")
+                }
+                step = found["plain"][1]
+                firsts = {method: round(float(first / step), 1) for method, (first, _) in found.items()}
+                print(
+                    "first token, in plain steps:", firsts, "a guided step:", round(float(found["pargs"][1] / step), 2)
+                )
     print(json.dumps(rounds))
+
+
+def untrained(model: str, folder: str) -> None:
+    """A reward model with a new head: what it says does not matter here."""
+    tokenizer = load_tokenizer(model)
+    rm = load_reward_model(model, tokenizer, head="scalar")
+    record(rm, objective="partial", append_eos=True, prompt_format="text")
+    save(rm, tokenizer, Path(folder))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pargs_min.cli.serve import ServeOptions, offer
-from pargs_min.models import load_language_model, load_reward_model, load_tokenizer, record, save
+from pargs_min.models import load_language_model, load_reward_model, load_tokenizer
 from pargs_min.texts import Tokens, generate_texts
 from tests.serving.conftest import running
+from tests.serving.load import untrained
 
 pytestmark = pytest.mark.real
 CLIENTS, PROMPTS = 32, ["Once upon a time, there was", "Lily and Tom went to the", "One day, a big dog", "The sun"]
@@ -32,11 +33,9 @@ def resident():
 
 def test_each_of_32_clients_at_once_gets_its_own_text(real, tmp_path):
     torch.manual_seed(0)
-    model, tokenizer = str(real / "stories260K"), load_tokenizer(real / "stories260K")
-    rm = load_reward_model(model, tokenizer, head="scalar")
-    record(rm, objective="partial", append_eos=True, prompt_format="text")
-    save(rm, tokenizer, tmp_path / "rm")
-    offered = offer(ServeOptions(model=model, reward_model=str(tmp_path / "rm")), Tokens(max_new_tokens=64))
+    model, folder = str(real / "stories260K"), str(tmp_path / "rm")
+    untrained(model, folder)
+    offered = offer(ServeOptions(model=model, reward_model=folder), Tokens(max_new_tokens=64))
     with running(offered) as address, ThreadPoolExecutor(CLIENTS) as pool:
 
         def asked(number):
@@ -46,7 +45,7 @@ def test_each_of_32_clients_at_once_gets_its_own_text(real, tmp_path):
         before = resident()
         again = [*pool.map(asked, range(64))]
         grown = resident() - before
-    lm, rm = load_language_model(model), load_reward_model(tmp_path / "rm")
+    lm, tokenizer, rm = load_language_model(model), load_tokenizer(model), load_reward_model(folder)
     for number, answer in enumerate(answers):
         how = settings(number)
         tokens = dict(max_new_tokens=how["max_tokens"], ref_top_p=how["top_p"])
