@@ -34,7 +34,9 @@ from pargs_min.serving.protocol import ChatRequest, CompletionRequest, Reader, a
 from pargs_min.texts import Tokens
 from pargs_min.trace import records, token_texts
 
-PAGES = {"/": "page.html", "/page.css": "page.css", "/page.js": "page.js"}
+HERE = Path(__file__).parent
+PAGES = {"/": HERE / "page.html", "/page.css": HERE / "page.css", "/page.js": HERE / "page.js"}
+PAGES["/tokens.css"] = HERE.parent / "tokens.css"
 SAFE = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -321,8 +323,8 @@ def app_of(served: Served, *, key: str | None = None, local: bool = True, most: 
         found = {"running": len(engine.running), "waiting": len(engine.waiting)}
         return JSONResponse({"status": "closing" if engine.closing else "ok"} | found, 503 if engine.closing else 200)
 
-    for path, file in PAGES.items():
-        app.add_route(path, partial(show, Path(__file__).with_name(file)), methods=["GET"])
+    for path, page in PAGES.items():
+        app.add_route(path, partial(show, page), methods=["GET"])
     return app
 
 
@@ -372,8 +374,10 @@ def invalid(wrong: RequestValidationError) -> Refused:
     if first["type"] == "json_invalid":
         return Refused(f"the body is not JSON: {first['ctx']['error']}")
     path = [str(part) for part in first["loc"] if part != "body"]
+    if not path:
+        return Refused("the body must be a JSON object, sent as Content-Type: application/json")
     said = "is not supported here" if first["type"] == "extra_forbidden" else first["msg"]
-    return Refused(f"{'.'.join(path) or 'the body'}: {said}", param=next(iter(path), None))
+    return Refused(f"{'.'.join(path)}: {said}", param=path[0])
 
 
 class Guard:

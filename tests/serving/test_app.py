@@ -285,7 +285,7 @@ def test_fields_that_ask_for_nothing_are_taken(address):
     ("body", "said"),
     [
         (b"{", "the body is not JSON"),
-        (b"[]", "valid dictionary"),
+        (b"[]", "must be a JSON object"),
         (b'{"prompt": "\\ud800"}', "half a character"),
         (b"\xff\xfe", ""),
         (b"[" * 100_000, ""),
@@ -344,6 +344,7 @@ def test_a_web_page_cannot_reach_it_under_another_name_nor_read_what_it_says(add
         f"{address}/v1/completions", content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"}
     )
     assert simple.status_code == 400
+    assert "sent as Content-Type: application/json" in simple.json()["error"]["message"]
     with running(served(), local=False) as public:
         assert httpx2.get(f"{public}/v1/models", headers={"Host": "guided.example"}).status_code == 200
 
