@@ -31,6 +31,7 @@ not import:
     world/         the embedded world: a grammar with a gold reward, and its exact values
     baselines/     rivals that fine-tune the language model: DPO, PPO
     benchmark/     what a guided token costs
+    serving/       a guided model behind OpenAI's interface
     experiments/   grids of experiments, a file for each question, the demonstration
     cli/           the command line
 
