@@ -105,11 +105,13 @@ def offer(options: ServeOptions, how: Tokens):
         ValueError: for an option out of range, or a guide that cannot serve this language model.
     """
     from pargs_min.serving.app import Served
-    from pargs_min.serving.engine import Engine
+    from pargs_min.serving.engine import Engine, Text
 
     for name in ("rows", "waiting", "max_length", "max_body", "max_top_k"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if how.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {how.max_new_tokens}")
     if how.guide_below is not None:
         raise ValueError("guide_below (--guide-below) is for single texts, and a server writes several together")
     method = METHODS[options.method]
@@ -127,6 +129,9 @@ def offer(options: ServeOptions, how: Tokens):
     scorer = _scorer(method, how, lm, guide, codec, loaded["reward_tokenizer"], context) if method.guided else None
     settings = dict(device=lm.device, rows=options.rows, room=options.waiting)
     engine = Engine(ModelPolicy(lm, codec.vocabulary), scorer, codec.ends or (), **settings)
+    engine.submit([Text([0], method, how, (0, 0, 0), lambda what: None)])
+    engine.turn()  # what cannot be is said now, and not to a client
+    engine.running.clear()
     most = options.max_top_k or (None if guide is None or hasattr(scorer, "vocabulary") else 100)
     name = options.name or Path(options.model).name
     methods = {"plain": METHODS["plain"], method.name: method}

@@ -85,7 +85,7 @@ def lines(address, body, found):
 
 def cut_off(address, heard):
     try:
-        lines(address, LONG, heard)
+        lines(address, LONG | {"n": 30}, heard)  # more than is sent before the end comes
     except httpx2.TransportError:
         heard.append("cut off")
 
@@ -148,6 +148,11 @@ WRONG = [
     (["--host", "nowhere.invalid", "--api-key-file", "/dev/null"], "must hold one line"),
     (["--prompt-format", "chat"], "cannot be chat and text at once"),
     (["--ref-top-p", "0"], "ref_top_p must be above 0"),
+    (["--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0"),
+    (["--temperature", "0"], "temperature must be a positive number"),
+    (["--top-k", "99"], "top_k must lie between"),
+    (["--min-ref-prob", "2"], "min_ref_prob must be a probability"),
+    (["--beta", "nan"], "beta must be a finite number"),
 ]
 
 
