@@ -314,7 +314,7 @@ def test_errors_are_shown_and_the_next_text_is_written(reader, address):
     with running(served(fails=5)) as other:
         visit(reader, other)
         generate(reader, status="a reward is not finite; the weights may be damaged, or beta too large")
-        assert len(reader.run("document.querySelectorAll('.guided .text span')") or texts(reader)[1]) > 0
+        assert any(texts(reader))  # four tokens of the first to come stay
         reader.click("button.main")
         until(reader, f"{STATUS} === 'Done.'")
     reader.click("button.main")  # the server has gone
