@@ -322,7 +322,7 @@ def test_errors_are_shown_and_the_next_text_is_written(reader, address):
 
 
 def test_stop_frees_the_server_and_keeps_the_text(reader, address):
-    offered = served(slow=0.15)
+    offered = served(slow=0.4)
     wholes = asked(address, method="plain"), asked(address, beta=6.0)
     with running(offered) as other:
         visit(reader, other)
