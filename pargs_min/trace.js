@@ -1,5 +1,3 @@
-"use strict";
-
 /* What `policy.keep_rest`, or where `cut` is true `policy.truncate_rest`, makes of one step with another beta:
 
      pi(t|a) = ref(t|a) exp(beta r(at)) ref(C|a) / sum_{c in C} ref(c|a) exp(beta r(ac))   for t in C, ref(t|a) otherwise
@@ -27,10 +25,7 @@ function guided(step, beta, cut) {
 
 const asRecorded = ({ candidates, others, nats }) => ({ probs: candidates.map((one) => one.prob), others: others.prob, nats });
 
-/* Numbers as `trace.py` writes them. */
-const number = (p) => (p >= 0.001 || p === 0 ? p.toFixed(3) : p.toExponential(0).replace(/-(\d)$/, "-0$1"));
 const nats = (x) => (x === -Infinity ? "−∞" : x.toFixed(2));
-const way = (x) => (x > 0.1 ? "up" : x < -0.1 ? "down" : "same");
 
 /* Let the controls of a text, hidden until now, move its numbers. */
 function play(article, { settings, steps }) {

@@ -274,11 +274,11 @@ def test_what_is_no_page_of_a_trace_is_refused(page, tmp_path):
 
 def by_script(jobs: list) -> list[list[dict]]:
     """What the page's script makes of each (steps, beta, cut), in node: no page is there, so no control."""
-    source = Path(module.__file__).with_suffix(".js").read_text("utf-8")
+    parts = (Path(module.__file__).with_name(name).read_text("utf-8") for name in ("tokens.js", "trace.js"))
     stub = "const document = {getElementById: () => ({textContent: '[]'}), querySelectorAll: () => []};"
     ask = "const jobs = JSON.parse(require('fs').readFileSync(0, 'utf-8'));"
     ask += "console.log(JSON.stringify(jobs.map(([steps, beta, cut]) => steps.map((one) => guided(one, beta, cut)))))"
-    command = ["node", "-e", "\n".join([source.replace('"use strict";', '"use strict";' + stub, 1), ask])]
+    command = ["node", "-e", "\n".join([*parts, ask]).replace('"use strict";', '"use strict";' + stub, 1)]
     return json.loads(
         subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True, check=True).stdout
     )

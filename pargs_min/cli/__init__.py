@@ -5,7 +5,7 @@ commands:
   train      train a reward model on every prefix of the responses of preference pairs
   generate   generate texts for a file of prompts, guided by a reward model or not
   trace      show one text token by token: what could have followed, what was drawn
-  serve      serve a guided model, as clients of OpenAI's interface expect it, with a playground
+  serve      serve a guided model behind OpenAI's interface, with a playground
   evaluate   judge texts of any methods over the same prompts, in one table
   study      answer an open question by a grid of experiments
   benchmark  measure what a guided token costs

@@ -10,6 +10,7 @@ from pargs_min.codec import Codec, check_vocabularies
 from pargs_min.decode import ModelPolicy
 from pargs_min.methods import METHODS, Method, tokenwise
 from pargs_min.reward_model import context_length, is_language_model, recorded
+from pargs_min.scoring import ReencodeScorer, SiblingScorer
 from pargs_min.serving import LOCAL
 from pargs_min.texts import Tokens, check_guide, check_prompts, choose_scorer, common_form, language_model_scorer
 from pargs_min.trunk import share_trunk
@@ -132,7 +133,7 @@ def offer(options: ServeOptions, how: Tokens):
     engine.submit([Text([0], method, how, (0, 0, 0), lambda what: None)])
     engine.turn()  # what cannot be is said now, and not to a client
     engine.running.clear()
-    most = options.max_top_k or (None if guide is None or hasattr(scorer, "vocabulary") else 100)
+    most = options.max_top_k or (100 if isinstance(scorer, (SiblingScorer, ReencodeScorer)) else None)
     name = options.name or Path(options.model).name
     methods = {"plain": METHODS["plain"], method.name: method}
     return Served(name, codec, engine, method, how, methods, context, most, options.log_prompts)

@@ -36,7 +36,7 @@ from pargs_min.trace import records, token_texts
 
 HERE = Path(__file__).parent
 PAGES = {"/": HERE / "page.html", "/page.css": HERE / "page.css", "/page.js": HERE / "page.js"}
-PAGES["/tokens.css"] = HERE.parent / "tokens.css"
+PAGES |= {f"/{name}": HERE.parent / name for name in ("tokens.css", "tokens.js")}
 SAFE = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -89,6 +89,8 @@ class Served:
         if asked.model not in (None, self.name):
             raise Refused(f"there is no model {asked.model!r}; this is {self.name}", 404, "model", "model_not_found")
         method, how = self._method(asked), self._how(asked)
+        if how.beta == 0 and not how.truncate:  # the reference, for which no guide need be asked
+            method = replace(method, guided=False)
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
         encoded = [self._encode(prompt, asked) for prompt in asked.prompts]
         if not encoded:

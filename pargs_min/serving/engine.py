@@ -85,7 +85,8 @@ class Engine:
         self.rows, self.room, self.shown = rows, room, shown
         self.waiting: deque[Text] = deque()
         self.running: list[Text] = []
-        self.guiding = self.unread = self.closing = False  # unread: the models have yet to read the running texts
+        self.guide: RewardScorer | None = None  # the scorer, while some of the running texts are guided
+        self.unread = self.closing = False  # unread: the models have yet to read the running texts
         self.steps = 0  # since texts joined
         self.changed = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -158,11 +159,13 @@ class Engine:
     def _read(self) -> None:
         """Let the models read all running texts from the beginning; the scorer only where some are guided."""
         tensors = [tensor.to(self.device) for tensor in left_pad([text.prompt_ids + text.ids for text in self.running])]
-        self.guiding = any(text.method.guided for text in self.running)
-        self.policy.start(*tensors)
-        if self.guiding and self.scorer:
-            self.scorer.start(*tensors)
+        self.guide = self.scorer if any(text.method.guided for text in self.running) else None
+        for stepper in self._steppers():
+            stepper.start(*tensors)
         self.steps, self.unread = 0, False
+
+    def _steppers(self) -> list[PolicyStepper | RewardScorer]:
+        return [self.policy] if self.guide is None else [self.policy, self.guide]
 
     def _step(self) -> None:
         groups: dict[tuple[Method, Tokens], list[int]] = {}  # settings -> rows
@@ -176,8 +179,8 @@ class Engine:
         needed = [how.top_k or reference.shape[1] for method, how in groups if method.guided]
         ref_log_probs, candidates = top_k_candidates(reference, max([min(self.shown, reference.shape[1]), *needed]))
         rewards = torch.full_like(ref_log_probs, torch.nan)
-        if self.guiding and self.scorer:
-            rewards = self.scorer.score(candidates, ref_log_probs).to(rewards)
+        if self.guide:
+            rewards = self.guide.score(candidates, ref_log_probs).to(rewards)
 
         # The policy of each text, from its own number of candidates.
         log_probs, eligible = reference.clone(), torch.zeros_like(candidates, dtype=torch.bool)
@@ -214,12 +217,13 @@ class Engine:
                 text.hear(None)
             elif text.wanted:
                 going.append(row)
+        if not any(self.running[row].method.guided for row in going):
+            self.guide = None
         rows = torch.tensor(going, dtype=torch.long, device=self.device)
-        for stepper in (self.policy, self.scorer) if self.guiding and self.scorer else (self.policy,):
-            if going:
-                if len(going) < len(self.running):
-                    stepper.select(rows)
-                stepper.push(step.drawn.tokens[rows])
+        for stepper in self._steppers() if going else ():
+            if len(going) < len(self.running):
+                stepper.select(rows)
+            stepper.push(step.drawn.tokens[rows])
         self.running = [self.running[row] for row in going]
 
 

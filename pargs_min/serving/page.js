@@ -19,14 +19,10 @@ function visible(token) {
   return /^\p{M}/u.test(shown) ? `◌${shown}` : shown || "<empty>";
 }
 
-const number = (p) => (p >= 0.001 || p === 0 ? p.toFixed(3) : p.toExponential(0).replace(/-(\d)$/, "-0$1"));
-
 function signed(nats) {
   const shown = Number(nats.toFixed(2));
   return `${shown < 0 ? "−" : "+"}${Math.abs(shown).toFixed(2)} nats`;
 }
-
-const way = (nats) => (nats > 0.1 ? "up" : nats < -0.1 ? "down" : "same");
 
 function element(tag, text, className = "") {
   const made = document.createElement(tag);

@@ -15,8 +15,8 @@ import openai
 import pytest
 
 from pargs_min.cli import main
-from pargs_min.cli.decode import load
 from pargs_min.cli.serve import ServeOptions, bound, offer
+from pargs_min.models import load_reward_model
 from pargs_min.texts import Tokens
 from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
 
@@ -187,4 +187,14 @@ def test_the_limits_of_a_server(made):
     assert [*found.methods] == ["plain", "pargs"]
     plain = offer(ServeOptions(model=f"{made}/lm", method="plain"), Tokens())
     assert ([*plain.methods], plain.context, plain.engine.scorer) == (["plain"], 64, None)
-    assert load(asked)["prompt_format"] is None
+
+
+@pytest.mark.parametrize("head", ["vocab", "language model"])
+def test_a_guide_that_is_asked_once_per_step_has_no_limit_of_candidates(made, tmp_path, head):
+    method, guide = ("reweighted", tiny_lm(vocabulary=14)) if head != "vocab" else ("farma", None)
+    guide = guide or load_reward_model(f"{made}/lm", tiny_tokenizer(), head="vocab")
+    guide.float().config.pargs = {"objective": method, "prompt_format": "text", "beta": 1.0}
+    guide.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    found = offer(ServeOptions(model=f"{made}/lm", reward_model=str(tmp_path), method=method), Tokens(max_new_tokens=9))
+    assert found.max_top_k is None

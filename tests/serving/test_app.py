@@ -21,7 +21,7 @@ from pargs_min.decode import ModelPolicy
 from pargs_min.methods import METHODS
 from pargs_min.serving.app import Guard, Served
 from pargs_min.serving.engine import Engine
-from pargs_min.texts import Tokens, generate_texts
+from pargs_min.texts import Tokens, choose_scorer, generate_texts
 from tests.serving.conftest import running, started
 from tests.serving.test_engine import CODEC, LM, Counted, engine, reward_model
 from tests.strategies import tiny_lm
@@ -155,6 +155,14 @@ def test_settings_of_a_request(client):
     assert ask(prompt=CODEC.prompt({"prompt": "a b c"})).choices[0].text == expected("a b c")[0]
     without = {ask(prompt="a b c", seed=None).choices[0].text for _ in range(5)}
     assert len(without) > 1
+
+
+def test_beta_0_is_the_reference_and_asks_no_guide():
+    scorer = Counted(choose_scorer(reward_model(), 64, CODEC.ends))
+    with running(served(engine=engine(scorer))) as address:
+        answer = httpx2.post(f"{address}/v1/completions", json={"prompt": "a b c", "seed": 3, "beta": 0}).json()
+    assert answer["choices"][0]["text"] == expected("a b c", method="plain")[0]
+    assert scorer.rows == []
 
 
 def test_log_probabilities_are_the_policys_and_come_with_the_references_and_rewards(client):

@@ -186,6 +186,16 @@ def test_plain_texts_ask_no_guide_and_texts_that_end_or_are_not_wanted_make_room
     assert texts[2].heard[-1] is not None
 
 
+def test_a_guide_is_asked_no_more_once_the_guided_texts_have_ended():
+    scorer = Counted(choose_scorer(reward_model(), 64, CODEC.ends))
+    one = engine(scorer)
+    texts = [text(max_new_tokens=3), text(method="plain", sample=12)]
+    one.submit(texts)
+    finish(one)
+    assert len(texts[1].ids) > 3 >= len(texts[0].ids) == len(scorer.rows)
+    assert [each.ids for each in texts] == [alone(each)["response_ids"] for each in texts]
+
+
 def test_texts_beyond_the_rows_wait_their_turn_and_beyond_the_room_are_refused():
     policy = Counted(ModelPolicy(LM, CODEC.vocabulary))
     one = engine(policy=policy, rows=2, room=5)
