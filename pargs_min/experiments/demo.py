@@ -38,7 +38,7 @@ def run(folder: Path, *, quick: bool = False, seed: int = 0) -> None:
     torch.set_num_threads(1)  # the models are so small that a second thread only waits; processes do not
     say(__doc__)
     say(PAIRS.format(TRAINED if seed else SHIPPED))
-    lab = small(folder, seed) if quick else embedded(folder, seed=seed)
+    lab = small(folder, seed) if quick else embedded(folder, seed=seed, pairs=5000)
     lab = lab if quick else replace(lab, samples=64, plain_samples=1000, texts_per_prompt=None)
     say(MODELS)
     rows = gather(sweep({seed: {"": lab}}, cells(seed), folder / "demo.jsonl"))

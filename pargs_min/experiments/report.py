@@ -159,4 +159,4 @@ def reward_against_kl(axes: Axes, rows: list[Row], labs: Sequence[Lab]) -> None:
     if beyond := [f"{row.cell} at {kl(row):.0f} nats" for row in rows if kl(row) > SHOWN_KL]:
         axes.set_title(f"beyond the right edge: {', '.join(beyond)}", loc="right", fontsize=8)
     axes.set(xlabel=KL_LABEL, ylabel="reward")
-    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.03, 0.5))
