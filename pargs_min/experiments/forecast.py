@@ -14,7 +14,7 @@ from pargs_min.reward_model import prefix_rewards
 from pargs_min.train import pair_collator
 
 TOKENS = 6  # of the texts that are written to measure by
-STEP = 3  # a training step reads forwards, and backwards at twice the price
+BACKWARD = 2  # times the price of reading forwards, through the layers that are trained
 TEXTS = {"pairs": 2, "texts": 1, "guide": 1}  # that training reads for each of its examples
 
 
@@ -77,7 +77,8 @@ def _job(of: Pace, make: Callable, lab: Lab, *rest) -> float:
         there = recipes.folder(lab, recipe, seed).exists()
         steps = how.steps * how.per_step * lab.epochs * len(made.pairs) * len(how.rates)
         grouped = recipes.GROUP if recipe == recipes.SOFT_LABELS else TEXTS.get(how.source, 0)
-        return 0.0 if there else STEP * of.read * steps * grouped
+        trained = 1 - (recipes.shared_layers(lab, recipe) or 0) / made.lm.config.get_text_config().num_hidden_layers
+        return 0.0 if there else (1 + BACKWARD * trained) * of.read * steps * grouped
     texts: dict[Callable, float] = {
         measure.plain_rewards: len(made.prompts) * lab.plain_samples * of.plain,
         recipes.samples: recipes.text_count(lab) * of.plain,

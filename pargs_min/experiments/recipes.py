@@ -153,6 +153,11 @@ def folder(lab: Lab, recipe: Recipe, seed: int) -> Path:
     return lab.file("models") / recipe.folder_name(seed)
 
 
+def shared_layers(lab: Lab, recipe: Recipe) -> int | None:
+    """How many of a model's lowest layers stay the reference's."""
+    return lab.shared_layers if recipe.shared_layers is None else recipe.shared_layers
+
+
 def guide(lab: Lab, recipe: Recipe, seed: int) -> PreTrainedModel:
     """A reward model, or a language model that guides, trained now unless it is there."""
     return load_guide(make(lab, recipe, seed), device=default_device())
@@ -160,7 +165,7 @@ def guide(lab: Lab, recipe: Recipe, seed: int) -> PreTrainedModel:
 
 def _train(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> dict[str, float]:
     how, tokenizer = recipe.training, load_tokenizer(lab.model)
-    shared = lab.shared_layers if recipe.shared_layers is None else recipe.shared_layers
+    shared = shared_layers(lab, recipe)
     data: list[Any] = rated(lab, seed) if how.source in ("texts", "guide") else material(lab).pairs[: recipe.pairs]
     held_out, labelled = [], material(lab).held_out if how.source == "pairs" else []
     best: dict[str, float] = {}
