@@ -99,7 +99,7 @@ class Codec:
                 part of a response.
         """
         prompt_ids = self.prompt({"prompt": prompt})
-        messages = _as_messages(prompt) if self.form == "chat" and not _is_ids(prompt) else None
+        messages = as_messages(prompt) if self.form == "chat" and not _is_ids(prompt) else None
         encoded = [
             cast("list[int]", response) if _is_ids(response) else self._response(str(response), prompt_ids, messages)
             for response in responses
@@ -181,7 +181,7 @@ class Codec:
         codec, prompt, response = self.at(record), record["prompt"], record["response"]
         if record.get("finished", True):
             prompt_ids, (ids,) = codec.encode(prompt, [response])
-            whole = self._ids(codec._closed(_as_messages(prompt), response))
+            whole = self._ids(codec._closed(as_messages(prompt), response))
             if whole[: len(prompt_ids) + len(ids)] == prompt_ids + ids:
                 return whole
         elif "<think>" in response and "</think>" not in response:  # templates put empty reasoning before an answer
@@ -253,7 +253,7 @@ def encode_prompt(
             has no token at all, or one that the tokenizer does not know.
     """
     if isinstance(prompt, str) and prompt_format == "chat":
-        prompt = _as_messages(prompt)
+        prompt = as_messages(prompt)
     if isinstance(prompt, str):
         ids = _encode_text(tokenizer, _as_dialogue(prompt) if prompt_format == "dialogue" else prompt)
     elif is_messages(prompt):
@@ -266,11 +266,11 @@ def encode_prompt(
     return ids if max_length is None else cut_left(ids, max_length, tokenizer.bos_token_id)
 
 
-def _as_messages(prompt: Prompt) -> Messages:
+def as_messages(prompt: Prompt) -> Messages:
     """Text as the message of a user, or the turns of a dialogue as messages.
 
     >>> dialogue = "\\n\\nHuman: Hi\\n\\nAssistant: Hello\\n\\nHuman: Why?\\n\\nAssistant:"
-    >>> [(message["role"], message["content"]) for message in _as_messages(dialogue)]
+    >>> [(message["role"], message["content"]) for message in as_messages(dialogue)]
     [('user', 'Hi'), ('assistant', 'Hello'), ('user', 'Why?')]
     """
     if not isinstance(prompt, str):

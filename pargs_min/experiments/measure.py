@@ -176,7 +176,8 @@ def measure(lab: Lab, cell: Cell) -> dict:
         judge's reward), examples (the first text for some prompts, on a model of one's own), the judge's further
         measures, time and memory (`price`), gap (`rlhf_gap`), flips and, with `guide_below`, asked (`Flips`); and
         by_prompt, the reward of each prompt. Of `CAP` only reward, kl and gap.
-        of a guide: training, the seconds that it took, and whole, its accuracy on held-out pairs; else see `quality`.
+        of a guide: training, the seconds that it took, and whole, its accuracy on held-out pairs where it learned from
+        pairs; else see `quality`.
     """
     if cell.method == CAP:
         return _cap(lab, cell)
@@ -186,7 +187,9 @@ def measure(lab: Lab, cell: Cell) -> dict:
         found |= {"flips": flips.share} | ({} if cell.guide_below is None else {"asked": flips.asked})
     if guide_or_tuned := cell.recipe or cell.tuned:
         told = read_json(make(lab, guide_or_tuned, cell.seed) / "training.json")
-        found |= {"training": told["seconds"]} | ({"whole": told["accuracy"]} if "accuracy" in told else {})
+        found |= {"training": told["seconds"]}
+        if guide_or_tuned.training.source == "pairs" and "accuracy" in told:  # else of pairs that a guide has labelled
+            found |= {"whole": told["accuracy"]}
     if cell.timed:
         found |= price(lab, cell)
     if cell.quality and cell.recipe:

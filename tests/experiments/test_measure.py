@@ -50,6 +50,7 @@ def test_every_kind_of_cell_is_measured(lab):
         Cell(0, "args-greedy", beta=1.0, recipe=FULL),
         Cell(0, "cd", beta=1.0, recipe=VALUE),
         Cell(0, "pargs", beta=1.0, recipe=SOFT_LABELS, quality=True),
+        Cell(0, "pargs", beta=2.0, recipe=SOFT_LABELS),
         Cell(0, "pargs", beta=1.0, recipe=DISTILLED, quality=True),
         Cell(0, "soft", beta=1.0, recipe=Recipe("soft", beta=1.0), min_ref_prob=0.01),
         Cell(0, "win", beta=1.0, recipe=Recipe("win")),
@@ -68,6 +69,8 @@ def test_every_kind_of_cell_is_measured(lab):
             assert "off_grammar" not in found  # a measure of the world's own judge
         assert ("flips" in found) == (cell.method not in (None, "plain", "smc", "best-of-n"))
         assert found.get("training", 0) > 0 or not cell.recipe
+        by_pairs = cell.recipe is not None and cell.recipe.training.source == "pairs"
+        assert ("whole" in found) == (cell.quality or by_pairs)  # what was labelled by a guide does not count
         if cell.quality:
             assert 0 <= found["concordance"] <= 1
             assert len(found["final"]) == len(found["gold"]) == 8
