@@ -4,7 +4,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from pargs_min.codec import Codec, cut_left, prompt_format
 from pargs_min.records import Preference, Response
 
 Record = Preference | Response
+ALONE = "no prompt has two texts to compare; write several with `pargs generate --method plain --num-samples N`"
 
 
 class Pair(NamedTuple):
@@ -219,6 +220,32 @@ def effective_texts(texts: Iterable[Text], beta: float) -> Tensor:
     return torch.stack([1 / reward_weights(some, beta).square().sum() for some in by_prompt(texts)])
 
 
+def centred(*parts: Sequence[Text], lam: float) -> list[list[Text]]:
+    """Each part's texts, with log mean exp(lam r) / lam over all texts of their prompt taken off their rewards.
+
+    exp(lam r) is then 1 on average over the texts of each prompt, and n times `reward_weights`: a prompt whose texts
+    all have large rewards does not outweigh the others. To the tilt of a policy, which compares texts of one prompt, a
+    number taken off all of them is nothing.
+
+    Raises:
+        ValueError: if lam is not a positive number, or no prompt has two texts to compare.
+
+    >>> rated = [Text([1], [5], 0.0), Text([1], [6], 0.0), Text([2], [5], 8.0), Text([2], [6], 8.0)]
+    >>> [round(math.exp(2.0 * text.reward), 6) for text in centred(rated, lam=2.0)[0]]
+    [1.0, 1.0, 1.0, 1.0]
+    """
+    if not 0 < lam < math.inf:
+        raise ValueError(f"lam (--lambda) must be a positive number, got {lam}")
+    groups = by_prompt(chain(*parts))
+    if max(map(len, groups), default=2) < 2:
+        raise ValueError(ALONE)
+    levels = {}
+    for some in groups:
+        rewards = torch.tensor([text.reward for text in some], dtype=torch.float64)
+        levels[tuple(some[0].prompt_ids)] = float((lam * rewards).logsumexp(0) - math.log(len(some))) / lam
+    return [[text._replace(reward=text.reward - levels[tuple(text.prompt_ids)]) for text in part] for part in parts]
+
+
 def reweighted(texts: Sequence[Text], beta: float, seed: int = 0) -> list[Text]:
     """As many texts for each prompt, drawn from its own with probability softmax(beta r): samples of the RLHF policy.
 
@@ -264,9 +291,7 @@ def in_groups(texts: Iterable[Text], size: int) -> list[list[Text]]:
         groups += [some[start::count] for start in range(count)]
     groups = [group for group in groups if len(group) > 1]
     if not groups:
-        raise ValueError(
-            "no prompt has two texts to compare; write several with `pargs generate --method plain --num-samples N`"
-        )
+        raise ValueError(ALONE)
     return groups
 
 

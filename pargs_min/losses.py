@@ -22,8 +22,6 @@ code decides it silently. What is chosen here, and why:
 7. *Labels.* Every prefix inherits the label of its whole response.
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -160,25 +158,23 @@ def prefix_value_loss(values: Tensor, rewards: Tensor, lengths: Tensor) -> Tenso
     return (values - rewards[:, None]).masked_fill(~written, 0.0).square().sum() / written.sum()
 
 
-def soft_value_loss(
-    values: Tensor, rewards: Tensor, lengths: Tensor, lam: float, log_mean: float, highest: float
-) -> Tensor:
+def soft_value_loss(values: Tensor, rewards: Tensor, lengths: Tensor, lam: float, highest: float) -> Tensor:
     """Poisson deviance of each prefix's soft value, against the weight of the reward that its whole text received.
 
-        L = mean_i exp(u(y_1:i)) - w u(y_1:i),   u = lam V,   w = exp(lam r(y)) / mean over all texts
+        L = mean_i exp(u(y_1:i)) - w u(y_1:i),   u = lam V,   w = exp(lam r(y))
 
     It is convex in u. Over samples of the reference it is least at V(a) = log E_ref[exp(lam r(Y)) | Y begins with a] /
-    lam - log_mean / lam, whose tilt at beta = lam is the RLHF policy. Where V exceeds the highest reward by more than
-    3 / lam, which no soft value does, the exponential goes on as its tangent: gradients stay finite, and the loss
-    bounded below.
+    lam, whose tilt at beta = lam is the RLHF policy. What is taken off all rewards of a prompt is taken off V, and
+    leaves the tilt as it is: rewards whose weights average 1 over each prompt's texts (`data.centred`) let every prompt
+    count. Where V exceeds the highest reward by more than 3 / lam, which no soft value does, the exponential goes on as
+    its tangent: gradients stay finite, and the loss bounded below.
 
     Args:
         values: (B, T) V at each response token, right padded, in units of reward.
         rewards: (B,) reward of each whole text.
         lengths: (B,) number of tokens of each response, its own end token included.
         lam: weight of the reward, in nats per unit of reward.
-        log_mean, highest: log mean exp(lam r) and max r over all texts trained on, never over a batch, or the optimum
-            moves (`soft_value_scale`).
+        highest: max r over all texts trained on, never over a batch, or the optimum moves.
 
     Returns:
         Scalar, per prefix.
@@ -188,28 +184,14 @@ def soft_value_loss(
 
     Source: here (`theory/`, T20); of Poisson regression.
 
-    >>> values, rewards = torch.tensor([[0.0, 1.0]]), torch.tensor([2.0])
-    >>> soft_value_loss(values, rewards, torch.tensor([2]), lam=0.5, log_mean=1.0, highest=2.0)  # w = 1
+    >>> values, rewards = torch.tensor([[0.0, 1.0]]), torch.tensor([0.0])
+    >>> soft_value_loss(values, rewards, torch.tensor([2]), lam=0.5, highest=0.0)  # w = 1
     tensor(1.0744)
     """
     written = written_tokens(values, lengths, rewards)
-    u, top = lam * values.masked_fill(~written, 0.0), 3.0 + lam * highest - log_mean
-    low, weights = u.clamp(max=top), (lam * rewards - log_mean).exp()
+    u, top = lam * values.masked_fill(~written, 0.0), 3.0 + lam * highest
+    low, weights = u.clamp(max=top), (lam * rewards).exp()
     return ((low.exp() * (1 + u - low) - weights[:, None] * u) * written).sum() / written.sum()
-
-
-def soft_value_scale(rewards: Tensor, lam: float) -> tuple[float, float]:
-    """log mean exp(lam r) and max r of (N,) rewards: the scale of `soft_value_loss`, from all texts trained on.
-
-    Raises:
-        ValueError: if lam is not a positive number.
-
-    >>> soft_value_scale(torch.tensor([-1.0, 1.0, 1.0, 1.0]), lam=math.log(3.0))  # weights 1/3, 3, 3, 3
-    (0.8472978603872037, 1.0)
-    """
-    if not 0 < lam < math.inf:
-        raise ValueError(f"lam (--lambda) must be a positive number, got {lam}")
-    return float((lam * rewards.double()).logsumexp(0)) - math.log(len(rewards)), float(rewards.max())
 
 
 def likelihood_loss(log_probs: Tensor, lengths: Tensor) -> Tensor:

@@ -153,7 +153,7 @@ def train_value_model(
     Args:
         texts, eval_texts: samples of the reference, rated (`rate`).
         objective: "value" (controlled decoding) predicts the mean reward, "soft" the soft value
-            log E[exp(lam r)] / lam, up to a constant (`soft_value_loss`).
+            log E[exp(lam r)] / lam, up to a constant for each prompt (`soft_value_loss`, `data.centred`).
         lam: weight of the reward in the soft value, in nats per unit of reward.
 
     All other arguments are those of `train_reward_model`.
@@ -162,14 +162,16 @@ def train_value_model(
         Metrics: `eval_loss` per prefix, of values in squared units of reward, `value_metrics`, seconds.
 
     Raises:
-        ValueError: as `train_reward_model`, if a text has no finite reward, or lam is not a positive number.
+        ValueError: as `train_reward_model`, if a text has no finite reward; for "soft", if no prompt has two texts or
+            lam is not a positive number.
         FloatingPointError: as `train_reward_model`.
     """
     _check_rated(texts, eval_texts)
     loss: Callable[..., Tensor] = losses.prefix_value_loss
     if objective == "soft":
-        log_mean, highest = losses.soft_value_scale(torch.tensor([text.reward for text in texts]), lam)
-        loss = partial(losses.soft_value_loss, lam=lam, log_mean=log_mean, highest=highest)
+        texts, eval_texts = data.centred(texts, eval_texts, lam=lam)
+        highest = max((text.reward for text in texts), default=0.0)
+        loss = partial(losses.soft_value_loss, lam=lam, highest=highest)
     elif objective != "value":
         raise ValueError(f'objective must be "value" or "soft", got {objective!r}')
     return fit(ValueTrainer, model, tokenizer, texts, eval_texts, loss, text_collator(tokenizer), **run)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
 
@@ -12,6 +13,8 @@ from pargs_min.data import (
     Pair,
     Text,
     at_response_tokens,
+    by_prompt,
+    centred,
     collate,
     collate_groups,
     effective_texts,
@@ -19,6 +22,7 @@ from pargs_min.data import (
     encode_texts,
     in_groups,
     records_form,
+    reward_weights,
     reweighted,
     split_by_prompt,
     training_form,
@@ -251,6 +255,30 @@ def test_effective_texts_lie_between_one_and_all(texts, beta):
     assert (effective >= 1 - 1e-9).all()
     assert (effective <= sizes + 1e-9).all()
     torch.testing.assert_close(effective_texts(texts, 0.0), sizes)
+
+
+@given(rated_texts(), st.floats(0.1, 4.0), st.floats(-9.0, 9.0))
+def test_centred_rewards_weigh_the_texts_of_each_prompt_as_reweighting_does(texts, lam, shift):
+    """n times the probability of being drawn, whatever is added to all rewards of a prompt."""
+    one, other = centred(texts[::2], texts[1::2], lam=lam)
+    weights = {
+        id(text): math.exp(lam * now.reward) for text, now in zip(texts[::2] + texts[1::2], one + other, strict=True)
+    }
+    for some in by_prompt(texts):
+        expected = len(some) * reward_weights(some, lam)
+        torch.testing.assert_close(torch.tensor([weights[id(text)] for text in some]).double(), expected)
+    shifted = [text._replace(reward=text.reward + shift * text.prompt_ids[0]) for text in texts]
+    for text, now in zip(centred(shifted, lam=lam)[0], centred(texts, lam=lam)[0], strict=True):
+        assert text.reward == pytest.approx(now.reward, abs=1e-9)
+
+
+def test_centred_rewards_need_two_texts_of_a_prompt():
+    with pytest.raises(ValueError, match="no prompt has two texts"):
+        centred([Text([1], [5], 0.0)], [Text([2], [5], 1.0)], lam=1.0)
+    assert [text.reward for text in centred([Text([1], [5], 3.0)], [Text([1], [6], 3.0)], lam=1.0)[1]] == [0.0]
+    for lam in (0.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="must be a positive number"):
+            centred([Text([1], [5], 0.0)] * 2, lam=lam)
 
 
 @given(rated_texts(), st.integers(2, 5))

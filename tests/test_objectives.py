@@ -19,7 +19,6 @@ from pargs_min.losses import (
     prefix_value_loss,
     prefix_win_loss,
     soft_value_loss,
-    soft_value_scale,
 )
 from theory.bradley_terry import partial_reward, win_rates
 from theory.policies import conditionals, rlhf, soft_value
@@ -106,38 +105,27 @@ def test_values_are_expected_rewards(seed):
 
 @seeds
 def test_soft_values_are_those_whose_tilt_is_the_rlhf_policy(seed):
-    """Up to a constant, which is fixed by the scale of the weights."""
     world = world_of(seed)
     all_texts = Population(world)
-    log_mean = math.log((all_texts.p * (LAM * all_texts.rewards).exp()).sum())
-    values = soft_value(world, world.rewards[-1], LAM)
-    table, lengths = all_texts.table([level - log_mean / LAM for level in values]), all_texts.lengths
+    table, lengths = all_texts.table(soft_value(world, world.rewards[-1], LAM)), all_texts.lengths
     highest = float(all_texts.rewards.max())
 
     def loss(*terms):
-        return soft_value_loss(*terms, lam=LAM, log_mean=log_mean, highest=highest)
+        return soft_value_loss(*terms, lam=LAM, highest=highest)
 
     assert_least(lambda: all_texts.of_texts(loss, lengths, all_texts.read(table), all_texts.rewards, lengths), table)
 
 
-def test_the_scale_of_soft_values_is_that_of_all_texts():
-    rewards = torch.tensor([0.5, -1.0, 3.0])
-    log_mean, highest = soft_value_scale(rewards, LAM)
-    assert log_mean == pytest.approx(math.log(np.exp(LAM * rewards.numpy()).mean()))
-    assert highest == 3
-
-
 def test_far_above_every_reward_the_soft_loss_is_a_line():
     """Its slope is that of the exponential where they meet, and it goes on rising."""
-    log_mean, highest = 0.7, 2.0
-    places = [0.0, 2.9, 3.1, 50.0, 1e4]  # of lam (V - highest), but for the shift of the scale
-    values = torch.tensor([[(place + LAM * highest - log_mean) / LAM] for place in places], dtype=torch.float64)
-    values.requires_grad_()
+    highest = 0.5
+    places = [0.0, 2.9, 3.1, 50.0, 1e4]  # of lam (V - highest)
+    values = torch.tensor([[place / LAM + highest] for place in places], dtype=torch.float64, requires_grad=True)
     texts = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.long)
-    loss = soft_value_loss(values, *texts, lam=LAM, log_mean=log_mean, highest=highest)
+    loss = soft_value_loss(values, *texts, lam=LAM, highest=highest)
     loss.backward()
-    slopes = torch.tensor([min(place, 3.0) + LAM * highest - log_mean for place in places], dtype=torch.float64).exp()
-    torch.testing.assert_close(values.grad[:, 0], LAM * (slopes - math.exp(-log_mean)) / 5)
+    slopes = torch.tensor([min(place, 3.0) + LAM * highest for place in places], dtype=torch.float64).exp()
+    torch.testing.assert_close(values.grad[:, 0], LAM * (slopes - 1) / 5)
     assert loss.isfinite()
 
 

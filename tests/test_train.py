@@ -16,9 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from pargs_min import minimal, train
 from pargs_min.baselines.farma import train_farma
 from pargs_min.baselines.genarm import train_genarm
-from pargs_min.data import Pair, Text, at_response_tokens, by_prompt, collate, reweighted
+from pargs_min.data import Pair, Text, at_response_tokens, by_prompt, centred, collate, reweighted
 from pargs_min.distil import train_distilled
-from pargs_min.losses import bradley_terry_loss, prefix_value_loss, soft_value_loss, soft_value_scale
+from pargs_min.losses import bradley_terry_loss, prefix_value_loss, soft_value_loss
 from pargs_min.models import save_reward_model
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import model_rewards
@@ -682,16 +682,31 @@ def test_the_reweighted_loss_is_that_of_texts_drawn_again(tmp_path):
     assert loss == pytest.approx(-tokens.mean().item(), rel=1e-9)
 
 
-def test_the_soft_loss_is_on_the_scale_of_the_texts_trained_on(tmp_path):
+def test_the_soft_loss_weighs_a_text_against_the_others_of_its_prompt(tmp_path):
     model, texts, loss = evaluated(tmp_path, "soft")
-    log_mean, highest = soft_value_scale(torch.tensor([text.reward for text in random_texts(12)]), 1.5)
+    trained_on, texts = centred(random_texts(12), texts, lam=1.5)
+    highest = max(text.reward for text in trained_on)
     total = tokens = 0
     for prompt, response, reward in texts:
         values = prefix_rewards(model, torch.tensor([prompt + response]), torch.ones(1, len(prompt + response)))
         terms = values[:, len(prompt) :], torch.tensor([reward]), torch.tensor([len(response)])
-        total += soft_value_loss(*terms, lam=1.5, log_mean=log_mean, highest=highest).item() * len(response)
+        total += soft_value_loss(*terms, lam=1.5, highest=highest).item() * len(response)
         tokens += len(response)
     assert loss == pytest.approx(total / tokens, rel=1e-6)
+
+
+def test_soft_values_do_not_know_by_how_much_one_prompt_is_better_than_another(tmp_path):
+    """A number added to all rewards of a prompt changes no weight; before, it decided which prompts counted."""
+
+    def trained(texts):
+        torch.manual_seed(0)
+        model, args = reward_model(), arguments(tmp_path, max_steps=3, learning_rate=0.01)
+        train_value_model(model, tiny_tokenizer(), texts, args=args, objective="soft", lam=2.0)
+        return torch.cat([weights.detach().flatten() for weights in model.parameters()])
+
+    texts = random_texts(12)
+    shifted = [text._replace(reward=text.reward + 7 * sum(text.prompt_ids)) for text in texts]
+    torch.testing.assert_close(trained(shifted), trained(texts), rtol=0, atol=1e-5)
 
 
 def test_the_farma_loss_asks_for_every_next_token(tmp_path):
