@@ -8,6 +8,7 @@ One line of JSON per record, or one array of them, in any of these forms:
     {"chosen": "...", "rejected": "..."}                                whole dialogues, as HH-RLHF was published
     {"prompt_ids": [...], "chosen_ids": [...], "rejected_ids": [...]}   token ids, preferred to text
     {"prompt": "...", "chosen": ["..."], "rejected": ["...", "..."]}    as RewardBench 2: each chosen with each rejected
+    {"instruction": "...", "input": "...", "chosen": "...", "rejected": "..."}  as Alpaca: a prompt of one part or two
 """
 
 import gzip
@@ -185,8 +186,15 @@ def _numbered(record: dict, source: str, asked: dict[str, tuple[int, int]]) -> d
     return record | {"prompt": prompt, "response": response, "prompt_number": number, "sample": sample}
 
 
+def _prompted(record: dict, source: str) -> dict:
+    """The record, its instruction as its prompt where it has none."""
+    if record.get("instruction") is None or record.keys() & {"prompt", "prompt_ids"}:
+        return record
+    return record | {"prompt": _instruction(record, source)}
+
+
 def _instruction(record: dict, source: str) -> str:
-    """The prompt of a record of AlpacaEval: its instruction, and its input in a paragraph of its own, if it has one."""
+    """The prompt of a record of Alpaca: its instruction, and its input in a paragraph of its own, if it has one."""
     parts = [record["instruction"], record.get("input") or ""]
     if not all(map(_is_text, parts)):
         raise ValueError(f"{source}: `instruction` and `input` must be text, got {_shown(parts)}")
@@ -210,8 +218,7 @@ def read_prompts(path: str | os.PathLike) -> list[dict]:
     if _is_named_json(path) or re.match(r'\s*(\{|\[\s*([{"]|\]\s*\Z))', text):
         prompts = []
         for record, source in _objects(text, path):
-            if "instruction" in record and not record.keys() & {"prompt", "prompt_ids"}:
-                record = record | {"prompt": _instruction(record, source)}
+            record = _prompted(record, source)
             _prompt(record, source)
             # The ids of a text that was written are those of the model that wrote it.
             left_out = {"prompt_ids"} if {"prompt", "response"} <= record.keys() else set()
@@ -366,6 +373,7 @@ def check_preference(record: dict, source: str) -> Preference:
     >>> check_preference({"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}, "sums.jsonl:1")
     Preference(prompt='1 + 1 =', chosen=' 2', rejected=' 3', source='sums.jsonl:1', subset=None)
     """
+    record = _prompted(record, source)
     beside = {name: record.get(name) for name in BESIDE}
     record = {name: value for name, value in record.items() if value is not None}
     chosen, rejected = _field(record, "chosen", source), _field(record, "rejected", source)

@@ -199,6 +199,18 @@ def test_every_chosen_response_is_compared_with_every_rejected_one(tmp_path):
             read_preferences(tmp_path / "p.jsonl")
 
 
+def test_an_instruction_and_its_input_are_a_prompt(tmp_path):
+    both = {"chosen": "friend, please", "rejected": "friend"}
+    asked = [{"instruction": "Correct it.", "input": given} for given in ("freind", "", None)]
+    (tmp_path / "p.json").write_text(json.dumps([record | both for record in asked]))
+    found = read_preferences(tmp_path / "p.json")
+    assert [one.prompt for one in found] == ["Correct it.\n\nfreind", "Correct it.", "Correct it."]
+    assert {one[1:3] for one in found} == {("friend, please", "friend")}
+    (tmp_path / "p.json").write_text(lines({"instruction": ["Correct it."], **both}))
+    with pytest.raises(ValueError, match="`instruction` and `input` must be text"):
+        read_preferences(tmp_path / "p.json")
+
+
 def test_a_damaged_table_and_a_missing_reader_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "p.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"p.parquet is no parquet file that can be read"):
