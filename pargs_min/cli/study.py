@@ -45,7 +45,7 @@ class StudyOptions:
             unless --worlds says otherwise.
         seed: The first of them.
         worlds: So many embedded worlds are shared by the seeds, in turn: seed S lives in world S mod N.
-        processes: Processes that train and decode side by side; use 1 on a GPU.
+        processes: Processes that train and decode side by side, each with models of its own in memory.
         quick: So small that it only shows that it runs.
         methods: Only these of the study's methods, as its table names them, and plain; more can follow later.
         betas: Only these of the study's betas.
