@@ -221,7 +221,7 @@ def _summary(seeds: list[dict], worlds: list[Hashable] | None) -> dict[str, Esti
     if "examples" in known:
         summary["examples"] = Estimate(seeds[0]["examples"])
     if "by_prompt" in summary:
-        summary["prompt_error"] = Estimate(interval(summary.pop("by_prompt").mean).error)
+        summary["prompt_error"] = Estimate(interval(summary["by_prompt"].mean).error)
     return summary
 
 

@@ -22,7 +22,7 @@ from pargs_min.experiments.setup import embedded, numbered
 from pargs_min.experiments.studies import NAMES, run
 from pargs_min.experiments.studies.attribute import relabelled
 from pargs_min.experiments.studies.partial_vs_full import conclude
-from pargs_min.experiments.sweep import Row, interval
+from pargs_min.experiments.sweep import Row, gather, interval
 from pargs_min.models import load_tokenizer
 from pargs_min.records import read_preferences
 
@@ -76,6 +76,16 @@ def test_a_study_can_be_of_some_methods_first(name, world, tmp_path, monkeypatch
     every = rows()
     assert len(measured) == len(every) - 2  # what was measured before is kept
     assert [row for row in every if row in few] == few
+
+
+def test_a_real_model_is_compared_with_plain_seed_by_seed_and_prompt_by_prompt():
+    def found(rewards):
+        return {"reward": sum(rewards) / 2, "kl": 1.0, "by_prompt": rewards}
+
+    plain = {Cell(seed, "plain"): found([1.0 + seed, 2.0]) for seed in (0, 1)}
+    ours = {Cell(seed, "pargs", beta=1.0): found([3.0 + seed, 4.0 + 4 * seed]) for seed in (0, 1)}
+    said = MODULES["real"].conclude(gather(plain | ours))  # two prompts gain 2 and 4: the error of their mean is 1
+    assert "each seed +2.00 +4.00; over prompts ± 1.00" in said
 
 
 def test_what_is_kept_is_a_share_of_the_whole_guide_alone():

@@ -9,6 +9,7 @@ from pargs_min.experiments.recipes import FULL, PARTIAL, SOFT_LABELS, Recipe
 from pargs_min.experiments.report import PARTICLES, Row, grouped, kl
 from pargs_min.experiments.setup import Lab
 from pargs_min.experiments.studies.partial_vs_full import OURS, ahead, draw, signed
+from pargs_min.experiments.sweep import interval
 
 __all__ = ["COLUMNS", "cells", "conclude", "draw"]  # what a study has
 COLUMNS = ("reward", "prompt_error", "second", "kl", "distinct2", "length", "calls", "seconds", "whole")
@@ -27,10 +28,12 @@ def cells(lab: Lab, seed: int) -> list[Cell]:
 def conclude(rows: list[Row]) -> str:
     """Each method minus plain, seed by seed; guides minus ARGS at equal KL; and what each writes."""
     plain, *others = rows  # the cells are in this order
-    lines = ["Reward minus plain, of the same seed:"]
+    lines = ["Reward minus plain, of the same seed; the standard error over prompts, of the mean of the seeds:"]
     for row in others:
         more = np.subtract(row.found["reward"].seeds, plain.found["reward"].seeds).tolist()
-        lines.append(f"- {row.cell}: {signed(more)}; each seed {' '.join(f'{one:+.2f}' for one in more)}")
+        over_prompts = interval(np.subtract(row.found["by_prompt"].mean, plain.found["by_prompt"].mean).tolist())
+        each = " ".join(f"{one:+.2f}" for one in more)
+        lines.append(f"- {row.cell}: {signed(more)}; each seed {each}; over prompts ± {over_prompts.error:.2f}")
     groups = grouped(rows, "name")
     lines.append("\nMinus ARGS at equal KL (on the line through plain and the betas of each):")
     for row, name in product(groups.get("args", ()), ("pargs", OURS, "soft")):
