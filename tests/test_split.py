@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from runpy import run_path
 
+import pytest
+
 FILE = Path(__file__).parents[1] / "tutorials" / "split.py"
 
 
@@ -15,7 +17,8 @@ def test_every_pair_is_in_one_part_and_a_chat(tmp_path):
     dialogue = {"chosen": f"{talk} Because", "rejected": f"{talk} No"}
     left_out = [{"prompt": "x" * 2000, "chosen": "a", "rejected": "b"}, {"prompt": "y", "chosen": " ", "rejected": "b"}]
     (tmp_path / "all.jsonl").write_text("\n".join(map(json.dumps, [*texts, dialogue, *left_out])))
-    run_path(str(FILE))["main"](str(tmp_path / "all.jsonl"), str(tmp_path / "parts"))
+    split = run_path(str(FILE))["main"]
+    split(str(tmp_path / "all.jsonl"), str(tmp_path / "parts"))
 
     def read(name: str) -> list[dict]:
         return [json.loads(line) for line in (tmp_path / "parts" / f"{name}.jsonl").read_text().splitlines()]
@@ -30,3 +33,8 @@ def test_every_pair_is_in_one_part_and_a_chat(tmp_path):
     said = [[(one["role"], one["content"]) for one in json.loads(prompt)] for prompt in set.union(*parts)]
     assert chat in said
     assert [("user", "Question 0")] in said
+
+    (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, texts[:33])))
+    with pytest.raises(SystemExit, match="few.jsonl has 33 prompts of up to 1500 characters; 34 are needed"):
+        split(str(tmp_path / "few.jsonl"), str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()

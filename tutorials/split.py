@@ -3,25 +3,21 @@
     python tutorials/split.py PAIRS FOLDER
 
 writes pairs.jsonl for guides, judge_pairs.jsonl for judges and prompts.jsonl to decode for. PAIRS is whatever
-`pargs train --dataset` takes: the turns of HH-RLHF's dialogues become messages, any other text the message of a user.
+`pargs train --dataset` takes, but for token ids: the turns of HH-RLHF's dialogues become messages, any other text the
+message of a user.
 """
 
 import json
 import random
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from pargs_min import read_preferences
 from pargs_min.codec import as_messages
+from pargs_min.store import write_lines
 
 LONGEST = 1500  # characters of a prompt; longer ones are left out
 DECODED = 32  # prompts to decode for; half of the others are for guides, half for judges
-
-
-def write(file: Path, records: Iterable[dict]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def main(source: str, folder: str) -> None:
@@ -31,11 +27,14 @@ def main(source: str, folder: str) -> None:
         if len(str(pair.prompt)) <= LONGEST and all(responses.values()):
             of_prompt.setdefault(json.dumps(prompt), []).append({"prompt": prompt, **responses})
     groups = list(of_prompt.values())
+    if len(groups) < DECODED + 2:
+        sys.exit(f"{source} has {len(groups)} prompts of up to {LONGEST} characters; {DECODED + 2} are needed")
     random.Random(0).shuffle(groups)
     middle = (DECODED + len(groups)) // 2
-    write(Path(folder) / "prompts.jsonl", ({"prompt": group[0]["prompt"]} for group in groups[:DECODED]))
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_lines(Path(folder) / "prompts.jsonl", ({"prompt": group[0]["prompt"]} for group in groups[:DECODED]))
     for name, some in (("pairs", groups[DECODED:middle]), ("judge_pairs", groups[middle:])):
-        write(Path(folder) / f"{name}.jsonl", (pair for group in some for pair in group))
+        write_lines(Path(folder) / f"{name}.jsonl", (pair for group in some for pair in group))
 
 
 if __name__ == "__main__":
