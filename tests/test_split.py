@@ -35,6 +35,6 @@ def test_every_pair_is_in_one_part_and_a_chat(tmp_path):
     assert [("user", "Question 0")] in said
 
     (tmp_path / "few.jsonl").write_text("\n".join(map(json.dumps, texts[:33])))
-    with pytest.raises(SystemExit, match="few.jsonl has 33 prompts of up to 1500 characters; 34 are needed"):
+    with pytest.raises(SystemExit, match=r"few.jsonl has 33 prompts of up to 1500 characters; 34 are needed"):
         split(str(tmp_path / "few.jsonl"), str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
