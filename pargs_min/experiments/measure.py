@@ -188,7 +188,7 @@ def measure(lab: Lab, cell: Cell) -> dict:
     if guide_or_tuned := cell.recipe or cell.tuned:
         told = read_json(make(lab, guide_or_tuned, cell.seed) / "training.json")
         found |= {"training": told["seconds"]}
-        if guide_or_tuned.training.source == "pairs" and "accuracy" in told:  # else of pairs that a guide has labelled
+        if guide_or_tuned.training.source == "pairs" and "accuracy" in told:  # else of pairs that a model has labelled
             found |= {"whole": told["accuracy"]}
     if cell.timed:
         found |= price(lab, cell)

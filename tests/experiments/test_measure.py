@@ -70,7 +70,7 @@ def test_every_kind_of_cell_is_measured(lab):
         assert ("flips" in found) == (cell.method not in (None, "plain", "smc", "best-of-n"))
         assert found.get("training", 0) > 0 or not cell.recipe
         by_pairs = cell.recipe is not None and cell.recipe.training.source == "pairs"
-        assert ("whole" in found) == (cell.quality or by_pairs)  # what was labelled by a guide does not count
+        assert ("whole" in found) == (cell.quality or by_pairs)  # what a model has labelled does not count
         if cell.quality:
             assert 0 <= found["concordance"] <= 1
             assert len(found["final"]) == len(found["gold"]) == 8
