@@ -450,15 +450,18 @@ class WithTokenizer(TrainerCallback):
             self.tokenizer.save_pretrained(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
-def token_log_probs(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """(B, T) log pi(ids_t | ids_1:t-1) in nats under a language model, in float32 or wider; 0 at the first token.
+def token_log_probs(model: PreTrainedModel, ids: Tensor, mask: Tensor, prompt_lengths: Tensor) -> Tensor:
+    """(B, T) log pi(ids_t | ids_1:t-1) in nats of all response tokens under a language model, in float32 or wider.
 
-    It calls the forward of the model's class, for a model whose own is replaced by this function.
+    Columns that hold prompts alone are 0: the logits of a long prompt over a large vocabulary take more memory than
+    all else. It calls the forward of the model's class, for a model whose own is replaced by this function.
     """
-    positions = {"position_ids": token_positions(mask)} if takes_positions(type(model).forward) else {}
-    logits = type(model).forward(model, input_ids=ids, attention_mask=mask, use_cache=False, **positions).logits[:, :-1]
+    width = ids.shape[1] - int(prompt_lengths.min())
+    settings: dict[str, Any] = dict(attention_mask=mask, use_cache=False, logits_to_keep=width + 1)
+    settings |= {"position_ids": token_positions(mask)} if takes_positions(type(model).forward) else {}
+    logits = type(model).forward(model, input_ids=ids, **settings).logits[:, :-1]
     log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    return F.pad(log_probs.gather(2, ids[:, 1:, None])[..., 0], (1, 0))
+    return F.pad(log_probs.gather(2, ids[:, -width:, None])[..., 0], (ids.shape[1] - width, 0))
 
 
 class PrefixTrainer(Watched):
@@ -577,6 +580,7 @@ class LikelihoodTrainer(ValueTrainer):
     """For batches of texts, read by a language model."""
 
     reads = staticmethod(token_log_probs)
+    given = (*PrefixTrainer.given, "prompt_lengths")
 
     @staticmethod
     def check(model: PreTrainedModel) -> None:

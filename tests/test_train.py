@@ -27,6 +27,7 @@ from pargs_min.train import (
     objective_functions,
     prefix_accuracy,
     rate,
+    token_log_probs,
     train_language_model,
     train_partial_on_texts,
     train_reward_model,
@@ -771,6 +772,27 @@ def test_models_of_the_wrong_kind_are_refused(tmp_path):
     for lam in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"lam \(--lambda\) must be a positive number"):
             train_value_model(reward_model(), tiny_tokenizer(), texts, args=args, objective="soft", lam=lam)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_language_model_is_asked_for_response_tokens_alone(family):
+    """Where all rows hold prompts there are no logits: of a large vocabulary they take more memory than all else."""
+    lm, asked = tiny_lm(family, vocabulary=14), list[int]()
+    texts = [([3, 2, 4, 5], [7, 8, END]), ([6, 2], [9, END]), ([2, 3, 4, 5, 6], [10])]
+    rows = [prompt + response for prompt, response in texts]
+    ids, mask = (
+        torch.tensor([row + [0] * (7 - len(row)) for row in some]) for some in (rows, [[1] * len(r) for r in rows])
+    )
+    hook = lm.get_output_embeddings().register_forward_hook(lambda head, args, logits: asked.append(logits.shape[1]))
+    found = token_log_probs(lm, ids, mask, torch.tensor([len(prompt) for prompt, _ in texts]))
+    hook.remove()
+    assert asked == [7 - 2 + 1]  # from the token before the first response on
+    assert found.shape == ids.shape
+    for row, (prompt, response) in enumerate(texts):
+        for place in range(len(prompt), len(prompt + response)):
+            logits = lm(input_ids=torch.tensor([rows[row][:place]])).logits[0, -1]
+            assert found[row, place] == pytest.approx(logits.log_softmax(-1)[rows[row][place]].item(), abs=1e-5)
 
 
 @few_texts

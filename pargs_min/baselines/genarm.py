@@ -61,7 +61,7 @@ def train_genarm(
 class AutoregressiveTrainer(PairTrainer):
     """For batches of pairs, read by a language model; the reward of a prefix is its log-probability."""
 
-    reads = staticmethod(token_log_probs)
+    reads, given = staticmethod(token_log_probs), LikelihoodTrainer.given
     check = staticmethod(LikelihoodTrainer.check)
 
     def predictions_and_labels(self, terms, inputs):
