@@ -27,8 +27,9 @@ def cells(lab: Lab, seed: int) -> list[Cell]:
     found += [Cell(seed, "pargs", beta=beta, recipe=SOFT_LABELS)]
     for recipe in (DISTILLED, replace(DISTILLED, shared_layers=shared)):
         found.append(Cell(seed, "pargs", beta=beta, recipe=recipe))
-    for recipe in (reweighted, replace(reweighted, shared_layers=shared)):
-        found.append(Cell(seed, "reweighted", beta=beta, recipe=recipe))
+    upper = replace(reweighted, shared_layers=shared)
+    for recipe, gate in ((reweighted, None), (upper, None), (upper, GATES[0])):
+        found.append(Cell(seed, "reweighted", beta=beta, recipe=recipe, guide_below=gate))
     return [Cell(seed, "plain"), *(replace(cell, timed=True) for cell in found)]
 
 
