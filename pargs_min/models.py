@@ -47,7 +47,15 @@ RECORD: dict[str, Any] = {
 }
 # What `save` may have written.
 WRITTEN: tuple[str, ...] = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
-WRITTEN += ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "*chat_template*", "vocab.*", "merges.txt")
+WRITTEN += (
+    "tokenizer.*",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*chat_template*",
+    "vocab.*",
+    "merges.txt",
+)
 WRITTEN += ("*.model", "README.md")  # sentencepiece, and the card
 HEADS = ("score", "classifier")  # what the families of transformers call theirs
 OLD_MASKS = re.compile(r"\.(attn|attention)\.(masked_)?bias$")  # constants that old checkpoints keep among the weights

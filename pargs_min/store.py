@@ -179,21 +179,21 @@ def results(
 
     Args:
         last: the file of the results that is written last.
-        others: files that are results, too.
-        overwrite: whether results that are there may be replaced.
+        others: patterns of the names of all other files that they would replace, whoever wrote those.
+        overwrite: whether files that are there may be replaced.
         sources: models that are read, which are never replaced: they must not lie in the folder.
 
     Raises:
-        ValueError: if it holds results, is or holds one of the sources, or another run is writing there.
+        ValueError: if it holds such a file, is or holds one of the sources, or another run is writing there.
     """
     folder = Path(folder)
     for source in filter(None, sources):
         if Path(source).exists() and Path(source).resolve().is_relative_to(folder.resolve()):
             what = "is" if folder.samefile(source) else f"holds {source}, which is"
             raise ValueError(f"--output-dir {folder} {what} a model that is read and would be lost: choose another one")
-    if not overwrite and (there := [name for name in (last, *others) if (folder / name).exists()]):
+    if not overwrite and (there := [file.name for name in (last, *others) for file in folder.glob(name)]):
         raise ValueError(
-            f"--output-dir {folder} holds {there[0]} of an earlier run: choose another one, or --overwrite it"
+            f"--output-dir {folder} holds {there[0]}, which would be replaced: choose another one, or --overwrite it"
         )
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)

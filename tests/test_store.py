@@ -202,7 +202,7 @@ def test_results_are_never_replaced_unasked_nor_written_twice_at_once(tmp_path):
         with pytest.raises(ValueError, match="another run is writing"), results(folder, "other", overwrite=True):
             pass
     with (
-        pytest.raises(ValueError, match=r"holds last\.json of an earlier run"),
+        pytest.raises(ValueError, match=r"holds last\.json, which would be replaced"),
         results(folder, "last.json", overwrite=False),
     ):
         pass

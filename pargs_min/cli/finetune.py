@@ -12,7 +12,7 @@ from pargs_min.cli.options import parse
 from pargs_min.cli.train import KEPT, DataOptions, begin, check_same, fit_and_save, read, recipe
 from pargs_min.codec import Codec, check_vocabularies
 from pargs_min.data import encode_preferences, records_form
-from pargs_min.models import default_device, load_language_model, load_reward_model, load_tokenizer, save
+from pargs_min.models import WRITTEN, default_device, load_language_model, load_reward_model, load_tokenizer, save
 from pargs_min.progress import progress
 from pargs_min.records import read_jsonl, read_preferences, read_prompts
 from pargs_min.reward_model import context_length, recorded
@@ -98,7 +98,7 @@ def ppo(arguments: list[str]) -> None:
     sources = options.model, options.reward_model, options.value_model
     goes_on = options.resume and checkpoint.exists()
     replace = options.overwrite or (goes_on and (folder / KEPT).exists())  # the model of a run that goes on is its own
-    with results(folder, "config.json", "README.md", overwrite=replace, sources=sources):
+    with results(folder, "config.json", *WRITTEN, overwrite=replace, sources=sources):
         log = folder / "log.jsonl"
         logged = [line for line, _ in read_jsonl(log, growing=True)] if log.exists() else []
         if options.resume:

@@ -465,7 +465,9 @@ def fit_and_save(
     about: dict[str, Any] = dict(name=args.hub_model_id or folder.resolve().name, base=base, dataset=options.dataset)
     about |= {} if models.is_classifier(models.load_config(options.model)) else dict(reference=options.model)
     about |= dict(counts={"learned from": len(items), "held out": len(held_out)})
-    with results(folder, "config.json", "README.md", overwrite=replace, sources=sources) if first else nullcontext():
+    with (
+        results(folder, "config.json", *models.WRITTEN, overwrite=replace, sources=sources) if first else nullcontext()
+    ):
         if first and options.resume:
             check_same(folder, recipe(options, args))  # again, now that nobody else writes there
         if first and not goes_on:

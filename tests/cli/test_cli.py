@@ -107,7 +107,7 @@ def test_a_trained_model_is_never_replaced_unasked_and_the_one_that_is_read_neve
     assert train(lm, pairs, tmp_path / "out", *whole) == 0
     weights, original = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "out", lm))
     assert train(lm, pairs, tmp_path / "out", *whole, "--seed", "5") == 2
-    assert "holds config.json of an earlier run" in capsys.readouterr().err
+    assert "holds config.json, which would be replaced" in capsys.readouterr().err
     assert train(lm, pairs, lm, *whole, "--overwrite") == 2
     assert "is a model that is read" in capsys.readouterr().err
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights

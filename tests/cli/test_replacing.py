@@ -65,7 +65,7 @@ def refused(capsys, *parts):
 def test_resuming_replaces_no_model_of_another(made, capsys, command):
     shutil.copytree("lm", "own")
     assert command("own", "--resume") == 2
-    assert refused(capsys, "holds config.json of an earlier run")
+    assert refused(capsys, "holds config.json, which would be replaced")
     assert weights("own") == weights("lm")
     assert command("other") == 0
     for one in Path("other").iterdir():  # a checkpoint without the recipe of its run
@@ -81,7 +81,7 @@ def test_resuming_replaces_no_model_of_another(made, capsys, command):
 def test_a_finished_run_without_checkpoints_is_not_begun_again_by_resuming(made, capsys):
     assert train("out", "--save-strategy", "no") == 0
     assert train("out", "--save-strategy", "no", "--resume") == 2
-    assert refused(capsys, "holds config.json of an earlier run")
+    assert refused(capsys, "holds config.json, which would be replaced")
     assert train("out", "--save-strategy", "no", "--resume", "--seed", "5") == 2
     assert refused(capsys, "seed 42 there, 5 now")
 
@@ -120,6 +120,22 @@ def test_a_new_model_has_no_file_of_the_old_one(made):
     assert not load_tokenizer("out").chat_template
     assert Path("out/notes.txt").exists()
     assert not Path("out/model.unfinished").exists()
+
+
+@pytest.mark.trains
+@pytest.mark.parametrize("name", ["sd15.safetensors", "spm.model", "tokenizer.json", "README.md"])
+def test_no_file_of_others_is_replaced_unasked(made, capsys, name):
+    """A model is saved as files of many names; a folder that holds one of them need not hold a model."""
+    Path("out").mkdir()
+    Path("out", name).write_text("mine")
+    for command in (train, ppo):
+        assert command("out") == 2
+        assert refused(capsys, f"holds {name}, which would be replaced")
+        assert Path("out", name).read_text() == "mine"
+    Path("out/tokenizer-runs").mkdir()
+    Path("out/tokenizer-runs/log").write_text("mine")
+    assert train("out", "--overwrite") == 0
+    assert Path("out/tokenizer-runs/log").exists()
 
 
 def test_a_model_that_is_half_replaced_is_none(made, monkeypatch):
