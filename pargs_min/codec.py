@@ -388,12 +388,13 @@ def cut_left(ids: list[int], length: int, start_token: int | None) -> list[int]:
 
 
 def check_ids(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
-    """Check that the tokenizer knows all token ids. Raises ValueError naming the largest, if it does not."""
-    if (largest := max(ids, default=0)) < len(tokenizer):
+    """Check that the tokenizer knows all token ids. Raises ValueError naming one that it does not."""
+    if not ids or (min(ids) >= 0 and max(ids) < len(tokenizer)):
         return
-    if largest > (last := max(tokenizer.get_vocab().values())):
+    rows = max(tokenizer.get_vocab().values()) + 1
+    if unknown := [i for i in (min(ids), max(ids)) if not 0 <= i < rows]:
         raise ValueError(
-            f"token id {largest} is outside the tokenizer's vocabulary of {last + 1}; the ids were made with another "
+            f"token id {unknown[0]} is outside the tokenizer's vocabulary of {rows}; the ids were made with another "
             "tokenizer"
         )
 

@@ -214,6 +214,15 @@ def test_a_text_may_fill_an_attention_window_but_not_outgrow_it():
         scorer.score(STEPS[0])
 
 
+@torch.no_grad()
+def test_padding_takes_no_room_in_an_attention_window():
+    """Where the longest text of a batch has left, as in a server, all others are padded beyond what they hold."""
+    model = tiny_reward_model("mistral", sliding_window=9, pad_token_id=None, **SHAPES["llama"])
+    padded = (of_all[1:] for of_all in left_padded(12, 6, 3, 1))
+    for ids, mask, candidates, rewards in three_steps(SiblingScorer(model), *padded):
+        assert_close(rewards, separate_passes(model, ids, mask, candidates), rtol=0, atol=1e-12)
+
+
 def test_flash_attention_and_training_mode_are_refused():
     model = tiny_reward_model()
     scorer = SiblingScorer(model.train())

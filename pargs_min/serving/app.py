@@ -117,7 +117,7 @@ class Served:
         return replace(method, draw=greedy) if asked.temperature == 0 else method
 
     def _how(self, asked: ChatRequest | CompletionRequest) -> Tokens:
-        most = self.codec.vocabulary if self.max_top_k is None else self.max_top_k
+        most = min(self.codec.vocabulary, self.max_top_k or self.codec.vocabulary)
         if asked.top_k is not None and not 0 < (asked.top_k or self.codec.vocabulary) <= most:
             raise Refused(f"top_k may be at most {most} here (0 means all tokens), got {asked.top_k}", param="top_k")
         warp = {"ref_temperature": asked.temperature or None, "ref_top_p": asked.top_p}

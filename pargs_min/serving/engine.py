@@ -217,14 +217,14 @@ class Engine:
                 text.hear(None)
             elif text.wanted:
                 going.append(row)
-        if not any(self.running[row].method.guided for row in going):
+        before, self.running = len(self.running), [self.running[row] for row in going]  # an error finds those alone
+        if not any(text.method.guided for text in self.running):
             self.guide = None
         rows = torch.tensor(going, dtype=torch.long, device=self.device)
         for stepper in self._steppers() if going else ():
-            if len(going) < len(self.running):
+            if len(going) < before:
                 stepper.select(rows)
             stepper.push(step.drawn.tokens[rows])
-        self.running = [self.running[row] for row in going]
 
 
 def _guided(

@@ -246,6 +246,7 @@ WRONG = [
     ("prompt", {"prompt": 5}, "prompt"),
     ("prompt", {"prompt": []}, "empty"),
     ("prompt", {"prompt": [[99]]}, "99"),
+    ("prompt", {"prompt": [-7, 3]}, "token id -7 is outside"),
     ("prompt", {"prompt": ""}, "no token"),
     ("prompt", {"prompt": "z"}, "UNK"),
     ("prompt", {"prompt": "a " * 64}, "exceed the context of 64"),
@@ -279,6 +280,12 @@ def test_what_cannot_be_is_refused_by_the_name_of_its_field(address, field, body
         assert (found["param"], said in found["message"]) == (field, True), found
     else:
         assert found["param"] == "n"
+
+
+def test_no_request_may_ask_for_more_candidates_than_there_are_tokens():
+    with running(served(max_top_k=100)) as found:
+        answer = httpx2.post(f"{found}/v1/completions", json={"prompt": "a", "top_k": 12})
+        assert "top_k may be at most 11 here" in answer.json()["error"]["message"]
 
 
 NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "user": "me", "echo": False, "best_of": 1}

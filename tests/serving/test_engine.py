@@ -230,6 +230,30 @@ def test_out_of_memory_halves_what_runs_and_loses_nothing():
     one.thread.join(10)
 
 
+def test_memory_that_runs_out_as_a_text_leaves_concerns_the_others_alone():
+    policy, selected = Counted(ModelPolicy(LM, CODEC.vocabulary)), []
+
+    def select(rows):
+        selected.append(len(rows))
+        if len(selected) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        policy.stepper.select(rows)
+
+    policy.select = select
+    one, texts = engine(policy=policy), [text(max_new_tokens=3), text(sample=1), text(sample=2)]
+    one.submit(texts)
+    one.thread.start()
+    deadline = time.monotonic() + 30
+    while not all(each.heard and each.heard[-1] is None for each in texts):
+        assert time.monotonic() < deadline, [each.heard[-1:] for each in texts]
+        time.sleep(0.01)
+    one.close()
+    one.thread.join(10)
+    assert selected[0] == 2
+    assert [each.ids for each in texts] == [alone(each)["response_ids"] for each in texts]
+    assert [each.heard.count(None) for each in texts] == [1, 1, 1]
+
+
 def test_one_text_too_large_and_errors_that_nobody_foresaw_reach_who_asked_and_the_next_one_is_served():
     wrong = [torch.OutOfMemoryError("CUDA out of memory"), KeyError("what")]
 
