@@ -351,12 +351,14 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     else:
         return None
     ids = tokenizer(closing.strip(), add_special_tokens=False)["input_ids"]
-    return ids[0] if ids and ids[0] in special_ids(tokenizer) else None
+    return ids[0] if ids and ids[0] in {*special_ids(tokenizer), *tokenizer.added_tokens_decoder} else None
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids of tokens that text does not hold: those that end a text among them."""
-    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    """The ids of tokens that text does not hold, those that end a text among them. Others were added as words are, say
+    a closing tag or a run of spaces."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
 
 
 def _encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -365,6 +365,15 @@ def test_a_text_that_has_ended_gets_no_second_end():
     assert codec.whole(known) == [*codec.prompt({"prompt": "a"}), 10, 9]
 
 
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_a_text_whose_last_word_was_added_to_the_vocabulary_ends_as_others_do(form):
+    tokenizer = chat_tokenizer()
+    tokenizer.add_tokens(["</code>"])
+    prompt = USER if form == "chat" else "a"
+    _, (bare, tagged) = Codec(tokenizer, form).encode(prompt, ["c", "c </code>"], finished=True)
+    assert tagged == [*bare[:-1], tokenizer.convert_tokens_to_ids("</code>"), bare[-1]]
+
+
 def test_a_template_that_opens_reasoning_trains_answers_behind_it():
     opened = "{% if add_generation_prompt %}<|start|> assistant : <t>{% endif %}"
     closed = TURNS.partition("{% if add_generation")[0].replace("{{ m.content }}", "{{ m.content }}")
