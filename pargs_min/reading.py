@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pargs_min.codec import Codec, check_fits, left_pad, shares_ids
 from pargs_min.records import is_messages
 from pargs_min.reward_model import check_evaluating, context_length, final_rewards, is_causal, recorded
-from pargs_min.scoring import RewardFn
+from pargs_min.scoring import RewardFn, model_rewards
 
 Texts = Sequence[dict]  # records of `pargs generate`
 
@@ -35,6 +35,21 @@ def prompt_text(record: dict) -> str:
     return prompt
 
 
+def reads_chats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model is a published one of chats, which reads each of them whole, as its template closes it."""
+    return bool(tokenizer.chat_template) and not recorded(model)
+
+
+def whole_rewards(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: Codec, prompts: Sequence[dict]
+) -> RewardFn:
+    """The reward function, of whole texts, of a model with the language model's tokenizer: every use of it reads alike.
+
+    Args and errors as of `text_rewards`, by which chats are read (`reads_chats`); all else is read as its ids.
+    """
+    return text_rewards(model, tokenizer, codec, prompts) if reads_chats(model, tokenizer) else model_rewards(model)
+
+
 def record_rewards(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Texts], list[float]]:
     """The rewards of records by any one-label classifier, which are read together.
 
@@ -54,7 +69,7 @@ def record_rewards(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         if pairs:
             return tokenizer(prompt_text(record), record["response"])
         record = record | {"prompt": record["prompt"] or prompt_text(record)}
-        if tokenizer.chat_template and not settings:
+        if reads_chats(model, tokenizer):
             return {"input_ids": codec.conversation(record)}
         return {"input_ids": codec.whole(record, settings.get("append_eos", True))}
 
@@ -84,7 +99,7 @@ def record_rewards(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 def text_rewards(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: Codec, prompts: Sequence[dict]
 ) -> RewardFn:
-    """The reward function of a model with another tokenizer: it reads each text as `record_rewards` does.
+    """The reward function of a model that reads each text as `record_rewards` does, say with a tokenizer of its own.
 
     The special tokens of the language model's text are dropped, but for the one that ends it, which becomes the reward
     model's own; a candidate that is half a character reaches the reward model as the replacement character.

@@ -14,9 +14,9 @@ from pargs_min.codec import Codec, check_vocabularies
 from pargs_min.data import encode_preferences, records_form
 from pargs_min.models import WRITTEN, default_device, load_language_model, load_reward_model, load_tokenizer, save
 from pargs_min.progress import progress
+from pargs_min.reading import whole_rewards
 from pargs_min.records import read_jsonl, read_preferences, read_prompts
 from pargs_min.reward_model import context_length, recorded
-from pargs_min.scoring import model_rewards
 from pargs_min.store import results, write_json, write_lines
 
 
@@ -86,14 +86,15 @@ def ppo(arguments: list[str]) -> None:
     prompts, device = read_prompts(options.prompts), default_device(options.device)
 
     model, tokenizer = load_language_model(options.model, device=device), load_tokenizer(options.model)
-    check_vocabularies(tokenizer, load_tokenizer(options.reward_model))
+    theirs = load_tokenizer(options.reward_model)
+    check_vocabularies(tokenizer, theirs)
     reward_model = load_reward_model(options.reward_model, device=device)
     set_seed(settings.seed)  # draws the head of a value function that starts from a language model
     value_model = load_reward_model(options.value_model or options.reward_model, head="scalar", device=device)
 
     codec = Codec.of(model, tokenizer, recorded(reward_model).get("prompt_format"))
     prompt_ids, often = [codec.prompt(prompt) for prompt in prompts], options.save_every
-    scores, ends = model_rewards(reward_model), codec.ends or ()
+    scores, ends = whole_rewards(reward_model, theirs, codec, prompts), codec.ends or ()
     model.config.pargs = {"prompt_format": codec.form}
     sources = options.model, options.reward_model, options.value_model
     goes_on = options.resume and checkpoint.exists()

@@ -23,13 +23,14 @@ from pargs_min.baselines.genarm import train_genarm
 from pargs_min.cli.hub import model_card, push
 from pargs_min.cli.options import choice, parse
 from pargs_min.cli.resuming import differences
-from pargs_min.codec import Codec, check_vocabularies
+from pargs_min.codec import Codec, check_vocabularies, prompt_format
 from pargs_min.decode import Warp, recorded_warp
 from pargs_min.distil import train_distilled, vocabulary_headed
 from pargs_min.lora import lora_config
+from pargs_min.memory import enough_memory
+from pargs_min.reading import reads_chats, whole_rewards
 from pargs_min.records import Preference, Response, read_preferences, read_responses
 from pargs_min.reward_model import context_length, recorded
-from pargs_min.scoring import model_rewards
 from pargs_min.store import content, read_json, results, write_json
 from pargs_min.trunk import copy_trunk, frozen_trunk
 
@@ -223,7 +224,7 @@ def train(arguments: list[str]) -> None:
 
     limit = options.max_length or context_length(model)
     if recipe.on_texts:
-        form, encode = rated(rater, tokenizer, limit, str(args.device), form)
+        form, encode = rated(rater, tokenizer, limit, args, form)
     else:
         asked = dict(max_length=limit, append_eos=options.append_eos, form=form)
         encode = partial(data.encode_preferences, tokenizer=tokenizer, **asked)
@@ -322,22 +323,35 @@ def few_from(texts: Sequence[data.Text]) -> str:
 
 
 def rated(
-    name: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, device: str, form: str
+    name: str, tokenizer: PreTrainedTokenizerBase, max_length: int | None, args: TrainingArguments, form: str
 ) -> tuple[str, Callable]:
     """The form of prompts that a reward model of the same vocabulary reads, and an encoder of texts that it also rates.
 
+    The model is in memory no longer than it rates: training needs the room.
+
     Raises:
-        ValueError: if the texts were written for prompts of another form.
+        ValueError: if the texts were written for prompts of another form, or a prompt must be cut of chats that are
+            read whole.
     """
-    check_vocabularies(tokenizer, models.load_tokenizer(name))
-    rater = models.load_reward_model(name, device=device)
-    theirs = recorded(rater).get("prompt_format", form)
-    reward_fn = model_rewards(rater)
+    own = models.load_tokenizer(name)
+    check_vocabularies(tokenizer, own)
+    theirs = (getattr(models.load_config(name), "pargs", None) or {}).get("prompt_format", form)
+    device, size = str(args.device), args.per_device_eval_batch_size
 
     def encode(records: Sequence[Response]) -> tuple[list[data.Text], dict[str, int]]:
         check_forms(records, theirs, name)
         texts, counts = data.encode_texts(records, tokenizer, max_length, theirs)
-        return training.rate(texts, reward_fn, device=device), counts
+        rater = models.load_reward_model(name, device=device)
+        if counts["prompts_cut"] and reads_chats(rater, own):
+            raise ValueError(
+                f"{name} reads whole chats, and {counts['prompts_cut']} of these are cut: raise --max-length"
+            )
+        named = {"ids": "prompt_ids"}
+        prompts = {str(asked): {named.get(prompt_format([asked]), "prompt"): asked} for asked, *_ in records}
+        rewards = whole_rewards(rater, own, Codec(tokenizer, theirs), [*prompts.values()])
+        doing = f"rating texts, --per-device-eval-batch-size {size}"
+        with enough_memory(doing, "lower it, or --max-length"):
+            return training.rate(texts, rewards, batch_size=size, device=device), counts
 
     return theirs, encode
 

@@ -1,21 +1,25 @@
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainingArguments
 
 from pargs_min import methods
 from pargs_min.cli import main
-from pargs_min.cli.train import RECIPES
+from pargs_min.cli.train import RECIPES, rated
 from pargs_min.codec import Codec
 from pargs_min.models import load_reward_model, load_tokenizer, save_reward_model
+from pargs_min.reading import record_rewards
+from pargs_min.records import read_responses
 from pargs_min.reward_model import has_vocabulary_head, prefix_rewards, recorded
 from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
-from tests.test_codec import chat_tokenizer
+from tests.test_codec import TURNS, chat_tokenizer
 
 WORDS = "abcdefg"
 
@@ -390,6 +394,33 @@ def test_every_objective_makes_a_model_that_guides(
     assert generate(lm, prompts, tmp_path / "guided.jsonl", *guide) == 0
     assert not recwarn.list
     assert train(lm, data, tmp_path / "out", *split, *more, "--resume") == 0
+
+
+def test_texts_to_train_on_are_rated_as_a_judge_reads_them(tmp_path, monkeypatch):
+    """Also by a published model of chats, whose template writes more behind an answer. It has left before training."""
+    tokenizer, rm, alive = chat_tokenizer(TURNS.replace("<|end|> ", "<|end|> : ")), tiny_reward_model(vocabulary=12), []
+    for part in (rm, tokenizer):
+        part.save_pretrained(tmp_path / "rm")
+    monkeypatch.setattr(
+        "pargs_min.models.load_reward_model",
+        lambda *_, **__: alive.append(weakref.ref(rm := load_reward_model(*_, **__))) or rm,
+    )
+    texts = [
+        {"prompt": prompt, "response": response, "finished": finished, "prompt_number": 0, "sample": 0}
+        for prompt in ([{"role": "user", "content": "a b"}], [{"role": "user", "content": "d"}])
+        for response, finished in (("c", True), ("d d", False))
+    ]
+    (tmp_path / "texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    records, args = read_responses(tmp_path / "texts.jsonl"), TrainingArguments(str(tmp_path / "out"), use_cpu=True)
+    form, encode = rated(str(tmp_path / "rm"), tokenizer, None, args, "chat")
+    found, _ = encode(records)
+    judged = record_rewards(load_reward_model(str(tmp_path / "rm")), tokenizer)(texts)
+    assert form == "chat"
+    assert [text.reward for text in found] == pytest.approx(judged, rel=1e-5)
+    gc.collect()
+    assert [ref() for ref in alive] == [None]
+    with pytest.raises(ValueError, match="reads whole chats, and 4 of these are cut: raise --max-length"):
+        rated(str(tmp_path / "rm"), tokenizer, 9, args, "chat")[1](records)
 
 
 @pytest.mark.parametrize(
