@@ -47,6 +47,9 @@ class BenchmarkOptions:
 def benchmark(arguments: list[str]) -> int:
     """Measure what a guided token costs, next to plain generation and the published loops."""
     options, setting = parse(benchmark, arguments, BenchmarkOptions, Setting)
+    for name, number in (vars(setting) | {"threads": options.threads}).items():
+        if number < 1:
+            raise ValueError(f"{name} (--{name.replace('_', '-')}) must be at least 1, got {number}")
     torch.set_num_threads(options.threads)
     if options.check:
         return 0 if check(options.rounds) else 1

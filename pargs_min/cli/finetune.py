@@ -16,7 +16,7 @@ from pargs_min.models import WRITTEN, default_device, load_language_model, load_
 from pargs_min.progress import progress
 from pargs_min.reading import whole_rewards
 from pargs_min.records import read_jsonl, read_preferences, read_prompts
-from pargs_min.reward_model import context_length, recorded
+from pargs_min.reward_model import recorded
 from pargs_min.store import results, write_json, write_lines
 
 
@@ -40,8 +40,8 @@ def dpo(arguments: list[str]) -> None:
     options, args = begin(dpo, arguments, DPOOptions, output_dir="runs/dpo", learning_rate=1e-6)
     records = read(options, read_preferences)
     model, tokenizer = load_language_model(options.model), load_tokenizer(options.model)
-    limit = options.max_length or context_length(model)
-    encode = partial(encode_preferences, tokenizer=tokenizer, max_length=limit, append_eos=options.append_eos)
+    limits = dict(max_length=options.tokens(model), append_eos=options.append_eos)
+    encode = partial(encode_preferences, tokenizer=tokenizer, **limits)
     form = records_form([record for some in records for record in some])
     model.config.pargs = dict(objective="dpo", beta=options.beta, prompt_format=form)
     fit = partial(train_dpo, model, tokenizer, beta=options.beta)

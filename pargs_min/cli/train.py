@@ -83,6 +83,13 @@ class DataOptions:
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length (--max-length) must be at least 1, got {self.max_length}")
 
+    def tokens(self, *models: PreTrainedModel) -> int | None:
+        """Tokens of a text, at most: `max_length`, or all that these models read. Raises ValueError if that is less."""
+        most = min(filter(None, map(context_length, models)), default=None)
+        if self.max_length and most and self.max_length > most:
+            raise ValueError(f"max_length (--max-length) {self.max_length} is beyond the model's context of {most}")
+        return self.max_length or most
+
 
 class Recipe(NamedTuple):
     """How an objective is trained."""
@@ -222,7 +229,7 @@ def train(arguments: list[str]) -> None:
     else:
         model = models.load_reward_model(options.model, tokenizer, dtype=dtype, head=recipe.head)
 
-    limit = options.max_length or context_length(model)
+    limit = options.tokens(model)
     if recipe.on_texts:
         form, encode = rated(rater, tokenizer, limit, args, form)
     else:
@@ -272,7 +279,7 @@ def distil(options: TrainOptions, args: TrainingArguments) -> None:
     guide = models.load_reward_model(name, tokenizer, device=device)
     model, reference = vocabulary_headed(guide), models.load_language_model(options.model, device=device)
     form = recorded(guide).get("prompt_format", form)
-    limit = options.max_length or min((n for n in map(context_length, (guide, reference)) if n), default=None)
+    limit = options.tokens(guide, reference)
 
     def encode(some: Sequence[Response]) -> tuple[list[data.Text], dict[str, int]]:
         check_forms(some, form, name)
@@ -340,8 +347,9 @@ def rated(
 
     def encode(records: Sequence[Response]) -> tuple[list[data.Text], dict[str, int]]:
         check_forms(records, theirs, name)
-        texts, counts = data.encode_texts(records, tokenizer, max_length, theirs)
         rater = models.load_reward_model(name, device=device)
+        limit = min(filter(None, (max_length, context_length(rater))), default=None)
+        texts, counts = data.encode_texts(records, tokenizer, limit, theirs)
         if counts["prompts_cut"] and reads_chats(rater, own):
             raise ValueError(
                 f"{name} reads whole chats, and {counts['prompts_cut']} of these are cut: raise --max-length"

@@ -193,6 +193,13 @@ def test_settings_are_refused_before_anything_is_loaded(tmp_path, capsys, comman
 
 
 @pytest.mark.parametrize("command", ["train", "dpo"])
+def test_texts_longer_than_the_model_reads_are_not_asked_of_it(lm, pairs, tmp_path, capsys, command):
+    options = ["--model", str(lm), "--dataset", str(pairs), "--output-dir", str(tmp_path / "out"), "--max-length", "65"]
+    assert main([command, *options, "--use-cpu", "True"]) == 2
+    assert "max_length (--max-length) 65 is beyond the model's context of 64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "dpo"])
 def test_training_that_diverges_leaves_no_model(lm, pairs, tmp_path, capsys, command):
     out = tmp_path / "out"
     options = ["--model", str(lm), "--dataset", str(pairs), "--output-dir", str(out), "--learning-rate", "1e38"]

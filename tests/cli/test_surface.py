@@ -160,6 +160,12 @@ def test_docstrings_explain_only_options_that_there_are(name, built):
         assert explained(kind).keys() <= {action.dest for action in parser._actions}
 
 
+@pytest.mark.parametrize("name", ["threads", "batch-size", "prompt-length"])
+def test_a_benchmark_of_nothing_is_refused(name, capsys):
+    assert main(["benchmark", f"--{name}", "0"]) == 2
+    assert f"(--{name}) must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_options_are_read_from_the_command_line_alone(tmp_path, monkeypatch, capsys):
     (tmp_path / "pargs.args").write_text("--seeds 0")
     monkeypatch.setattr(sys, "argv", [str(tmp_path / "pargs")])
