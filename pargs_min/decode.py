@@ -406,7 +406,12 @@ def response_rewards(reward_fn: RewardFn, prompt_ids: Tensor, mask: Tensor, gene
 
 
 def response_log_probs(
-    model: PreTrainedModel, ids: Tensor, mask: Tensor, responses: int, warp: Warp | None = None
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    responses: int,
+    warp: Warp | None = None,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """(B, N) log pi of each token of the responses in nats, by a model that need not have written them; with gradient.
 
@@ -414,13 +419,14 @@ def response_log_probs(
         ids, mask: (B, P + N) prompts padded on the left, then responses padded on the right.
         responses: N, the width of the responses.
         warp: how the model is sampled.
+        vocabulary: as of `ModelPolicy`.
     """
-    settings = dict(use_cache=False, logits_to_keep=responses + 1)
-    logits = read(model, ids, mask, token_positions(mask), **settings).logits[:, :-1]
-    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    settings, tokens = dict(use_cache=False, logits_to_keep=responses + 1), ids[:, -responses:, None]
+    logits = read(model, ids, mask, token_positions(mask), **settings).logits[:, -responses - 1 : -1, :vocabulary]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if warp is not None:
-        log_probs = warp(log_probs.flatten(0, 1)).view_as(log_probs)
-    return log_probs.gather(2, ids[:, -responses:, None])[..., 0]
+        logits = warp(logits.log_softmax(-1).flatten(0, 1)).view_as(logits)
+    return logits.gather(2, tokens)[..., 0] - logits.logsumexp(-1)  # without a copy of all of them
 
 
 def _check_uniforms(uniforms: Tensor, batch: int, steps: int) -> None:

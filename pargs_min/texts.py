@@ -34,6 +34,7 @@ from pargs_min.trunk import TrunkScorer, one_query_scorer, share_trunk
 Model: TypeAlias = PreTrainedModel | None
 Guide: TypeAlias = tuple[Model, PreTrainedTokenizerBase | None]
 Numbers = Sequence[tuple[int, int]]  # prompt number and sample number of each text
+MOST_LOGITS = 2**28  # that reading texts again holds at once: a gigabyte in float32
 
 
 @dataclass(frozen=True)
@@ -467,6 +468,8 @@ def text_log_probs(lm: PreTrainedModel, codec: Codec, texts: Sequence[dict], bat
                 f"prompt number {text['prompt_number']}, sample {text['sample']}: its response_ids are not of this "
                 "model's tokenizer; take the model that wrote it, or one with the same tokenizer"
             )
+    longest = 1 + max((len(text["response_ids"]) for text in texts), default=0)
+    batch_size = max(1, min(batch_size, MOST_LOGITS // (longest * codec.vocabulary)))
     totals = []
     runs = (
         (decode.recorded_warp(how, f"prompt number {(run := [*some])[0].get('prompt_number')}"), run)
@@ -477,7 +480,7 @@ def text_log_probs(lm: PreTrainedModel, codec: Codec, texts: Sequence[dict], bat
         prompt_ids, mask = left_pad([codec.prompt(text) for text in some])
         responses, written = (x.flip(1) for x in left_pad([text["response_ids"][::-1] for text in some]))
         ids, mask = torch.cat([prompt_ids, responses], 1).to(lm.device), torch.cat([mask, written], 1).to(lm.device)
-        log_probs = decode.response_log_probs(lm, ids, mask, responses.shape[1], warp)
+        log_probs = decode.response_log_probs(lm, ids, mask, responses.shape[1], warp, codec.vocabulary)
         totals += (log_probs.double() * written.to(lm.device)).sum(1).tolist()
     for text, total in zip(texts, totals, strict=True):
         if not math.isfinite(total):

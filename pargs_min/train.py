@@ -459,9 +459,10 @@ def token_log_probs(model: PreTrainedModel, ids: Tensor, mask: Tensor, prompt_le
     width = ids.shape[1] - int(prompt_lengths.min())
     settings: dict[str, Any] = dict(attention_mask=mask, use_cache=False, logits_to_keep=width + 1)
     settings |= {"position_ids": token_positions(mask)} if takes_positions(type(model).forward) else {}
-    logits = type(model).forward(model, input_ids=ids, **settings).logits[:, :-1]
-    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    return F.pad(log_probs.gather(2, ids[:, -width:, None])[..., 0], (ids.shape[1] - width, 0))
+    logits = type(model).forward(model, input_ids=ids, **settings).logits[:, -width - 1 : -1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_probs = logits.gather(2, ids[:, -width:, None])[..., 0] - logits.logsumexp(-1)
+    return F.pad(log_probs, (ids.shape[1] - width, 0))
 
 
 class PrefixTrainer(Watched):

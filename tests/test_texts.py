@@ -382,9 +382,10 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         next(generate_texts(lm, TOKENIZER, PROMPTS, method="plain", max_new_tokens=6))
 
 
-def test_a_text_has_the_log_probability_with_which_it_was_drawn():
+@pytest.mark.parametrize("rows", [14, 17])  # as many as the tokenizer has ids, and more, which mean nothing
+def test_a_text_has_the_log_probability_with_which_it_was_drawn(rows):
     """Of unequal prompts and lengths, in batches; and another model gives it another one."""
-    lm, other, tokenizer = tiny_lm(vocabulary=14), tiny_lm(vocabulary=14, seed=5), tiny_tokenizer()
+    lm, other, tokenizer = tiny_lm(vocabulary=rows), tiny_lm(vocabulary=rows, seed=5), tiny_tokenizer()
     codec = Codec.of(lm, tokenizer)
     prompts = [{"prompt": "a b c"}, {"prompt": "d"}]
     texts = [*generate_texts(lm, tokenizer, prompts, method="plain", num_samples=5, max_new_tokens=6)]
@@ -392,6 +393,18 @@ def test_a_text_has_the_log_probability_with_which_it_was_drawn():
     drawn = [text["ref_log_prob"] for text in texts]
     np.testing.assert_allclose(text_log_probs(lm, codec, texts, batch_size=3), drawn, rtol=0, atol=1e-10)
     assert np.abs(np.subtract(text_log_probs(other, codec, texts), drawn)).min() > 1e-3
+
+
+def test_texts_are_read_again_in_batches_that_fit(monkeypatch):
+    lm, tokenizer, rows = tiny_lm(vocabulary=14), tiny_tokenizer(), []
+    codec, prompts = Codec.of(lm, tokenizer), [{"prompt": "a b c"}]
+    texts = [*generate_texts(lm, tokenizer, prompts, method="plain", num_samples=5, max_new_tokens=6)]
+    whole = text_log_probs(lm, codec, texts)
+    hook = lm.get_output_embeddings().register_forward_hook(lambda head, args, logits: rows.append(len(logits)))
+    monkeypatch.setattr("pargs_min.texts.MOST_LOGITS", 2 * 7 * 14)  # of two texts, each of six tokens and one before
+    assert text_log_probs(lm, codec, texts) == pytest.approx(whole, abs=1e-9)
+    hook.remove()
+    assert rows == [2, 2, 1]
 
 
 def chats(method="plain", prompts=({"prompt": "a b"}, {"prompt": "c"}), lm=None, **settings):

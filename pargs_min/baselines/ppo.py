@@ -137,6 +137,7 @@ class Models(NamedTuple):
     policy: PreTrainedModel
     value: PreTrainedModel
     ref: PreTrainedModel
+    vocabulary: int | None = None  # as of `ModelPolicy`
 
 
 def train_ppo(
@@ -148,6 +149,7 @@ def train_ppo(
     settings: PPOSettings,
     checkpoint: str | os.PathLike | None = None,
     save_every: int = 20,
+    vocabulary: int | None = None,
 ) -> Iterator[dict[str, float]]:
     """Train a language model in place; yields what each update saw and did.
 
@@ -159,6 +161,7 @@ def train_ppo(
         ends: ids that end a response.
         checkpoint: a file for models and optimizer, written every `save_every` updates. Where it exists, the run
             continues from it, to the weights of a run that was never interrupted.
+        vocabulary: as of `ModelPolicy`.
 
     Yields:
         update, from 1; of the texts drawn before the update, means per text: reward, kl (log pi / pi_ref in nats),
@@ -174,7 +177,7 @@ def train_ppo(
         raise ValueError("prompts is empty; give at least one")
     if save_every < 1:
         raise ValueError(f"save_every must be at least 1, got {save_every}")
-    models = Models(model.eval(), value_model.eval(), copy.deepcopy(model).eval())  # eval: no dropout
+    models = Models(model.eval(), value_model.eval(), copy.deepcopy(model).eval(), vocabulary)  # eval: no dropout
     trained = torch.nn.ModuleList([models.policy, models.value])
     optimizer = torch.optim.Adam(trained.parameters(), lr=settings.learning_rate, eps=1e-5)
     parts = {"models": trained, "optimizer": optimizer, "ref": models.ref}
@@ -235,7 +238,7 @@ def rollout(
     prompt_ids, mask = (tensor.to(models.ref.device) for tensor in left_pad([prompts[number] for number in asked]))
     uniforms = row_uniforms(settings.seed, asked, numbers, settings.max_new_tokens)
     limits: dict[str, Any] = dict(max_new_tokens=settings.max_new_tokens, eos=ends, uniforms=uniforms)
-    texts = generate(ModelPolicy(models.policy), None, prompt_ids, mask, beta=0.0, top_k=0, **limits)
+    texts = generate(ModelPolicy(models.policy, models.vocabulary), None, prompt_ids, mask, beta=0.0, top_k=0, **limits)
 
     # The reward model scores whole texts; policy, reference and value function look at each token.
     scores = response_rewards(reward_fn, prompt_ids, mask, texts)
@@ -243,8 +246,14 @@ def rollout(
     written = places < lengths
     batch = {"ids": torch.cat([prompt_ids, texts.tokens], 1), "mask": torch.cat([mask, written.to(mask.dtype)], 1)}
     batch |= {"written": written, "scores": scores}
-    log_probs, values = _log_probs(models.policy, batch), _values(models.value, batch)
-    log_ratios = (log_probs - _log_probs(models.ref, batch)) * written
+    size = settings.minibatch_size
+    parts = [{name: tensor[i : i + size] for name, tensor in batch.items()} for i in range(0, len(scores), size)]
+    log_probs, ref_log_probs = (
+        torch.cat([_log_probs(model, part, models.vocabulary) for part in parts])
+        for model in (models.policy, models.ref)
+    )
+    values = torch.cat([_values(models.value, part) for part in parts])
+    log_ratios = (log_probs - ref_log_probs) * written
 
     # A token is rewarded for staying close to the reference, the last one also for the whole response.
     rewards = scores[:, None] * (places == lengths - 1) - log_ratios / settings.beta
@@ -263,7 +272,7 @@ def _prompt_number(number: int, prompts: int, seed: int) -> int:
 
 def _loss(models: Models, batch: dict[str, Tensor], settings: PPOSettings) -> tuple[Tensor, list[float]]:
     """The loss, and for the report: policy loss, value loss, share of clipped ratios; all are means over tokens."""
-    log_probs, values = _log_probs(models.policy, batch), _values(models.value, batch)
+    log_probs, values = _log_probs(models.policy, batch, models.vocabulary), _values(models.value, batch)
     policy = clipped_policy_loss(log_probs, batch["old_log_probs"], batch["advantages"], settings.clip)
     value = clipped_value_loss(values, batch["old_values"], batch["returns"], settings.clip)
     left = ((log_probs - batch["old_log_probs"]).exp() - 1).abs() > settings.clip
@@ -271,9 +280,9 @@ def _loss(models: Models, batch: dict[str, Tensor], settings: PPOSettings) -> tu
     return policy + settings.value_weight * value, [policy.item(), value.item(), left.item()]
 
 
-def _log_probs(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+def _log_probs(model: PreTrainedModel, batch: dict[str, Tensor], vocabulary: int | None) -> Tensor:
     """(B, T) log pi of each response token, in nats."""
-    return response_log_probs(model, batch["ids"], batch["mask"], batch["written"].shape[1])
+    return response_log_probs(model, batch["ids"], batch["mask"], batch["written"].shape[1], vocabulary=vocabulary)
 
 
 def _values(value_model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from pargs_min.codec import Codec
 from pargs_min.evaluation.compare import compare, file_labels, read_files, with_kl_to
 from pargs_min.evaluation.tables import alpaca_eval_records, markdown, panels, write_comparison
 from pargs_min.experiments.judging import named_judge
-from pargs_min.models import load_language_model, load_tokenizer
+from pargs_min.models import default_device, load_language_model, load_tokenizer
 from pargs_min.plots import intervals, save
 from pargs_min.store import results, write_json
 from pargs_min.texts import text_log_probs
@@ -65,7 +65,7 @@ def evaluate(arguments: list[str]) -> None:
     files = read_files(labels)
     outputs = {path: alpaca_eval_records(files[label], label) for label, path in exported.items()}
     if options.reference:
-        lm = load_language_model(options.reference)
+        lm = load_language_model(options.reference, device=default_device())
         codec = Codec.of(lm, load_tokenizer(options.reference))
         for label, texts in files.items():
             files[label] = with_kl_to(options.reference, texts, text_log_probs(lm, codec, texts))

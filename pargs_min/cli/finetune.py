@@ -12,6 +12,7 @@ from pargs_min.cli.options import parse
 from pargs_min.cli.train import KEPT, DataOptions, begin, check_same, fit_and_save, read, recipe
 from pargs_min.codec import Codec, check_vocabularies
 from pargs_min.data import encode_preferences, records_form
+from pargs_min.memory import enough_memory
 from pargs_min.models import WRITTEN, default_device, load_language_model, load_reward_model, load_tokenizer, save
 from pargs_min.progress import progress
 from pargs_min.reading import whole_rewards
@@ -99,7 +100,9 @@ def ppo(arguments: list[str]) -> None:
     sources = options.model, options.reward_model, options.value_model
     goes_on = options.resume and checkpoint.exists()
     replace = options.overwrite or (goes_on and (folder / KEPT).exists())  # the model of a run that goes on is its own
-    with results(folder, "config.json", *WRITTEN, overwrite=replace, sources=sources):
+    doing = f"training with --batch-size {settings.batch_size} --minibatch-size {settings.minibatch_size}"
+    lower = enough_memory(doing, "lower them or --max-new-tokens, and start anew")
+    with results(folder, "config.json", *WRITTEN, overwrite=replace, sources=sources), lower:
         log = folder / "log.jsonl"
         logged = [line for line, _ in read_jsonl(log, growing=True)] if log.exists() else []
         if options.resume:
@@ -107,7 +110,8 @@ def ppo(arguments: list[str]) -> None:
         if not goes_on:
             checkpoint.unlink(missing_ok=True)
             write_json(folder / KEPT, recipe(options))
-        updates = train_ppo(model, value_model, scores, prompt_ids, ends, settings, checkpoint, often)
+        task = scores, prompt_ids, ends, settings, checkpoint, often, codec.vocabulary
+        updates = train_ppo(model, value_model, *task)
         write_log(log, logged, updates, settings.updates)
         save(model, tokenizer, folder)
     print(f"saved {folder}")

@@ -290,7 +290,8 @@ def _by_ppo(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> dict[str, floa
     settings |= dict(batch_size=2 * lab.pairs_per_step, minibatch_size=lab.pairs_per_step)
     prompts, ends = _training_prompts(lab), end_tokens(model, tokenizer)
     set_seed(seed)
-    for _ in train_ppo(model, critic, model_rewards(rater), prompts, ends, PPOSettings(**settings)):
+    task = model_rewards(rater), prompts, ends, PPOSettings(**settings)
+    for _ in train_ppo(model, critic, *task, vocabulary=Codec(tokenizer).vocabulary):
         pass
     save(model, tokenizer, folder)
     return {"seconds": time.perf_counter() - began}

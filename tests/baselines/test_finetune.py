@@ -279,6 +279,19 @@ def test_a_rollout_knows_of_each_text_what_the_text_alone_says():
         assert_close(batch["returns"][row, :n], advantages + values)
 
 
+@torch.no_grad()
+def test_a_rollout_knows_no_ids_but_the_tokenizers():
+    """A model may have more rows, which mean nothing."""
+    model, value_model = tiny(GPT2LMHeadModel, 0), tiny(GPT2ForSequenceClassification, 1)
+    settings, rows = PPOSettings(**SETTINGS | dict(batch_size=12)), END + 1
+    models = Models(model, value_model, tiny(GPT2LMHeadModel, 2), vocabulary=rows)
+    batch = rollout(models, lambda ids, mask: ids[:, -1].float(), [[2]], [END], settings, update=0)
+    drawn = batch["ids"][:, 1:]
+    assert drawn.max() < rows < model.config.vocab_size
+    first = model(input_ids=torch.tensor([[2]])).logits[0, -1, :rows].log_softmax(-1)
+    assert_close(batch["old_log_probs"][:, 0], first[drawn[:, 0]])
+
+
 @pytest.mark.trains
 def test_the_first_ratio_is_one():
     """With one pass over one minibatch nothing is clipped: the rollout's log-probabilities are those of the update."""
