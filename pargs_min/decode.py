@@ -60,13 +60,18 @@ Resample = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 def sample(log_probs: Tensor, uniforms: Tensor) -> Tensor:
     """Draw from each row by inverting its distribution function at one uniform number.
 
+    What has no probability is not drawn, even where sums that are taken in parallel, on a GPU, fall by a rounding.
+
     >>> sample(torch.tensor([[0.25, 0.75], [0.25, 0.75]]).log(), torch.tensor([0.2, 0.3]))
     tensor([0, 1])
     """
-    below = log_probs.exp().cumsum(-1)
+    probs = log_probs.exp()
+    below, possible = probs.cumsum(-1), probs > 0
     total = below[:, -1:]
     point = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))  # it may round up
-    return (below <= point).sum(-1)
+    beyond = possible & (below > point)
+    last = possible.shape[1] - 1 - possible.flip(1).int().argmax(1)
+    return beyond.int().argmax(1).where(beyond.any(1), last)
 
 
 def greedy(log_probs: Tensor, uniforms: Tensor) -> Tensor:

@@ -226,6 +226,16 @@ def test_the_smallest_and_the_largest_uniform_never_pick_what_is_impossible():
     assert sample(log_probs, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)).tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("uniform", [0.4999999, 0.49999999, 0.5, 0.99999, 1 - 2**-53])
+def test_what_has_no_probability_is_not_drawn_though_sums_be_rounded(uniform, monkeypatch):
+    """A GPU adds up in parallel, and its sums may fall, or rise, where nothing is added."""
+    rounded = torch.tensor([[0.0, 0.5, 0.5 - 1e-7, 0.5 + 1e-7, 1.0 - 1e-7, 1.0]], dtype=torch.float64)
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda probs, dim: rounded)
+    log_probs = torch.tensor([[0.0, 0.5, 0.0, 0.0, 0.5, 0.0]], dtype=torch.float64).log()
+    drawn = sample(log_probs, torch.tensor([uniform], dtype=torch.float64))
+    assert drawn.tolist() == [1 if uniform < 0.5 else 4]
+
+
 def test_uniforms_belong_to_seed_prompt_and_sample():
     rows = row_uniforms(7, [0, 0, 1], [0, 1, 0], 50)
     assert len(rows.unique()) == 150
