@@ -20,7 +20,15 @@ from pargs_min.decode import ModelPolicy, Step, Warp, WarpedPolicy, generate
 from pargs_min.losses import distillation_loss
 from pargs_min.models import give_vocabulary_head
 from pargs_min.progress import progress
-from pargs_min.reward_model import body_and_head, features, has_vocabulary_head, next_token_rewards, recorded
+from pargs_min.reward_model import (
+    all_next_rewards,
+    body_and_head,
+    features,
+    has_vocabulary_head,
+    next_token_rewards,
+    recorded,
+)
+from pargs_min.scoring import FEW
 from pargs_min.texts import choose_scorer
 from pargs_min.train import PrefixTrainer, fit, mean_loss
 
@@ -183,7 +191,9 @@ def collate_taught(texts: Sequence[Taught], pad_id: int) -> dict[str, Tensor]:
 def candidate_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor, candidates: Tensor) -> Tensor:
     """(B, T, K) rewards r(ids_1:t c) of the (B, T, K) candidates behind each prefix, under a vocabulary head."""
     hidden, head = features(model, ids, mask)
-    return next_token_rewards(head, hidden[:, :, None], candidates)
+    if FEW * candidates.shape[2] <= head.out_features:
+        return next_token_rewards(head, hidden[:, :, None], candidates)
+    return all_next_rewards(head, hidden).gather(2, candidates)
 
 
 class DistilTrainer(PrefixTrainer):

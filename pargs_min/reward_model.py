@@ -69,6 +69,13 @@ def next_token_rewards(head: nn.Linear, hidden: Tensor, tokens: Tensor) -> Tenso
     return (hidden.to(dtype) * F.embedding(tokens, head.weight).to(dtype)).sum(-1)
 
 
+def all_next_rewards(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """(..., V) rewards under a vocabulary head: of every token, read at the (..., D) hidden state before it."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.to(dtype), head.weight.to(dtype))
+
+
 def body_and_head(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Linear]:
     """The causal backbone and the head of a reward model: of one output, or of one for each token.
 

@@ -51,7 +51,9 @@ def test_the_guide_is_asked_for_the_candidates_at_every_prefix(size, warp):
 
 
 @torch.no_grad()
-def test_the_loss_is_that_of_every_prefix_by_itself(tmp_path):
+@pytest.mark.parametrize("few", [1, 64])  # candidates are looked up, or all tokens multiplied
+def test_the_loss_is_that_of_every_prefix_by_itself(few, tmp_path, monkeypatch):
+    monkeypatch.setattr("pargs_min.distil.FEW", few)
     lm, guide, model = language_model(), scalar(), scalar(2, num_labels=VOCABULARY)
     found = taught(TEXTS, guide, lm, top_k=5)
     batch = collate_taught(found, pad_id=0)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pargs_min.data import Pair, at_response_tokens
 from pargs_min.losses import full_loss, written_tokens
-from pargs_min.reward_model import features, has_vocabulary_head, next_token_rewards
+from pargs_min.reward_model import all_next_rewards, features, has_vocabulary_head, next_token_rewards
 from pargs_min.train import PairTrainer, fit, one_each, pair_collator
 
 
@@ -55,11 +55,18 @@ def farma_loss(
     return whole + (gaps.square().sum(1) / before.sum(1).clamp(min=1)).mean()
 
 
-def rewards_and_best(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, T) r(ids_1:t) as `prefix_rewards` gives it, and (B, T) max_v r(ids_1:t v), under a vocabulary head."""
+def rewards_and_best(
+    model: PreTrainedModel, ids: Tensor, mask: Tensor, prompt_lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(2B, T) r(ids_1:t) of pairs as `prefix_rewards` gives it, and (2B, T) max_v r(ids_1:t v), by a vocabulary head.
+
+    The second is 0 where the loss does not read it: in rejected responses, and where all rows hold prompts.
+    """
     hidden, head = features(model, ids, mask)
     rewards = F.pad(next_token_rewards(head, hidden[:, :-1], ids[:, 1:]), (1, 0))
-    return rewards, F.linear(hidden.to(rewards.dtype), head.weight.to(rewards.dtype)).amax(-1)
+    pairs, first = len(prompt_lengths), int(prompt_lengths.min())
+    best = all_next_rewards(head, hidden[:pairs, first:]).amax(-1)
+    return rewards, F.pad(best, (first, 0, 0, pairs))
 
 
 def train_farma(
@@ -81,6 +88,7 @@ class FarmaTrainer(PairTrainer):
     """For batches of pairs, read by a reward model with a vocabulary head."""
 
     reads = staticmethod(rewards_and_best)
+    given = (*PairTrainer.given, "prompt_lengths")
 
     @staticmethod
     def check(model: PreTrainedModel) -> None:
