@@ -8,7 +8,7 @@ import numpy as np
 
 from pargs_min import plots
 from pargs_min.experiments.measure import Cell
-from pargs_min.experiments.recipes import DISTILLED, SOFT_LABELS, Recipe
+from pargs_min.experiments.recipes import DISTILLED, PARTIAL, SOFT_LABELS, Recipe
 from pargs_min.experiments.report import BETA, Row
 from pargs_min.experiments.setup import Lab
 from pargs_min.experiments.studies.real import BETAS
@@ -21,15 +21,14 @@ GATES = (0.95, 0.9, 0.8, 0.7)
 
 def cells(lab: Lab, seed: int) -> list[Cell]:
     beta, layers = BETA if lab.world else BETAS[-1], load_config(lab.model).get_text_config().num_hidden_layers
-    shared = max(1, layers * 4 // 5)
+    above = {"shared_layers": max(1, layers * 4 // 5)}
     soft, reweighted = (Recipe(objective, beta=beta) for objective in ("soft", "reweighted"))
-    found = [Cell(seed, "soft", beta=beta, recipe=soft, guide_below=gate) for gate in (None, *GATES)]
-    found += [Cell(seed, "pargs", beta=beta, recipe=SOFT_LABELS)]
-    for recipe in (DISTILLED, replace(DISTILLED, shared_layers=shared)):
-        found.append(Cell(seed, "pargs", beta=beta, recipe=recipe))
-    upper = replace(reweighted, shared_layers=shared)
-    for recipe, gate in ((reweighted, None), (upper, None), (upper, GATES[0])):
-        found.append(Cell(seed, "reweighted", beta=beta, recipe=recipe, guide_below=gate))
+    ways: list[tuple[str, Recipe, float | None]] = [("soft", soft, gate) for gate in (None, *GATES)]
+    for method, own in (("pargs", PARTIAL), ("reweighted", reweighted)):
+        upper = replace(own, **above)
+        ways += [(method, own, None), (method, upper, None), (method, upper, GATES[0])]
+    ways += [("pargs", recipe, None) for recipe in (SOFT_LABELS, DISTILLED, replace(DISTILLED, **above))]
+    found = [Cell(seed, method, beta=beta, recipe=recipe, guide_below=gate) for method, recipe, gate in ways]
     return [Cell(seed, "plain"), *(replace(cell, timed=True) for cell in found)]
 
 
