@@ -44,7 +44,7 @@ WEIGHTS_DEPEND_ON = {
     "max_grad_norm", "bf16", "fp16", "train_sampling_strategy", "ignore_data_skip", "neftune_noise_alpha",
     "average_tokens_across_devices",
 }  # fmt: skip
-BETAS = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # at which texts are counted (`few_from`)
+BETAS = (0.5, 1.0, 2.0, 4.0, 8.0)  # at which texts are counted (`effective`)
 NOT_IN_THE_WEIGHTS = ("resume", "overwrite", "output_dir", "save_every", "device")  # of our own
 
 
@@ -247,7 +247,7 @@ def train(arguments: list[str]) -> None:
 
     def fit(items: list, held_out: list, **settings: Any) -> dict[str, float]:
         if recipe.on_texts and args.process_index == 0:
-            print(few_from(items))
+            print(effective(items))
         metrics = recipe.train(model, tokenizer, items, held_out, lora_rank=options.lora_rank, **told, **settings)
         for name, some in benchmark.items():
             metrics[f"eval_accuracy/{name}"] = training.prefix_accuracy(model, some).accuracy[-1].item()
@@ -317,16 +317,11 @@ def sampled_as(records: Records) -> dict:
     return vars(next(iter(warps)))
 
 
-def few_from(texts: Sequence[data.Text]) -> str:
-    """Says from which beta on so few of each prompt's texts are effective that a larger one cannot be learned."""
-    enough = training.FEW_TEXTS
-    few = next((beta for beta in BETAS if data.effective_texts(texts, beta).mean() < enough), None)
-    if few is None:
-        return f"texts: at beta {BETAS[-1]:g} at least {enough} per prompt are effective under exp(beta * reward)"
-    return (
-        f"texts: from beta {few:g} on fewer than {enough} per prompt are effective under exp(beta * reward): too few to"
-        " learn what a larger beta pays"
-    )
+def effective(texts: Sequence[data.Text]) -> str:
+    """Says how many of a prompt's texts are effective at several betas: by so few is it decided what a beta pays."""
+    counts = [f"{data.effective_texts(texts, beta).mean():.3g} at beta {beta:g}" for beta in BETAS]
+    each = len(texts) / len(data.by_prompt(texts))
+    return f"texts per prompt: {each:.3g}, effective under exp(beta * reward): {', '.join(counts)}"
 
 
 def rated(

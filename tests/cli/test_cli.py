@@ -390,7 +390,12 @@ def test_every_objective_makes_a_model_that_guides(
     assert train(lm, data, tmp_path / "out", *split, *more) == 0
     said = capsys.readouterr().out
     assert "eval_loss" in said
-    assert ("too few to learn what a larger beta pays" in said) == (data == samples)
+    counted = re.search(r"texts per prompt: 4, effective under exp\(beta \* reward\): (.+)", said)
+    assert bool(counted) == (data == samples)
+    if counted:
+        counts = [float(part.split()[0]) for part in counted[1].split(", ")]
+        assert 4 >= counts[0] > counts[-1] >= 1
+        assert counts == sorted(counts, reverse=True)
     few = [one for one in recwarn.list if "only 4 texts per prompt are effective" in str(one.message)]
     assert len(few) == (objective == "reweighted")
     recwarn.clear()
