@@ -26,6 +26,9 @@ from pargs_min.records import ASSISTANT, Messages, Prompt, is_messages
 FORMS = ("text", "dialogue", "chat", "ids")  # of prompts
 HUMAN, ASKED = re.compile(r"\s*Human:"), re.compile(r"\n\s*Assistant:\s*$")  # how a dialogue begins and ends
 TURN = re.compile(r"(?:^|\n)\s*(Human|Assistant):")
+HI = {"role": "user", "content": "Hi"}
+HELLO = ([HI], [{"role": "system", "content": "Hi"}, HI])  # a system message is demanded by some templates
+ANSWER = "pargs"  # to see what a template writes behind an answer
 STRFTIME_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")  # how chat templates ask for the date
 
 
@@ -79,6 +82,19 @@ class Codec:
     @cached_property
     def _ends(self) -> tuple[int | None, ...]:
         return (self.tokenizer.eos_token_id, turn_end(self.tokenizer)) if self.ends is None else self.ends
+
+    @cached_property
+    def closing(self) -> list[int]:
+        """What the chat template writes behind an answer, `end` first; nothing where it writes a chat that it closes
+        otherwise than its prompt and its answer."""
+        for chat in HELLO:
+            try:
+                prompt_ids, (ids,) = self.encode(chat, [ANSWER])
+                whole = self._ids(self._closed(chat, ANSWER))
+                return whole[len(prompt_ids + ids) :] if whole[: len(prompt_ids + ids)] == prompt_ids + ids else []
+            except ValueError:  # no template; or it fails, which is said where a chat is read
+                pass
+        return []
 
     def prompt(self, record: dict) -> list[int]:
         """Token ids of a record's prompt (`encode_prompt`): its `prompt_ids` where it has some, else its `prompt`."""
@@ -339,12 +355,11 @@ def _apply_template(
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that the chat template writes behind a message of the assistant; None where it writes none."""
-    said = "pargs"
-    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}]
-    demanded = [{"role": "system", "content": "Hi"}, *chat]  # by some templates, and refused by others
-    for messages in (chat, demanded):
+    for chat in HELLO:
         try:
-            closing = _apply_template(tokenizer, messages).rpartition(said)[2]
+            closing = _apply_template(tokenizer, [*chat, {"role": "assistant", "content": ANSWER}]).rpartition(ANSWER)[
+                2
+            ]
             break
         except ValueError:  # no template; or it fails, which is said where a chat is read
             pass

@@ -40,14 +40,29 @@ def reads_chats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> b
     return bool(tokenizer.chat_template) and not recorded(model)
 
 
-def whole_rewards(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, codec: Codec, prompts: Sequence[dict]
-) -> RewardFn:
-    """The reward function, of whole texts, of a model with the language model's tokenizer: every use of it reads alike.
+def closing_ids(model: PreTrainedModel, codec: Codec) -> list[int]:
+    """What a published model of chats reads behind an answer (`Codec.closing`); nothing of other models and texts."""
+    return codec.closing if codec.form == "chat" and reads_chats(model, codec.tokenizer) else []
 
-    Args and errors as of `text_rewards`, by which chats are read (`reads_chats`); all else is read as its ids.
+
+def id_rewards(model: PreTrainedModel, codec: Codec) -> RewardFn:
+    """The reward function, of whole texts, of a model with the language model's tokenizer, which reads their ids.
+
+    A published model of chats reads all that its template writes behind an answer, as it does of records.
+
+    Args:
+        codec: the model's tokenizer, in the form of the texts.
     """
-    return text_rewards(model, tokenizer, codec, prompts) if reads_chats(model, tokenizer) else model_rewards(model)
+    if not (closing := closing_ids(model, codec)):
+        return model_rewards(model)
+
+    @torch.no_grad()
+    def reward_fn(ids: Tensor, mask: Tensor) -> Tensor:
+        rows = [row[keep].tolist() for row, keep in zip(ids, mask.bool(), strict=True)]
+        closed = left_pad([row[:-1] + closing if codec.finished(row) else row for row in rows])
+        return final_rewards(model, *(tensor.to(ids.device) for tensor in closed))
+
+    return reward_fn
 
 
 def record_rewards(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Callable[[Texts], list[float]]:

@@ -26,7 +26,7 @@ from pargs_min import decode, scoring
 from pargs_min.codec import Codec, check_vocabularies, left_pad, shares_ids
 from pargs_min.memory import enough_memory
 from pargs_min.methods import METHODS, OBJECTIVES, Batch, Method, Setup, guided_by
-from pargs_min.reading import text_rewards, whole_rewards
+from pargs_min.reading import reads_chats, text_rewards
 from pargs_min.reward_model import context_length, has_vocabulary_head, is_language_model, pooled_padding, recorded
 from pargs_min.static import StaticPolicy, StaticScorer
 from pargs_min.trunk import TrunkScorer, one_query_scorer, share_trunk
@@ -245,7 +245,9 @@ class _Writer:
             return reward_fn, scoring.ReencodeScorer(reward_fn)
         longest = _longest(self.encoded, tokens, model)
         scorer = choose_scorer(model, longest, codec.ends or (), lm) if guided else None
-        return whole_rewards(model, tokenizer, codec, self.prompts), scorer
+        if reads_chats(model, tokenizer):
+            return text_rewards(model, tokenizer, codec, self.prompts), scorer
+        return scoring.model_rewards(model), scorer
 
     def write(self, numbers: Numbers, seed: int) -> Iterator[dict]:
         """The records of a batch of (prompt number, sample number)."""

@@ -15,7 +15,7 @@ from pargs_min.data import encode_preferences, records_form
 from pargs_min.memory import enough_memory
 from pargs_min.models import WRITTEN, default_device, load_language_model, load_reward_model, load_tokenizer, save
 from pargs_min.progress import progress
-from pargs_min.reading import whole_rewards
+from pargs_min.reading import id_rewards
 from pargs_min.records import read_jsonl, read_preferences, read_prompts
 from pargs_min.reward_model import recorded
 from pargs_min.store import results, write_json, write_lines
@@ -95,7 +95,7 @@ def ppo(arguments: list[str]) -> None:
 
     codec = Codec.of(model, tokenizer, recorded(reward_model).get("prompt_format"))
     prompt_ids, often = [codec.prompt(prompt) for prompt in prompts], options.save_every
-    scores, ends = whole_rewards(reward_model, theirs, codec, prompts), codec.ends or ()
+    scores, ends = id_rewards(reward_model, Codec(theirs, codec.form)), codec.ends or ()
     model.config.pargs = {"prompt_format": codec.form}
     sources = options.model, options.reward_model, options.value_model
     goes_on = options.resume and checkpoint.exists()

@@ -23,12 +23,12 @@ from pargs_min.baselines.genarm import train_genarm
 from pargs_min.cli.hub import model_card, push
 from pargs_min.cli.options import choice, parse
 from pargs_min.cli.resuming import differences
-from pargs_min.codec import Codec, check_vocabularies, prompt_format
+from pargs_min.codec import Codec, check_vocabularies
 from pargs_min.decode import Warp, recorded_warp
 from pargs_min.distil import train_distilled, vocabulary_headed
 from pargs_min.lora import lora_config
 from pargs_min.memory import enough_memory
-from pargs_min.reading import reads_chats, whole_rewards
+from pargs_min.reading import closing_ids, id_rewards
 from pargs_min.records import Preference, Response, read_preferences, read_responses
 from pargs_min.reward_model import context_length, recorded
 from pargs_min.store import content, read_json, results, write_json
@@ -332,29 +332,23 @@ def rated(
     The model is in memory no longer than it rates: training needs the room.
 
     Raises:
-        ValueError: if the texts were written for prompts of another form, or a prompt must be cut of chats that are
-            read whole.
+        ValueError: if the texts were written for prompts of another form.
     """
     own = models.load_tokenizer(name)
     check_vocabularies(tokenizer, own)
     theirs = (getattr(models.load_config(name), "pargs", None) or {}).get("prompt_format", form)
-    device, size = str(args.device), args.per_device_eval_batch_size
+    codec, device, size = Codec(own, theirs), str(args.device), args.per_device_eval_batch_size
 
     def encode(records: Sequence[Response]) -> tuple[list[data.Text], dict[str, int]]:
         check_forms(records, theirs, name)
         rater = models.load_reward_model(name, device=device)
-        limit = min(filter(None, (max_length, context_length(rater))), default=None)
-        texts, counts = data.encode_texts(records, tokenizer, limit, theirs)
-        if counts["prompts_cut"] and reads_chats(rater, own):
-            raise ValueError(
-                f"{name} reads whole chats, and {counts['prompts_cut']} of these are cut: raise --max-length"
-            )
-        named = {"ids": "prompt_ids"}
-        prompts = {str(asked): {named.get(prompt_format([asked]), "prompt"): asked} for asked, *_ in records}
-        rewards = whole_rewards(rater, own, Codec(tokenizer, theirs), [*prompts.values()])
-        doing = f"rating texts, --per-device-eval-batch-size {size}"
-        with enough_memory(doing, "lower it, or --max-length"):
-            return training.rate(texts, rewards, batch_size=size, device=device), counts
+        context = context_length(rater)
+        room = context and context - len(closing_ids(rater, codec))
+        texts, counts = data.encode_texts(
+            records, tokenizer, min(filter(None, (max_length, room)), default=None), theirs
+        )
+        with enough_memory(f"rating texts, --per-device-eval-batch-size {size}", "lower it, or --max-length"):
+            return training.rate(texts, id_rewards(rater, codec), batch_size=size, device=device), counts
 
     return theirs, encode
 
