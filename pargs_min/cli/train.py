@@ -342,11 +342,9 @@ def rated(
     def encode(records: Sequence[Response]) -> tuple[list[data.Text], dict[str, int]]:
         check_forms(records, theirs, name)
         rater = models.load_reward_model(name, device=device)
-        context = context_length(rater)
-        room = context and context - len(closing_ids(rater, codec))
-        texts, counts = data.encode_texts(
-            records, tokenizer, min(filter(None, (max_length, room)), default=None), theirs
-        )
+        room = (context_length(rater) or math.inf) - len(closing_ids(rater, codec))
+        limit = min(max_length or math.inf, room)
+        texts, counts = data.encode_texts(records, tokenizer, None if limit == math.inf else int(limit), theirs)
         with enough_memory(f"rating texts, --per-device-eval-batch-size {size}", "lower it, or --max-length"):
             return training.rate(texts, id_rewards(rater, codec), batch_size=size, device=device), counts
 
