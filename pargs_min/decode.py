@@ -431,7 +431,7 @@ def response_log_probs(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if warp is not None:
         logits = warp(logits.log_softmax(-1).flatten(0, 1)).view_as(logits)
-    return logits.gather(2, tokens)[..., 0] - logits.logsumexp(-1)  # without a copy of all of them
+    return logits.gather(2, tokens)[..., 0] - logits.logsumexp(-1)
 
 
 def _check_uniforms(uniforms: Tensor, batch: int, steps: int) -> None:

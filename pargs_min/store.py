@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -171,35 +172,48 @@ def saving(where: str | os.PathLike) -> Iterator[None]:
         raise OSError(f"{where} cannot be written: {error}") from error
 
 
-@contextmanager
-def results(
-    folder: str | os.PathLike, last: str, *others: str, overwrite: bool, sources: Iterable[str | None] = ()
-) -> Iterator[Path]:
-    """Context manager: the folder that a command writes its results to, and nobody else in the meantime.
+def check_results(folder: str | os.PathLike, *names: str, overwrite: bool, sources: Iterable[str | None] = ()) -> None:
+    """Find out, before any work is done for them, whether results can be written to a folder, which is made.
 
     Args:
-        last: the file of the results that is written last.
-        others: patterns of the names of all other files that they would replace, whoever wrote those.
+        names: patterns of the names of all files that results would replace, whoever wrote those.
         overwrite: whether files that are there may be replaced.
         sources: models that are read, which are never replaced: they must not lie in the folder.
 
     Raises:
-        ValueError: if it holds such a file, is or holds one of the sources, or another run is writing there.
+        ValueError: if it holds such a file, or is or holds one of the sources.
+        OSError: if it cannot be written to.
     """
     folder = Path(folder)
     for source in filter(None, sources):
         if Path(source).exists() and Path(source).resolve().is_relative_to(folder.resolve()):
             what = "is" if folder.samefile(source) else f"holds {source}, which is"
             raise ValueError(f"--output-dir {folder} {what} a model that is read and would be lost: choose another one")
-    if not overwrite and (there := [file.name for name in (last, *others) for file in folder.glob(name)]):
+    if not overwrite and (there := [file.name for name in names for file in folder.glob(name)]):
         raise ValueError(
             f"--output-dir {folder} holds {there[0]}, which would be replaced: choose another one, or --overwrite it"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+@contextmanager
+def results(
+    folder: str | os.PathLike, *names: str, overwrite: bool, sources: Iterable[str | None] = ()
+) -> Iterator[Path]:
+    """Context manager: the folder that a command writes its results to, and nobody else in the meantime.
+
+    Args and errors as of `check_results`.
+
+    Raises:
+        ValueError: also if another run is writing there.
+    """
+    check_results(folder, *names, overwrite=overwrite, sources=sources)
     lock = os.open(folder, os.O_RDONLY)
     try:
-        _lock(lock, folder)
-        yield folder
+        _lock(lock, Path(folder))
+        yield Path(folder)
     finally:
         os.close(lock)
 

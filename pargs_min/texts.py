@@ -34,7 +34,7 @@ from pargs_min.trunk import TrunkScorer, one_query_scorer, share_trunk
 Model: TypeAlias = PreTrainedModel | None
 Guide: TypeAlias = tuple[Model, PreTrainedTokenizerBase | None]
 Numbers = Sequence[tuple[int, int]]  # prompt number and sample number of each text
-MOST_LOGITS = 2**28  # that reading texts again holds at once: a gigabyte in float32
+MOST_LOGITS = 2**28  # read at once of texts that are read again: a gigabyte in float32, and as much to add them up
 
 
 @dataclass(frozen=True)

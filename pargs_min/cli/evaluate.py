@@ -10,9 +10,10 @@ from pargs_min.codec import Codec
 from pargs_min.evaluation.compare import compare, file_labels, read_files, with_kl_to
 from pargs_min.evaluation.tables import alpaca_eval_records, markdown, panels, write_comparison
 from pargs_min.experiments.judging import named_judge
+from pargs_min.memory import enough_memory
 from pargs_min.models import default_device, load_language_model, load_tokenizer
 from pargs_min.plots import intervals, save
-from pargs_min.store import results, write_json
+from pargs_min.store import check_results, results, write_json
 from pargs_min.texts import text_log_probs
 
 
@@ -46,7 +47,8 @@ REPEATED = ArgumentParser(add_help=False)  # what no field of a dataclass can sa
 REPEATED.add_argument("files", nargs="+", metavar="FILE")
 REPEATED.add_argument("--judge", action="append", default=[])
 
-WRITTEN = ("evaluation.json", "evaluation.md", "evaluation.png", "answers.jsonl", "verdicts.jsonl")
+RESULTS = ("evaluation.json", "evaluation.md", "evaluation.png", "answers.jsonl")
+VERDICTS = "verdicts.jsonl"  # of chat judges, which the next evaluation goes on with
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -56,21 +58,22 @@ def evaluate(arguments: list[str]) -> None:
     labels = file_labels([*repeated.files, *against])
     exported = {label: folder / f"alpacaeval-{quote(label, safe=' ()')}.json" for label in labels.values()}
     exported = exported if options.export else {}
-    written = {path.resolve() for path in (*(folder / name for name in WRITTEN), *exported.values())}
+    replaced = *RESULTS, *(path.name for path in exported.values())
+    written = {(folder / name).resolve() for name in (*replaced, VERDICTS)}
     for file in labels:
         if file.resolve() in written:
             raise ValueError(f"{file} is read, and would be replaced: choose another --output-dir")
-    if there := [path for path in exported.values() if path.exists() and not options.overwrite]:
-        raise ValueError(f"{there[0]} exists: choose another --output-dir, or --overwrite it")
     files = read_files(labels)
     outputs = {path: alpaca_eval_records(files[label], label) for label, path in exported.items()}
+    check_results(folder, *replaced, overwrite=options.overwrite)  # before anything is judged
     if options.reference:
-        lm = load_language_model(options.reference, device=default_device())
-        codec = Codec.of(lm, load_tokenizer(options.reference))
-        for label, texts in files.items():
-            files[label] = with_kl_to(options.reference, texts, text_log_probs(lm, codec, texts))
-    judges = [named_judge(name, folder / "verdicts.jsonl") for name in dict.fromkeys(repeated.judge)]
-    with results(folder, "evaluation.json", overwrite=options.overwrite):
+        known = by_reference(options.reference, [*files.values()])
+        files = {
+            label: with_kl_to(options.reference, texts, ours)
+            for (label, texts), ours in zip(files.items(), known, strict=True)
+        }
+    judges = [named_judge(name, folder / VERDICTS) for name in dict.fromkeys(repeated.judge)]
+    with results(folder, *replaced, overwrite=options.overwrite):
         comparison = compare(files, judges, *(labels[Path(file)] for file in against))
         for name in ("evaluation.json", "evaluation.png"):  # what is there belongs together
             (folder / name).unlink(missing_ok=True)
@@ -81,3 +84,11 @@ def evaluate(arguments: list[str]) -> None:
         write_comparison(comparison, folder)
     print(markdown(comparison))
     print(f"saved {folder}")
+
+
+def by_reference(name: str, files: list[list[dict]]) -> list[list[float]]:
+    """The log-probability of each text of each file by this language model, which is in memory no longer than that."""
+    lm = load_language_model(name, device=default_device())
+    codec = Codec.of(lm, load_tokenizer(name))
+    with enough_memory(f"reading texts by --reference {name}", "hide the GPU (CUDA_VISIBLE_DEVICES=), or free memory"):
+        return [text_log_probs(lm, codec, texts) for texts in files]

@@ -31,7 +31,7 @@ from pargs_min.memory import enough_memory
 from pargs_min.reading import closing_ids, id_rewards
 from pargs_min.records import Preference, Response, read_preferences, read_responses
 from pargs_min.reward_model import context_length, recorded
-from pargs_min.store import content, read_json, results, write_json
+from pargs_min.store import check_results, content, read_json, results, write_json
 from pargs_min.trunk import copy_trunk, frozen_trunk
 
 Records = tuple[list, list]  # to train on, and of --eval-dataset
@@ -454,6 +454,13 @@ def fit_and_save(
     """
     first = args.process_index == 0
     say = print if first else lambda *_: None
+    named = ("model", "reward_model", "soft_labels_from", "distil_from")
+    folder, sources = Path(args.output_dir), tuple(getattr(options, name, None) for name in named)
+    goes_on = options.resume and training.last_checkpoint(folder) is not None
+    replace = options.overwrite or (goes_on and (folder / KEPT).exists())  # the model of a run that goes on is its own
+    place: dict[str, Any] = dict(overwrite=replace, sources=sources)
+    if first:
+        check_results(folder, "config.json", *models.WRITTEN, **place)
 
     def prepare(some: list) -> list:
         items, counts = encode(some)
@@ -466,17 +473,11 @@ def fit_and_save(
     if options.load_best and not held_out:
         raise ValueError("--load-best needs held-out records: give --eval-dataset, or an --eval-fraction above 0")
 
-    named = ("model", "reward_model", "soft_labels_from", "distil_from")
-    folder, sources = Path(args.output_dir), tuple(getattr(options, name, None) for name in named)
-    goes_on = options.resume and training.last_checkpoint(folder) is not None
-    replace = options.overwrite or (goes_on and (folder / KEPT).exists())  # the model of a run that goes on is its own
     base = getattr(options, "distil_from", None) or options.model
     about: dict[str, Any] = dict(name=args.hub_model_id or folder.resolve().name, base=base, dataset=options.dataset)
     about |= {} if models.is_classifier(models.load_config(options.model)) else dict(reference=options.model)
     about |= dict(counts={"learned from": len(items), "held out": len(held_out)})
-    with (
-        results(folder, "config.json", *models.WRITTEN, overwrite=replace, sources=sources) if first else nullcontext()
-    ):
+    with results(folder, "config.json", *models.WRITTEN, **place) if first else nullcontext():
         if first and options.resume:
             check_same(folder, recipe(options, args))  # again, now that nobody else writes there
         if first and not goes_on:

@@ -124,14 +124,17 @@ def test_a_new_model_has_no_file_of_the_old_one(made):
 
 @pytest.mark.trains
 @pytest.mark.parametrize("name", ["sd15.safetensors", "spm.model", "tokenizer.json", "README.md"])
-def test_no_file_of_others_is_replaced_unasked(made, capsys, name):
+def test_no_file_of_others_is_replaced_unasked(made, capsys, monkeypatch, name):
     """A model is saved as files of many names; a folder that holds one of them need not hold a model."""
     Path("out").mkdir()
     Path("out", name).write_text("mine")
+    monkeypatch.setattr("pargs_min.data.encode_preferences", lambda *_, **__: pytest.fail("it was begun"))
     for command in (train, ppo):
         assert command("out") == 2
         assert refused(capsys, f"holds {name}, which would be replaced")
         assert Path("out", name).read_text() == "mine"
+    monkeypatch.undo()
+    os.chdir(made)
     Path("out/tokenizer-runs").mkdir()
     Path("out/tokenizer-runs/log").write_text("mine")
     assert train("out", "--overwrite") == 0

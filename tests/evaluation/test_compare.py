@@ -381,7 +381,7 @@ def test_texts_go_to_alpaca_eval_and_come_back(tmp_path, monkeypatch, capsys):
     theirs = tmp_path / "out" / "alpacaeval-b%2Fone.jsonl.json"
     theirs.write_text("mine")
     assert main(command) == 2
-    assert "alpacaeval-b%2Fone.jsonl.json exists: choose another --output-dir, or" in capsys.readouterr().err
+    assert "holds alpacaeval-b%2Fone.jsonl.json, which would be replaced" in capsys.readouterr().err
     assert [theirs.read_text(), len([*theirs.parent.iterdir()])] == ["mine", 1]
     assert main([*command, "--overwrite"]) == 0
     assert json.loads(theirs.read_text("utf-8")) == [
@@ -395,6 +395,16 @@ def test_texts_go_to_alpaca_eval_and_come_back(tmp_path, monkeypatch, capsys):
     Path("alpacaeval-x.json").symlink_to("out/alpacaeval-alpacaeval-x.json")
     assert main([*mine[:1], "alpacaeval-x.json", *mine[2:]]) == 2
     assert "alpacaeval-x.json is read, and would be replaced" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["evaluation.md", "evaluation.png", "answers.jsonl"])
+def test_nothing_is_judged_for_a_folder_where_it_would_replace_anything(name, tmp_path, monkeypatch, capsys):
+    file = write(tmp_path / "one.jsonl", [text(0, 0, "a")])
+    (tmp_path / name).write_text("mine")
+    monkeypatch.setattr("pargs_min.cli.evaluate.named_judge", lambda *_: pytest.fail("it was judged"))
+    assert main(["evaluate", str(file), "--judge", "toy", "--output-dir", str(tmp_path)]) == 2
+    assert f"holds {name}, which would be replaced" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
 
 
 @pytest.mark.parametrize(
