@@ -426,7 +426,7 @@ def response_log_probs(
         warp: how the model is sampled.
         vocabulary: as of `ModelPolicy`.
     """
-    settings, tokens = dict(use_cache=False, logits_to_keep=responses + 1), ids[:, -responses:, None]
+    settings, tokens = dict(use_cache=False, logits_to_keep=responses + 1), ids[:, ids.shape[1] - responses :, None]
     logits = read(model, ids, mask, token_positions(mask), **settings).logits[:, -responses - 1 : -1, :vocabulary]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if warp is not None:

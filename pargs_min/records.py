@@ -129,9 +129,13 @@ OPTIONAL: dict[str, Callable[[Any], bool]] = {
     "finished": lambda value: isinstance(value, bool),
     **dict.fromkeys(("method", "prompt_format"), _is_text),
     "now": _is_time,
+    "reference": lambda value: isinstance(value, dict),
     "cost": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
     "settings": lambda value: (
-        isinstance(value, dict) and all(isinstance(value.get(role), str | None) for role in ROLES)
+        isinstance(value, dict)
+        and all(isinstance(value.get(role), str | None) for role in ROLES)
+        and isinstance(contents := value.get("contents", {}), dict)
+        and all(isinstance(content, str) for content in contents.values())
     ),
 }
 

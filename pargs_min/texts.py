@@ -194,7 +194,7 @@ class _Writer:
             )
 
         # Whom to ask, and how.
-        longest = _longest(self.encoded, how.max_new_tokens, lm)
+        longest = longest_text(self.encoded, how.max_new_tokens, lm)
         policy: decode.PolicyStepper = decode.ModelPolicy(lm, vocabulary=codec.vocabulary)
         self.raters = self.reward[0], self.final[0]
         for guide in filter(None, self.raters):
@@ -232,18 +232,18 @@ class _Writer:
         tokenizer = tokenizer or codec.tokenizer
         if is_language_model(model):
             check_vocabularies(codec.tokenizer, tokenizer)
-            _longest(self.encoded, tokens, model)
+            longest_text(self.encoded, tokens, model)
             return None, language_model_scorer(lm, model, codec.vocabulary)
         try:
             check_vocabularies(codec.tokenizer, tokenizer)
             form = common_form(None, model) or codec.form
             check_prompts(Codec(tokenizer, form, now=codec.now), self.prompts, self.encoded)
         except ValueError as error:
-            longest = _longest(self.encoded, tokens)
+            longest = longest_text(self.encoded, tokens)
             warnings.warn(f"{error}. Falling back to decoded texts: {_reencoding(longest)}", stacklevel=3)
             reward_fn = text_rewards(model, tokenizer, codec, self.prompts)
             return reward_fn, scoring.ReencodeScorer(reward_fn)
-        longest = _longest(self.encoded, tokens, model)
+        longest = longest_text(self.encoded, tokens, model)
         scorer = choose_scorer(model, longest, codec.ends or (), lm) if guided else None
         if reads_chats(model, tokenizer):
             return text_rewards(model, tokenizer, codec, self.prompts), scorer
@@ -355,7 +355,7 @@ def _encode(codec: Codec, prompt: dict, number: int) -> list[int]:
         raise ValueError(f"prompt number {number}: {error}") from None
 
 
-def _longest(encoded: list[list[int]], max_new_tokens: int, *models: PreTrainedModel | None) -> int:
+def longest_text(encoded: list[list[int]], max_new_tokens: int, *models: PreTrainedModel | None) -> int:
     """Tokens of the longest text that a run can write; an error now, not hours later, where a model cannot read it."""
     number = max(range(len(encoded)), key=lambda i: len(encoded[i]))
     longest = len(encoded[number]) + max_new_tokens

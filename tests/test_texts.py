@@ -395,6 +395,12 @@ def test_a_text_has_the_log_probability_with_which_it_was_drawn(rows):
     assert np.abs(np.subtract(text_log_probs(other, codec, texts), drawn)).min() > 1e-3
 
 
+def test_texts_of_no_token_are_certain():
+    lm, tokenizer = tiny_lm(vocabulary=14), tiny_tokenizer()
+    empty = {"prompt": "a", "prompt_number": 0, "sample": 0, "response": "", "response_ids": [], "finished": False}
+    assert text_log_probs(lm, Codec.of(lm, tokenizer), [empty]) == [0.0]
+
+
 def test_texts_are_read_again_in_batches_that_fit(monkeypatch):
     lm, tokenizer, rows = tiny_lm(vocabulary=14), tiny_tokenizer(), []
     codec, prompts = Codec.of(lm, tokenizer), [{"prompt": "a b c"}]

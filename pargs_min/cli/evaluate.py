@@ -22,7 +22,7 @@ class EvaluateOptions:
     """Options of `pargs evaluate`.
 
     Args:
-        files: Texts of `pargs generate`, or outputs as AlpacaEval has them, one file per method.
+        files: Texts of `pargs generate`, or outputs as AlpacaEval has them, one file per method; before the options.
         judge: toy (the gold reward of the embedded world), a reward model (a folder or a hub id), MODULE:FUNCTION of
             (prompts, responses), or URL#MODEL, a language model behind an OpenAI-compatible address (with the key from
             OPENAI_API_KEY). May be given several times.

@@ -17,8 +17,9 @@ from pargs_min.models import WRITTEN, default_device, load_language_model, load_
 from pargs_min.progress import progress
 from pargs_min.reading import id_rewards
 from pargs_min.records import read_jsonl, read_preferences, read_prompts
-from pargs_min.reward_model import recorded
+from pargs_min.reward_model import is_causal, recorded
 from pargs_min.store import results, write_json, write_lines
+from pargs_min.texts import longest_text
 
 
 @dataclass(kw_only=True)
@@ -87,14 +88,18 @@ def ppo(arguments: list[str]) -> None:
     prompts, device = read_prompts(options.prompts), default_device(options.device)
 
     model, tokenizer = load_language_model(options.model, device=device), load_tokenizer(options.model)
-    theirs = load_tokenizer(options.reward_model)
-    check_vocabularies(tokenizer, theirs)
+    value, theirs = options.value_model or options.reward_model, load_tokenizer(options.reward_model)
+    for other in (theirs, load_tokenizer(value)):
+        check_vocabularies(tokenizer, other)
     reward_model = load_reward_model(options.reward_model, device=device)
     set_seed(settings.seed)  # draws the head of a value function that starts from a language model
-    value_model = load_reward_model(options.value_model or options.reward_model, head="scalar", device=device)
+    value_model = load_reward_model(value, head="scalar", device=device)
+    if not is_causal(value_model):
+        raise ValueError(f"{value} has no value at every token: give a causal --value-model, such as {options.model}")
 
     codec = Codec.of(model, tokenizer, recorded(reward_model).get("prompt_format"))
     prompt_ids, often = [codec.prompt(prompt) for prompt in prompts], options.save_every
+    longest_text(prompt_ids, settings.max_new_tokens, model, reward_model, value_model)
     scores, ends = id_rewards(reward_model, Codec(theirs, codec.form)), codec.ends or ()
     model.config.pargs = {"prompt_format": codec.form}
     sources = options.model, options.reward_model, options.value_model

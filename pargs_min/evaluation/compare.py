@@ -262,9 +262,15 @@ def with_kl_to(reference: str, texts: list[dict], ref_log_probs: Sequence[float]
 
 
 def _models(texts: list[dict]) -> dict[str | None, str | None]:
-    """The language models that the texts' `kl` is to: content (the name, where a record does not have it) -> name."""
-    settings = [text.get("settings", {}) for text in texts]
-    return {one.get("contents", {}).get("model", one.get("model")): one.get("model") for one in settings}
+    """What the texts' `kl` is to: the content of a language model (its name, where a record does not have it), and how
+    it was sampled -> its name."""
+    found: dict[str | None, str | None] = {}
+    for text in texts:
+        settings, warp = text.get("settings", {}), text.get("reference", {})
+        model = settings.get("contents", {}).get("model", settings.get("model"))
+        sampled = ", ".join(f"{name} {value}" for name, value in sorted(warp.items()))
+        found[f"{model}, sampled with {sampled}" if sampled else model] = settings.get("model")
+    return found
 
 
 def _named(models: dict[str | None, str | None]) -> str:

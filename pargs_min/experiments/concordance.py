@@ -107,7 +107,7 @@ def ranking(
     """How well a guide ranks candidates by the win rates of their completions (`concordance`).
 
     Returns:
-        concordance, for power 0; gain, for power 2; and the `ceiling` of both.
+        concordance, for power 0; gain, for power 2; and the `ceiling`, how well the win rates know themselves.
     """
     scores, values = score_siblings(model, siblings, lm), [np.mean(one.win_rates, 0) for one in siblings]
     log_probs = [np.array(one.log_probs) for one in siblings]
@@ -169,7 +169,10 @@ def rollout_siblings(lab: Lab, top_k: int = 5, completions: int = 8, opponents: 
             continue
         prefix = codec.prompt(prompts[number]) + written
         policy.start(*(x.to(lm.device) for x in left_pad([prefix])))
-        log_probs, tokens = policy.log_probs()[0].topk(top_k)
+        likeliest = policy.log_probs()[0].topk(top_k)
+        log_probs, tokens = (found[likeliest.values.isfinite()] for found in likeliest)  # the lab's warp rules some out
+        if len(tokens) < 2:
+            continue
 
         # Complete each candidate that does not end the text; every pair of length and prompt has its own seed.
         candidates, limit = tokens.tolist(), lab.max_new_tokens - length - 1
@@ -183,6 +186,6 @@ def rollout_siblings(lab: Lab, top_k: int = 5, completions: int = 8, opponents: 
             whole.append({**prompts[number], "prompt_number": number, "sample": sample_number, **found})
 
         # The first text of the prompt has lent its beginning, so it does not compete.
-        ours = np.reshape(judged(lab, whole), (top_k, completions))
+        ours = np.reshape(judged(lab, whole), (len(candidates), completions))
         wins = (1 + np.sign(ours[..., None] - rewards[number, 1:])).mean(-1) / 2
         yield Siblings(prefix, candidates, log_probs.tolist(), wins.T.tolist())

@@ -118,7 +118,7 @@ def plain_texts(lab: Lab) -> Path:
     def written(file: Path) -> None:
         write_lines(file, generated(lab, material(lab).prompts, lab.plain_samples, seed=PLAIN))
 
-    source = made_from(lab, "model", "prompts", plain_samples=lab.plain_samples)
+    source = made_from(lab, "model", "prompts", plain_samples=lab.plain_samples, form=material(lab).form)
     return kept(lab.file("plain_texts.jsonl"), source, written)
 
 
@@ -130,7 +130,7 @@ def plain_rewards(lab: Lab) -> np.ndarray:
         with file.open("wb") as out:
             np.save(out, np.reshape(rewards, (len(material(lab).prompts), -1)))
 
-    source = made_from(lab, "model", "prompts", "judge", plain_samples=lab.plain_samples)
+    source = made_from(lab, "model", "prompts", "judge", plain_samples=lab.plain_samples, form=material(lab).form)
     return np.load(kept(lab.file("plain_rewards.npy"), source, rated))
 
 
@@ -319,7 +319,7 @@ def quality(lab: Lab, model: PreTrainedModel) -> dict:
     whole           the last of them: accuracy on whole responses
     concordance     candidate pairs ranked as their completions' win rates (`concordance`)
     gain            the same, weighted by the squared gap: by what there is to win
-    ceiling         what noise leaves a perfect reward model to reach of either
+    ceiling         concordance of two halves of the completions: about the least that a perfect reward model has
     final           rank correlation of r(y_1:i) with the reward of the whole text by the same model, after 1, 2, ...
     gold            the same with the judge's reward; both within each prompt, on texts of the reference
     """

@@ -64,7 +64,8 @@ def table(rows: list[Row], columns: Sequence[str], each_seed: bool = False) -> s
     for row in rows:
         line = [_setting(getattr(row.cell, name)) for name in varied] + [_measure(row, name) for name in shown]
         if each_seed:
-            line.append(" ".join(f"{value:.2f}" for value in row.found["reward"].seeds))
+            rewards = row.found["reward"].seeds if "reward" in row.found else ()  # too few texts may tell of a cap
+            line.append(" ".join(f"{value:.2f}" for value in rewards))
         lines.append(line)
     return markdown_table(head, lines, "l" * len(varied) + "r" * (len(head) - len(varied)))
 
@@ -76,7 +77,7 @@ def _setting(value: object) -> str:
 def _measure(row: Row, name: str) -> str:
     if (found := row.found.get(name)) is None:
         return ""
-    digits, bound = MEASURES[name]["digits"], "≤ " if name == "kl" and row.cell.writes.bound else ""
+    digits, bound = MEASURES[name]["digits"], "≤ " if name in ("kl", "gap") and row.cell.writes.bound else ""
     error = "" if math.isnan(found.error) else f" ± {found.error:.{digits}f}"
     return f"{bound}{round(found.mean, digits) + 0.0:.{digits}f}{error}"  # + 0.0: no minus before a zero
 

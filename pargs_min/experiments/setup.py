@@ -89,9 +89,10 @@ class Lab(Sizes):
         prompts: to generate for.
         judge: of whole texts, see `named_judge`.
         world: the embedded world that all this comes from, if it does.
+        seed: of that world.
 
     Raises:
-        ValueError: if a count is below 1.
+        ValueError: if a count is below 1, or texts_per_prompt is odd.
     """
 
     folder: str
@@ -100,11 +101,15 @@ class Lab(Sizes):
     prompts: str
     judge: str
     world: Journey | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "samples", "plain_samples", "batch_size", "pairs_per_step"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        counts = ("max_new_tokens", "samples", "plain_samples", "batch_size", "pairs_per_step", "text_prompts")
+        for name in (*counts, "texts_per_prompt"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if (self.texts_per_prompt or 0) % 2:
+            raise ValueError(f"texts_per_prompt must be even, got {self.texts_per_prompt}")
 
     def file(self, name: str) -> Path:
         """A file of the lab's folder."""
@@ -157,7 +162,7 @@ def embedded(
     sizes["texts_per_prompt"] = 2 * (4 * pairs // len(TRAIN_PROMPTS)) or None  # eight for each pair
     sizes |= names | dict(learning_rate=1e-3, dpo_learning_rate=1e-4, ppo_learning_rate=3e-4, pairs_per_step=64)
     # The world goes without the tables that it has built: labs travel to other processes.
-    return Lab(**sizes, judge="toy", world=replace(world), max_new_tokens=HORIZON)
+    return Lab(**sizes, judge="toy", world=replace(world), seed=seed, max_new_tokens=HORIZON)
 
 
 def numbered(folder: Path, quick: bool, seed: int) -> Lab:

@@ -188,10 +188,11 @@ class Estimate:
 
 
 class Row(NamedTuple):
-    """A cell of any seed, and what its seeds found."""
+    """A cell of any seed, what its seeds found, and the world of each seed where they have worlds."""
 
     cell: Cell
     found: dict[str, Estimate]
+    worlds: list[Hashable] | None = None
 
     def as_json(self) -> dict:
         """One flat object, without the seed."""
@@ -209,10 +210,8 @@ def gather(measured: Mapping[Cell, dict], worlds: Mapping[int, Hashable] | None 
     groups: dict[Cell, dict[int, dict]] = {}
     for cell, found in measured.items():
         groups.setdefault(replace(cell, seed=0), {})[cell.seed] = found
-    return [
-        Row(cell, _summary([*seeds.values()], [worlds[seed] for seed in seeds] if worlds else None))
-        for cell, seeds in groups.items()
-    ]
+    of_seeds = {cell: [worlds[seed] for seed in seeds] if worlds else None for cell, seeds in groups.items()}
+    return [Row(cell, _summary([*seeds.values()], of_seeds[cell]), of_seeds[cell]) for cell, seeds in groups.items()]
 
 
 def _summary(seeds: list[dict], worlds: list[Hashable] | None) -> dict[str, Estimate]:

@@ -92,6 +92,8 @@ class Served:
         if how.beta == 0 and not how.truncate:  # the reference, for which no guide need be asked
             method = replace(method, guided=False)
         seed = secrets.randbits(32) if asked.seed is None else asked.seed
+        if (many := len(asked.prompts) * (asked.n or 1)) > self.engine.room:
+            raise Refused(f"{many} texts at once are more than may wait here ({self.engine.room})", param="n")
         encoded = [self._encode(prompt, asked) for prompt in asked.prompts]
         if not encoded:
             raise Refused("prompt is empty; give at least one", param="prompt")
@@ -106,8 +108,6 @@ class Served:
             for sample in range(asked.n or 1):
                 numbers = seed, prompt, sample
                 texts.append(Text(ids, method, tokens, numbers, partial(hear, len(texts))))
-        if len(texts) > self.engine.room:
-            raise Refused(f"{len(texts)} texts at once are more than may wait here ({self.engine.room})", param="n")
         return texts
 
     def _method(self, asked: ChatRequest | CompletionRequest) -> Method:

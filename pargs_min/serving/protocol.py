@@ -141,7 +141,8 @@ class Reader:
         if found := [place for stop in self.stops if (place := text.find(stop)) >= 0]:
             return self._say(text[: min(found)]), True
         text = text.rstrip("\ufffd")
-        begun = [size for stop in self.stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
+        most = len(text) + 1
+        begun = [n for stop in self.stops for n in range(1, min(len(stop), most)) if text.endswith(stop[:n])]
         return self._say(text[: len(text) - max(begun, default=0)]), False
 
     def rest(self) -> str:

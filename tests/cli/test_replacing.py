@@ -13,6 +13,7 @@ import pytest
 from pargs_min.cli import main
 from pargs_min.models import load_tokenizer, save
 from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
+from tests.test_codec import chat_tokenizer
 
 WORDS = "abcdefg"
 QUIET = ["--disable-tqdm", "True", "--use-cpu", "True", "--report-to", "none"]
@@ -349,6 +350,15 @@ def test_settings_that_cannot_be_trained_with_are_one_line(made, capsys, more, m
     assert train("out", "--eval-steps", "1", *more) == 2
     assert refused(capsys, message)
     assert not Path("out/config.json").exists()
+
+
+def test_what_cannot_value_texts_is_said_before_ppo_begins(made, capsys):
+    save(tiny_reward_model(vocabulary=14, max_position_embeddings=6).float(), tiny_tokenizer(), "short")
+    save(tiny_reward_model(vocabulary=14).float(), chat_tokenizer(), "other")
+    for model, said in (("short", "context of 6"), ("other", "differ at")):
+        assert ppo("out", "--value-model", model) == 2
+        assert refused(capsys, said)
+        assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("number", ["0", "-5", "99999999999999999999"])

@@ -195,6 +195,13 @@ def test_kl_to_another_model_is_left_out_and_a_bound_is_marked():
     assert shown[KL]["plain"][1] > 0
 
 
+def test_kl_is_to_the_reference_as_it_was_sampled():
+    cold = [text(n, 0, "a") | {"reference": {"temperature": 0.5}} for n in range(2)]
+    found = compare({"usual": [text(n, 0, "a") for n in range(2)], "cold": cold}, [LENGTH], "usual")
+    assert [row["kl"] is None for row in found.rows] == [False, True]
+    assert any("sampled with temperature 0.5" in note for note in found.notes)
+
+
 def test_kl_is_to_weights_and_not_to_names():
     def by(*models):
         made = [{"model": name, "contents": {"model": content}} for name, content in models]

@@ -161,3 +161,16 @@ def test_the_shortest_texts_have_siblings_at_their_first_token(unjudged):
     lab = prompted(unjudged, "a b", max_new_tokens=3)
     first, *_ = rollout_siblings(lab)
     assert first.prefix_ids == material(lab).tokenizer("a b").input_ids
+
+
+def test_what_the_reference_is_never_sampled_to_write_is_no_candidate(unjudged):
+    """As in a nucleus; prefixes with one candidate have nothing to order."""
+    lab = prompted(unjudged, *"abcdefg", max_new_tokens=12, ref_top_p=0.3)
+    found = [*rollout_siblings(lab, completions=2, opponents=2)]
+    sizes = {len(one.candidates) for one in found}
+    assert sizes
+    assert sizes <= {2, 3, 4}
+    assert not [*rollout_siblings(replace(lab, ref_top_k=1), completions=2, opponents=2)]
+    for one in found:
+        assert np.isfinite(one.log_probs).all()
+        assert np.shape(one.win_rates) == (2, len(one.candidates))

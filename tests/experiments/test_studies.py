@@ -99,6 +99,36 @@ def test_what_is_kept_is_a_share_of_the_whole_guide_alone():
     assert all(math.isnan(found.mean) for found in cheaper.kept([plain, distilled, gated]).values())
 
 
+def test_seeds_of_one_world_have_the_same_further_worlds(tmp_path):
+    lab = numbered(tmp_path, True, 1)
+    assert MODULES["beta"].labs(lab, True) == MODULES["beta"].labs(lab, True)
+    assert {one.seed for one in MODULES["beta"].labs(lab, True).values()} == {1}
+
+
+def test_intervals_are_over_the_worlds_that_seeds_share():
+    worlds = {seed: "ab"[seed % 2] for seed in range(8)}
+    found = {Cell(seed, "plain"): {"reward": 0.0, "kl": 0.0, "by_prompt": [0.0, 0.0]} for seed in worlds}
+    found |= {
+        Cell(seed, "pargs", beta=1.0): {"reward": 1.0 + seed % 2, "kl": 1.0, "by_prompt": [1.0, 1.0]} for seed in worlds
+    }
+    said = MODULES["real"].conclude(gather(found, worlds))  # two worlds, of means 1 and 2: Student's 12.7 errors of 0.5
+    assert "+1.50, 95% [-4.85, +7.85] over 2 worlds; each seed +1.00 +2.00" in said
+
+
+def test_a_cap_that_too_few_texts_tell_of_leaves_its_cells_empty():
+    rows = [row("plain", [0.0, 0.0], [0.0, 0.0]), Row(Cell(0, CAP, beta=2.0), {})]
+    first, *_, last = table(rows, ["reward", "kl"], each_seed=True).splitlines()
+    assert first.count("|") == last.count("|")
+
+
+def test_a_kl_beyond_all_of_ours_is_said():
+    rows = [row("plain", [0.0], [0.0]), row("pargs", [1.0], [2.0], beta=1.0), row("args", [1.0], [9.0], beta=1.0)]
+    for one in rows:
+        one.found["by_prompt"] = interval([[0.0, 1.0]])
+    said = MODULES["real"].conclude(rows)
+    assert "at the KL of args beta=1 (9.00): +0.00 (one seed) (ours at its largest, 2.00)" in said
+
+
 @pytest.mark.parametrize("asked", [dict(methods=["parks"]), dict(betas=[7.0])])
 def test_a_method_or_beta_that_a_study_does_not_have_is_named(asked, world, tmp_path):
     with pytest.raises(ValueError, match=r"--(methods|betas): this study has no ('parks'|7.0); it has '?(plain|0.5)"):

@@ -282,6 +282,13 @@ def test_what_cannot_be_is_refused_by_the_name_of_its_field(address, field, body
         assert found["param"] == "n"
 
 
+def test_too_many_texts_are_refused_before_any_is_prepared(monkeypatch):
+    monkeypatch.setattr("pargs_min.serving.app.Text", lambda *_: pytest.fail("one was"))
+    with running(served()) as found:
+        answer = httpx2.post(f"{found}/v1/completions", json={"prompt": [[3]] * 500, "n": 128})
+        assert "64000 texts at once are more than may wait here (64)" in answer.json()["error"]["message"]
+
+
 def test_no_request_may_ask_for_more_candidates_than_there_are_tokens():
     with running(served(max_top_k=100)) as found:
         answer = httpx2.post(f"{found}/v1/completions", json={"prompt": "a", "top_k": 12})

@@ -103,4 +103,4 @@ def _study(name: str) -> ModuleType:
 def _labs(name: str, world: Callable[[int], Lab], quick: bool, seed: int) -> dict[str, Lab]:
     """The lab of a seed, and the further ones of a study."""
     lab, study = world(seed), _study(name)
-    return {"": lab} | (study.labs(lab, quick, seed) if hasattr(study, "labs") else {})
+    return {"": lab} | (study.labs(lab, quick) if hasattr(study, "labs") else {})

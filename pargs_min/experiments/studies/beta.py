@@ -17,11 +17,11 @@ OTHERS: dict[str, dict] = {
 }
 
 
-def labs(lab: Lab, quick: bool, seed: int) -> dict[str, Lab]:
+def labs(lab: Lab, quick: bool) -> dict[str, Lab]:
     """The lab itself and, if it is the embedded world, others like it."""
     others = OTHERS if lab.world else {}
     folders = {name: lab.file(name.replace(" ", "-")) for name in others}
-    return {name: embedded(folders[name], quick=quick, seed=seed, **others[name]) for name in others}
+    return {name: embedded(folders[name], quick=quick, seed=lab.seed, **others[name]) for name in others}
 
 
 def cells(lab: Lab, seed: int) -> list[Cell]:

@@ -47,7 +47,7 @@ def kept(rows: list[Row]) -> dict[str, Estimate]:
     for row in others:
         best = whole(row, others)
         with np.errstate(all="ignore"):  # a guide may gain nothing
-            share = interval((gain[row.cell] / gain[best.cell]).tolist()) if best else Estimate(math.nan)
+            share = interval((gain[row.cell] / gain[best.cell]).tolist(), row.worlds) if best else Estimate(math.nan)
         shares[str(row.cell)] = share
     return shares
 

@@ -41,10 +41,11 @@ def conclude(rows: list[Row]) -> str:
     lines = [f"{OURS} minus others at equal KL (on the line through plain and its betas), and minus plain:"]
     for row in others:
         most = "at most " if row.cell.writes.bound else ""
-        lines.append(f"- at the KL of {row.cell} ({kl(row):.2f}): {most}{signed(ahead([plain, *ours], row))}")
+        more = signed(ahead([plain, *ours], row), row) + beyond(ours, row)
+        lines.append(f"- at the KL of {row.cell} ({kl(row):.2f}): {most}{more}")
     for row in ours:
-        more = np.subtract(row.found["reward"].seeds, plain.found["reward"].seeds).tolist()
-        lines.append(f"- minus plain, beta={row.cell.beta:g}: {signed(more)}")
+        gained = np.subtract(row.found["reward"].seeds, plain.found["reward"].seeds).tolist()
+        lines.append(f"- minus plain, beta={row.cell.beta:g}: {signed(gained, row)}")
     return "\n".join(lines)
 
 
@@ -60,8 +61,16 @@ def reward_at(seed: int, at: float, rows: list[Row]) -> float:
     return float(np.interp(at, *np.array(points).T))
 
 
-def signed(values: Sequence[float]) -> str:
-    found, seeds = interval(values), len(values)
-    if seeds == 1:
-        return f"{found.mean:+.2f} (one seed)"
-    return f"{found.mean:+.2f}, 95% [{found.low:+.2f}, {found.high:+.2f}] over {seeds} seeds"
+def beyond(ours: list[Row], other: Row) -> str:
+    """Says so where the other's KL is beyond all of ours."""
+    most = max(kl(row) for row in ours)
+    return f" (ours at its largest, {most:.2f})" if kl(other) > most else ""
+
+
+def signed(values: Sequence[float], row: Row) -> str:
+    """The mean of one value for each seed of a row, and its interval over seeds, or over the worlds that they share."""
+    found, many = interval(values, row.worlds), len(set(row.worlds or range(len(values))))
+    if many == 1:
+        return f"{found.mean:+.2f} (one {'world' if row.worlds else 'seed'})"
+    over = "worlds" if row.worlds else "seeds"
+    return f"{found.mean:+.2f}, 95% [{found.low:+.2f}, {found.high:+.2f}] over {many} {over}"

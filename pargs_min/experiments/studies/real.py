@@ -8,7 +8,7 @@ from pargs_min.experiments.measure import Cell, guided
 from pargs_min.experiments.recipes import FULL, PARTIAL, SOFT_LABELS, Recipe
 from pargs_min.experiments.report import PARTICLES, Row, grouped, kl
 from pargs_min.experiments.setup import Lab
-from pargs_min.experiments.studies.partial_vs_full import OURS, ahead, draw, signed
+from pargs_min.experiments.studies.partial_vs_full import OURS, ahead, beyond, draw, signed
 from pargs_min.experiments.sweep import interval
 
 __all__ = ["COLUMNS", "cells", "conclude", "draw"]  # what a study has
@@ -33,13 +33,14 @@ def conclude(rows: list[Row]) -> str:
         more = np.subtract(row.found["reward"].seeds, plain.found["reward"].seeds).tolist()
         over_prompts = interval(np.subtract(row.found["by_prompt"].mean, plain.found["by_prompt"].mean).tolist())
         each = " ".join(f"{one:+.2f}" for one in more)
-        lines.append(f"- {row.cell}: {signed(more)}; each seed {each}; over prompts ± {over_prompts.error:.2f}")
+        lines.append(f"- {row.cell}: {signed(more, row)}; each seed {each}; over prompts ± {over_prompts.error:.2f}")
     groups = grouped(rows, "name")
     lines.append("\nMinus ARGS at equal KL (on the line through plain and the betas of each):")
     for row, name in product(groups.get("args", ()), ("pargs", OURS, "soft")):
         if name in groups:
             lines.append(
-                f"- {name} at the KL of {row.cell} ({kl(row):.2f}): {signed(ahead([plain, *groups[name]], row))}"
+                f"- {name} at the KL of {row.cell} ({kl(row):.2f}): {signed(ahead([plain, *groups[name]], row), row)}"
+                f"{beyond(groups[name], row)}"
             )
     lines.append("\nThe first text for each of the first prompts (first seed):")
     for row in rows:
