@@ -58,9 +58,17 @@ def test_a_lab_is_a_key(lab):
     assert hash(replace(lab, world=Journey())) == hash(replace(lab, world=Journey()))
 
 
-def test_a_lab_without_texts_is_refused(lab):
-    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
-        replace(lab, samples=0)
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(samples=0), "samples must be at least 1, got 0"),
+        (dict(text_prompts=0), "text_prompts must be at least 1, got 0"),
+        (dict(texts_per_prompt=3), "texts_per_prompt must be even, got 3"),
+    ],
+)
+def test_a_lab_without_texts_is_refused(lab, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        replace(lab, **sizes)
 
 
 def test_what_is_written_is_json(lab):
