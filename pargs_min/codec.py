@@ -357,9 +357,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The special token that the chat template writes behind a message of the assistant; None where it writes none."""
     for chat in HELLO:
         try:
-            closing = _apply_template(tokenizer, [*chat, {"role": "assistant", "content": ANSWER}]).rpartition(ANSWER)[
-                2
-            ]
+            answered = [*chat, {"role": "assistant", "content": ANSWER}]
+            closing = _apply_template(tokenizer, answered).rpartition(ANSWER)[2]
             break
         except ValueError:  # no template; or it fails, which is said where a chat is read
             pass

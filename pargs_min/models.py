@@ -47,16 +47,8 @@ RECORD: dict[str, Any] = {
 }
 # What `save` may have written.
 WRITTEN: tuple[str, ...] = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
-WRITTEN += (
-    "tokenizer.*",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "*chat_template*",
-    "vocab.*",
-    "merges.txt",
-)
-WRITTEN += ("*.model", "README.md")  # sentencepiece, and the card
+WRITTEN += ("tokenizer.*", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "*chat_template*")
+WRITTEN += ("vocab.*", "merges.txt", "*.model", "README.md")  # the third is sentencepiece, the last the card
 HEADS = ("score", "classifier")  # what the families of transformers call theirs
 OLD_MASKS = re.compile(r"\.(attn|attention)\.(masked_)?bias$")  # constants that old checkpoints keep among the weights
 # What is read of a folder.

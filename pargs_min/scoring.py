@@ -134,9 +134,7 @@ class SiblingScorer(CachedText):
         """(B, K) rewards of the prefixes that end in each of the (B, K) candidates."""
         if not self.unread:
             raise RuntimeError("score() may be called once per step: push() the drawn token first")
-        if (
-            self.window is not None and int(self.positions.max()) + 2 > self.window
-        ):  # the longest text, its candidate in it
+        if self.window is not None and int(self.positions.max()) + 2 > self.window:  # of the longest, with a candidate
             raise ValueError(f"the text outgrows this reward model's attention window of {self.window}; {WAY_OUT}")
         rewards: list[Tensor] = []
         for part in candidates.split(MOST, 1):
