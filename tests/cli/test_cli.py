@@ -562,8 +562,9 @@ def test_a_log_that_cannot_be_read_is_said_before_training_and_kept(lm, prompts,
     log = tmp_path / "ppo" / "log.jsonl"
     log.parent.mkdir()
     log.write_text("update 1\n")
+    few = ["--updates", "1", "--max-new-tokens", "4"]
     models = ["--model", str(lm), "--reward-model", str(tmp_path / "rm"), "--device", "cpu"]
-    assert main(["ppo", *models, "--prompts", str(prompts), "--output-dir", str(log.parent), "--updates", "1"]) == 2
+    assert main(["ppo", *models, "--prompts", str(prompts), "--output-dir", str(log.parent), *few]) == 2
     assert "log.jsonl:1: not JSON" in capsys.readouterr().err
     assert [file.name for file in log.parent.iterdir()] == ["log.jsonl"]
     assert log.read_text() == "update 1\n"

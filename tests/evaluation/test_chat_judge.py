@@ -292,7 +292,9 @@ def test_every_status_is_named(serve, tmp_path, status, tries):
 
 
 INTERRUPTED = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs that a shell runs in the background ignore
 from pargs_min.evaluation.chat_judge import ChatJudge
 text = {"prompt": "a", "response": "b"}
 ChatJudge(sys.argv[1], "m", sys.argv[2]).compare([text] * 30, [text | {"response": str(i)} for i in range(30)])
@@ -304,10 +306,13 @@ def test_an_interrupt_is_heard_while_a_judge_does_not_answer(serve, tmp_path):
     server = serve(lambda content: asked.set() or (released.wait(60) and "[[A]]"))
     command = [sys.executable, "-c", INTERRUPTED, server.address, tmp_path / "v.jsonl"]
     with subprocess.Popen(command, env=os.environ | {"no_proxy": "127.0.0.1"}, stderr=subprocess.DEVNULL) as run:
-        assert asked.wait(60)
-        run.send_signal(signal.SIGINT)
-        assert run.wait(20) == -signal.SIGINT
-    released.set()
+        try:
+            assert asked.wait(60)
+            run.send_signal(signal.SIGINT)
+            assert run.wait(20) == -signal.SIGINT
+        finally:
+            run.kill()
+            released.set()
 
 
 @pytest.mark.parametrize(

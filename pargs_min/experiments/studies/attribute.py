@@ -20,7 +20,7 @@ COLUMNS = ("reward", "prompt_error", "rlhf", "kl", "length")
 ATTRIBUTES = ("style", "topic", "brevity")  # of `pargs_min.world.attributes`
 
 
-def labs(lab: Lab, quick: bool, seed: int) -> dict[str, Lab]:
+def labs(lab: Lab, quick: bool) -> dict[str, Lab]:
     """The same texts, labelled anew by the attribute, which is also the judge."""
     if lab.world is None:
         return {"": relabelled(lab, "attribute", lab.judge)}
