@@ -46,7 +46,7 @@ RECORD: dict[str, Any] = {
     "shared_layers": range(10_000),
 }
 # What `save` may have written.
-WRITTEN: tuple[str, ...] = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
+WRITTEN: tuple[str, ...] = ("config.json", "*.safetensors", "*.safetensors.index.json", "generation_config.json")
 WRITTEN += ("tokenizer.*", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "*chat_template*")
 WRITTEN += ("vocab.*", "merges.txt", "*.model", "README.md")  # the third is sentencepiece, the last the card
 HEADS = ("score", "classifier")  # what the families of transformers call theirs

@@ -107,7 +107,7 @@ def ppo(arguments: list[str]) -> None:
     replace = options.overwrite or (goes_on and (folder / KEPT).exists())  # the model of a run that goes on is its own
     doing = f"training with --batch-size {settings.batch_size} --minibatch-size {settings.minibatch_size}"
     lower = enough_memory(doing, "lower them or --max-new-tokens, and start anew")
-    with results(folder, "config.json", *WRITTEN, overwrite=replace, sources=sources), lower:
+    with results(folder, *WRITTEN, overwrite=replace, sources=sources), lower:
         log = folder / "log.jsonl"
         logged = [line for line, _ in read_jsonl(log, growing=True)] if log.exists() else []
         if options.resume:

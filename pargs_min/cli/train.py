@@ -318,7 +318,7 @@ def sampled_as(records: Records) -> dict:
 
 
 def effective(texts: Sequence[data.Text]) -> str:
-    """Says how many of a prompt's texts are effective at several betas: by so few is it decided what a beta pays."""
+    """Says how many of a prompt's texts are effective at several betas: so few of them decide what a beta pays."""
     counts = [f"{data.effective_texts(texts, beta).mean():.3g} at beta {beta:g}" for beta in BETAS]
     each = len(texts) / len(data.by_prompt(texts))
     return f"texts per prompt: {each:.3g}, effective under exp(beta * reward): {', '.join(counts)}"
@@ -460,7 +460,7 @@ def fit_and_save(
     replace = options.overwrite or (goes_on and (folder / KEPT).exists())  # the model of a run that goes on is its own
     place: dict[str, Any] = dict(overwrite=replace, sources=sources)
     if first:
-        check_results(folder, "config.json", *models.WRITTEN, **place)
+        check_results(folder, *models.WRITTEN, **place)
 
     def prepare(some: list) -> list:
         items, counts = encode(some)
@@ -477,7 +477,7 @@ def fit_and_save(
     about: dict[str, Any] = dict(name=args.hub_model_id or folder.resolve().name, base=base, dataset=options.dataset)
     about |= {} if models.is_classifier(models.load_config(options.model)) else dict(reference=options.model)
     about |= dict(counts={"learned from": len(items), "held out": len(held_out)})
-    with results(folder, "config.json", *models.WRITTEN, **place) if first else nullcontext():
+    with results(folder, *models.WRITTEN, **place) if first else nullcontext():
         if first and options.resume:
             check_same(folder, recipe(options, args))  # again, now that nobody else writes there
         if first and not goes_on:
