@@ -31,8 +31,8 @@ from pargs_min.store import kept, read_json, write_json, write_lines
 from pargs_min.texts import text_log_probs
 from pargs_min.train import prefix_accuracy, rate
 
-# Seeds of the reference's own texts, which no cell shares: to estimate the RLHF policy from, and to correlate rewards
-# of prefixes on.
+# Seeds, plus that of the world, of the reference's own texts, which no cell shares: to estimate the RLHF policy from,
+# and to correlate rewards of prefixes on.
 PLAIN, CORRELATED = 2 * 10**6, 3 * 10**6
 EXAMPLES = 3  # texts that are shown of each method on a model of one's own
 PRICED, PRICED_PROMPTS = 32, 4  # tokens and prompts by which a token is priced
@@ -116,10 +116,14 @@ def plain_texts(lab: Lab) -> Path:
     """Texts of the reference that no cell shares."""
 
     def written(file: Path) -> None:
-        write_lines(file, generated(lab, material(lab).prompts, lab.plain_samples, seed=PLAIN))
+        write_lines(file, generated(lab, material(lab).prompts, lab.plain_samples, seed=PLAIN + lab.seed))
 
-    source = made_from(lab, "model", "prompts", plain_samples=lab.plain_samples, form=material(lab).form)
-    return kept(lab.file("plain_texts.jsonl"), source, written)
+    return kept(lab.file("plain_texts.jsonl"), made_from(lab, "model", "prompts", **_plain_settings(lab)), written)
+
+
+def _plain_settings(lab: Lab) -> dict[str, object]:
+    """What `plain_texts` depend on, beside files."""
+    return dict(plain_samples=lab.plain_samples, form=material(lab).form, world_seed=lab.seed)
 
 
 def plain_rewards(lab: Lab) -> np.ndarray:
@@ -130,7 +134,7 @@ def plain_rewards(lab: Lab) -> np.ndarray:
         with file.open("wb") as out:
             np.save(out, np.reshape(rewards, (len(material(lab).prompts), -1)))
 
-    source = made_from(lab, "model", "prompts", "judge", plain_samples=lab.plain_samples, form=material(lab).form)
+    source = made_from(lab, "model", "prompts", "judge", **_plain_settings(lab))
     return np.load(kept(lab.file("plain_rewards.npy"), source, rated))
 
 
@@ -341,7 +345,7 @@ def quality(lab: Lab, model: PreTrainedModel) -> dict:
 @cache
 def _plain_texts(lab: Lab) -> tuple[list[dict], list[float]]:
     """Texts of the reference, and their rewards."""
-    texts = generated(lab, material(lab).prompts, lab.samples, seed=CORRELATED)
+    texts = generated(lab, material(lab).prompts, lab.samples, seed=CORRELATED + lab.seed)
     return texts, judged(lab, texts)
 
 

@@ -39,7 +39,7 @@ from pargs_min.store import kept, write_json, write_lines
 from pargs_min.train import rate, train_language_model, train_partial_on_texts, train_reward_model, train_value_model
 from pargs_min.trunk import copy_trunk, frozen_trunk
 
-SAMPLES = 10**6  # seed of the texts of the reference that models learn from, which no cell shares
+SAMPLES = 10**6  # plus that of the world: seed of the reference's texts that models learn from, which no cell shares
 HELD_OUT = 17  # one in so many is held out, to choose a model by; prime, so that every prompt has its part
 EVALUATIONS = 8  # of a model that is chosen so, while it is trained
 TOLD = ("loss", "accuracy")  # of held-out data, what is told of a model
@@ -332,9 +332,10 @@ def samples(lab: Lab) -> Path:
 
     def sampled(file: Path) -> None:
         prompts = [{"prompt_ids": ids} for ids in _training_prompts(lab)][: lab.text_prompts]
-        write_lines(file, generated(lab, prompts, text_count(lab) // len(prompts), seed=SAMPLES))
+        write_lines(file, generated(lab, prompts, text_count(lab) // len(prompts), seed=SAMPLES + lab.seed))
 
-    return kept(lab.file("samples.jsonl"), made_from(lab, "model", "pairs", "held_out"), sampled)
+    source = made_from(lab, "model", "pairs", "held_out", world_seed=lab.seed)
+    return kept(lab.file("samples.jsonl"), source, sampled)
 
 
 def text_count(lab: Lab) -> int:

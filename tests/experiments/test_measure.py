@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import replace
 
 import numpy as np
@@ -141,6 +142,15 @@ def test_learned_rewards_are_of_the_texts_that_the_judge_rated(lab):
     for number in (0, 41, 79):
         ids = torch.tensor([codec.prompt(texts[number]) + texts[number]["response_ids"]])
         assert found.ravel()[number] == pytest.approx(final_rewards(model, ids, torch.ones_like(ids)).item(), abs=1e-5)
+
+
+def test_each_world_draws_texts_of_its_own(lab, tmp_path):
+    """Else what is estimated from them errs alike in all worlds, and no error over worlds tells of it."""
+    other = replace(lab, folder=str(tmp_path / "other"), seed=lab.seed + 1)
+    for made in (module.plain_texts, recipes.samples):
+        here, there = ([text["response_ids"] for text, _ in read_jsonl(made(one))] for one in (lab, other))
+        assert len(here) == len(there)
+        assert sum(map(operator.eq, here, there)) < len(here) / 10
 
 
 def test_flips_are_the_steps_of_rows_that_go_on_whose_likeliest_token_changes():
