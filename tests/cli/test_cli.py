@@ -65,7 +65,6 @@ def test_help_is_instant():
     assert not {"torch", "transformers", "numpy"} & set(done.stdout.split("\n")[-2].split())
 
 
-@pytest.mark.trains
 def test_train_saves_a_model_that_transformers_loads_and_that_says_how_it_was_made(lm, pairs, tmp_path, capsys):
     assert train(lm, pairs, tmp_path / "out", "--eval-fraction", "0.2") == 0
     out = capsys.readouterr().out
@@ -85,7 +84,6 @@ def test_train_saves_a_model_that_transformers_loads_and_that_says_how_it_was_ma
         torch.testing.assert_close(model(ids).logits, own)
 
 
-@pytest.mark.trains
 def test_responses_that_were_cut_are_compared_up_to_the_shorter_one(lm, pairs, tmp_path, capsys):
     assert train(lm, pairs, tmp_path / "out", "--no-append-eos", "--objective", "full") == 0
     settings = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.pargs
@@ -94,7 +92,6 @@ def test_responses_that_were_cut_are_compared_up_to_the_shorter_one(lm, pairs, t
     assert "drop one of the two" in capsys.readouterr().err
 
 
-@pytest.mark.trains
 def test_an_earlier_run_is_gone_on_with_or_left_alone(lm, pairs, tmp_path, capsys):
     assert train(lm, pairs, tmp_path / "out") == 0
     weights = (tmp_path / "out" / "model.safetensors").read_bytes()
@@ -106,7 +103,6 @@ def test_an_earlier_run_is_gone_on_with_or_left_alone(lm, pairs, tmp_path, capsy
     assert (tmp_path / "out" / "model.safetensors").read_bytes() != weights
 
 
-@pytest.mark.trains
 def test_a_trained_model_is_never_replaced_unasked_and_the_one_that_is_read_never(lm, pairs, tmp_path, capsys):
     whole = ["--save-strategy", "no"]
     assert train(lm, pairs, tmp_path / "out", *whole) == 0
@@ -119,7 +115,6 @@ def test_a_trained_model_is_never_replaced_unasked_and_the_one_that_is_read_neve
     assert (lm / "model.safetensors").read_bytes() == original
 
 
-@pytest.mark.trains
 @pytest.mark.parametrize("change", ["pairs", "model", "learning rate"])
 def test_a_run_goes_on_with_the_contents_it_began_with(lm, pairs, tmp_path, capsys, change):
     """Under the same names; what was trained stays."""
@@ -139,7 +134,6 @@ def test_a_run_goes_on_with_the_contents_it_began_with(lm, pairs, tmp_path, caps
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
 
 
-@pytest.mark.trains
 def test_a_checkpoint_is_a_reward_model_that_knows_its_form(lm, pairs, tmp_path):
     assert train(lm, pairs, tmp_path / "out") == 0
     folder = tmp_path / "out" / "checkpoint-2"
@@ -148,7 +142,6 @@ def test_a_checkpoint_is_a_reward_model_that_knows_its_form(lm, pairs, tmp_path)
     assert load_tokenizer(folder).get_vocab() == load_tokenizer(tmp_path / "out").get_vocab()
 
 
-@pytest.mark.trains
 @pytest.mark.parametrize(
     ("more", "differ"),
     [
@@ -169,7 +162,6 @@ def test_a_run_goes_on_with_the_options_it_began_with(lm, pairs, tmp_path, capsy
     assert train(lm, pairs, tmp_path / "out", "--resume", "--tail", "extend") == 0  # the default, spelled out
 
 
-@pytest.mark.trains
 def test_what_a_run_began_with_is_checked_before_anything_is_loaded(lm, pairs, tmp_path, capsys):
     assert train(lm, pairs, tmp_path / "out") == 0
     assert train("nowhere/at-all", "nowhere.jsonl", tmp_path / "out", "--resume") == 2
@@ -221,7 +213,6 @@ def test_training_that_diverges_leaves_no_model(lm, pairs, tmp_path, capsys, com
     assert not list(out.glob("*.safetensors"))
 
 
-@pytest.mark.trains
 @pytest.mark.parametrize(("objective", "method"), [("partial", "pargs"), ("farma", "farma")])
 def test_a_model_trained_by_adapters_is_an_ordinary_one_that_guides(
     lm, pairs, prompts, tmp_path, capsys, objective, method
@@ -236,13 +227,11 @@ def test_a_model_trained_by_adapters_is_an_ordinary_one_that_guides(
     assert generate(lm, prompts, tmp_path / "texts.jsonl", *guide) == 0
 
 
-@pytest.mark.trains
 def test_held_out_pairs_may_be_a_file_of_their_own(lm, pairs, tmp_path, capsys):
     assert train(lm, pairs, tmp_path / "out", "--eval-dataset", str(pairs)) == 0
     assert "eval_pairs                   49" in capsys.readouterr().out
 
 
-@pytest.mark.trains
 def test_a_benchmark_is_reported_subset_by_subset(lm, pairs, tmp_path, capsys):
     records = [json.loads(line) for line in pairs.read_text().splitlines()]
     bench = [one | {"subset": "easy" if n % 7 else "hard", "id": n} for n, one in enumerate(records)]
@@ -315,7 +304,6 @@ def prompts(tmp_path):
     return file
 
 
-@pytest.mark.trains
 def test_a_trained_model_guides_and_every_text_says_how_it_was_made(lm, pairs, prompts, tmp_path, capsys):
     assert train(lm, pairs, tmp_path / "rm") == 0
     out = tmp_path / "out.jsonl"
@@ -326,7 +314,6 @@ def test_a_trained_model_guides_and_every_text_says_how_it_was_made(lm, pairs, p
     assert {"response", "response_ids", "ref_log_prob", "kl", "reward", "finished"} <= set(records[0])
 
 
-@pytest.mark.trains
 def test_controlled_decoding_from_samples_to_texts(lm, pairs, prompts, tmp_path, capsys):
     """A full-sequence reward model rates samples, a value model learns their prefixes, and guides."""
     assert train(lm, pairs, tmp_path / "rm", "--objective", "full") == 0
@@ -367,7 +354,6 @@ def rater(lm, pairs, tmp_path, capsys):
     return tmp_path / "rater"
 
 
-@pytest.mark.trains
 @pytest.mark.parametrize(
     ("objective", "more", "method", "made"),
     [
@@ -468,7 +454,6 @@ def test_options_of_objectives_that_cannot_be_are_refused(lm, pairs, tmp_path, c
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.mark.trains
 @pytest.mark.parametrize(("objective", "method"), [("partial", "pargs"), ("soft", "soft")])
 def test_a_distilled_head_guides_under_the_method_of_its_guide(
     lm, pairs, samples, rater, prompts, tmp_path, capsys, recwarn, objective, method
@@ -500,7 +485,6 @@ def test_a_distilled_head_guides_under_the_method_of_its_guide(
     assert "the tokenizers of language model and reward model differ at 2 ids" in capsys.readouterr().err
 
 
-@pytest.mark.trains
 def test_texts_that_cannot_be_learned_from_are_refused(lm, pairs, rater, prompts, tmp_path, capsys):
     soft = ["--objective", "soft", "--reward-model", str(rater)]
     assert train(lm, pairs, tmp_path / "out", *soft) == 2
@@ -514,7 +498,6 @@ def test_texts_that_cannot_be_learned_from_are_refused(lm, pairs, rater, prompts
         assert "--num-samples N" in capsys.readouterr().err
 
 
-@pytest.mark.trains
 def test_the_checkpoint_with_the_least_held_out_loss_is_saved(lm, pairs, tmp_path, capsys):
     more = ["--load-best", "--max-steps", "6", "--learning-rate", "0.1"]
     assert train(lm, pairs, tmp_path / "out", *more) == 0
@@ -525,7 +508,6 @@ def test_the_checkpoint_with_the_least_held_out_loss_is_saved(lm, pairs, tmp_pat
     assert float(printed[1]) == pytest.approx(min(losses), rel=1e-3)
 
 
-@pytest.mark.trains
 def test_fine_tuned_rivals_write_folders_that_generate_takes(lm, pairs, prompts, tmp_path, capsys):
     few = ["--max-steps", "2", "--save-steps", "1", "--disable-tqdm", "True", "--use-cpu", "True", "--beta", "2"]
     made = ["dpo", "--model", str(lm), "--dataset", str(pairs), "--output-dir", str(tmp_path / "dpo"), *few]
@@ -673,7 +655,6 @@ def test_a_broken_model_stops_and_writes_no_text(lm, prompts, tmp_path, capsys):
     assert not (tmp_path / "out.jsonl").exists()
 
 
-@pytest.mark.trains
 def test_two_processes_train_what_one_does(lm, tmp_path, capsys):
     file, held_out, out = tmp_path / "unequal.jsonl", tmp_path / "held_out.jsonl", [tmp_path / "one", tmp_path / "two"]
     records = [{"prompt": w, "chosen": "a " * n, "rejected": f"b {w}"} for n, w in enumerate(WORDS + "a", 1)]

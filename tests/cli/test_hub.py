@@ -29,7 +29,6 @@ def blocks(text, language):
     return [part.partition("```")[0] for part in text.split(f"```{language}\n")[1:]]
 
 
-@pytest.mark.trains
 @pytest.mark.parametrize("command", ["train", "dpo"])
 def test_what_the_card_says_can_be_run(made, monkeypatch, capsys, command):
     """The header is read by the hub's own reader; the command and the Python lines write texts."""
@@ -78,7 +77,6 @@ def test_of_paths_the_last_part_alone_is_told(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.trains
 def test_a_card_changes_no_model_and_replaces_nothing_unasked(made, capsys):
     assert train("out") == 0
     assert main([*GENERATE, "--output", "texts.jsonl"]) == 0
@@ -123,7 +121,6 @@ def pushed(monkeypatch):
 PUSH = ["--push-to-hub", "True", "--hub-model-id", "me/guide"]
 
 
-@pytest.mark.trains
 def test_the_saved_model_is_pushed_with_its_card_and_nothing_else(made, capsys, pushed):
     assert train("out", *PUSH, "--hub-token", "secret", "--hub-private-repo", "True") == 0
     assert "pushed to https://hub/me/guide" in capsys.readouterr().out
@@ -136,7 +133,6 @@ def test_the_saved_model_is_pushed_with_its_card_and_nothing_else(made, capsys, 
     assert "secret" not in "".join(file.read_text("utf-8") for file in Path("out").glob("*.json"))
 
 
-@pytest.mark.trains
 def test_a_push_that_fails_is_one_line_after_the_model_has_been_saved(made, capsys, monkeypatch):
     def no_network(*_, **__):
         raise ConnectionResetError("no network\nat all")

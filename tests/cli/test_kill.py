@@ -96,7 +96,6 @@ def test_texts(made, seed):
     assert cut == whole
 
 
-@pytest.mark.trains
 @pytest.mark.parametrize("command", ["train", "ppo"])
 def test_training(made, command):
     """Weights and the log are those of a run that was left alone."""

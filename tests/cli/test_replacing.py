@@ -61,7 +61,6 @@ def refused(capsys, *parts):
     return True
 
 
-@pytest.mark.trains
 @pytest.mark.parametrize("command", [train, ppo])
 def test_resuming_replaces_no_model_of_another(made, capsys, command):
     shutil.copytree("lm", "own")
@@ -78,7 +77,6 @@ def test_resuming_replaces_no_model_of_another(made, capsys, command):
         assert command("other", *more, "--seed", "5") == 2
 
 
-@pytest.mark.trains
 def test_a_finished_run_without_checkpoints_is_not_begun_again_by_resuming(made, capsys):
     assert train("out", "--save-strategy", "no") == 0
     assert train("out", "--save-strategy", "no", "--resume") == 2
@@ -87,7 +85,6 @@ def test_a_finished_run_without_checkpoints_is_not_begun_again_by_resuming(made,
     assert refused(capsys, "seed 42 there, 5 now")
 
 
-@pytest.mark.trains
 def test_a_run_that_another_has_replaced_since_is_not_resumed(made, capsys, monkeypatch):
     """Its recipe is compared again when nobody else writes there any more."""
     assert train("out") == 0
@@ -102,7 +99,6 @@ def test_a_run_that_another_has_replaced_since_is_not_resumed(made, capsys, monk
     assert refused(capsys, "objective 'full' there, 'partial' now")
 
 
-@pytest.mark.trains
 def test_a_model_in_the_output_folder_is_not_lost(made, capsys):
     assert train("out") == 0
     assert train("out", "--overwrite", model="out/checkpoint-2") == 2
@@ -110,7 +106,6 @@ def test_a_model_in_the_output_folder_is_not_lost(made, capsys):
     assert Path("out/checkpoint-2").exists()
 
 
-@pytest.mark.trains
 def test_a_new_model_has_no_file_of_the_old_one(made):
     assert train("out") == 0
     assert load_tokenizer("out").chat_template
@@ -123,7 +118,6 @@ def test_a_new_model_has_no_file_of_the_old_one(made):
     assert not Path("out/model.unfinished").exists()
 
 
-@pytest.mark.trains
 @pytest.mark.parametrize("name", ["sd15.safetensors", "spm.model", "tokenizer.json", "README.md"])
 def test_no_file_of_others_is_replaced_unasked(made, capsys, monkeypatch, name):
     """A model is saved as files of many names; a folder that holds one of them need not hold a model."""
@@ -158,7 +152,6 @@ def test_a_model_that_is_half_replaced_is_none(made, monkeypatch):
     assert "config.json" not in moved
 
 
-@pytest.mark.trains
 @pytest.mark.parametrize(
     "more",
     [
@@ -178,7 +171,6 @@ def test_settings_that_change_the_weights_are_those_of_the_run(made, capsys, mor
     assert train("out", "--per-device-train-batch-size", "2", "--gradient-accumulation-steps", "4", "--resume") == 0
 
 
-@pytest.mark.trains
 def test_data_from_a_pipe_trains_and_is_never_the_same_again(made, capsys):
     def through_a_pipe(*more):
         end, pipe = os.pipe()
@@ -194,14 +186,12 @@ def test_data_from_a_pipe_trains_and_is_never_the_same_again(made, capsys):
     assert refused(capsys, "content of dataset", "cannot be read again")
 
 
-@pytest.mark.trains
 def test_what_is_written_into_a_models_folder_does_not_change_the_model(made):
     for _ in range(2):
         assert train("lm/rm", "--resume") == 0
         assert generate("lm/texts.jsonl", "--resume") == 0
 
 
-@pytest.mark.trains
 def test_ppo_goes_on_from_another_place(made, capsys):
     assert ppo("out") == 0
     assert ppo(made / "out", "--resume", "--save-every", "2") == 0
@@ -211,7 +201,6 @@ def test_ppo_goes_on_from_another_place(made, capsys):
     assert refused(capsys, "was made with other options")
 
 
-@pytest.mark.trains
 def test_what_is_only_called_like_a_checkpoint_is_none(made):
     assert train("out") == 0
     Path("out/checkpoint-notes.txt").write_text("mine")
@@ -281,7 +270,6 @@ DAMAGE = {"half": half, "empty": lambda data: b"", "a list": lambda data: b"[]"}
 each_damage = pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 
 
-@pytest.mark.trains
 @each_damage
 def test_a_damaged_checkpoint_is_named(made, capsys, damage):
     assert train("out") == 0
@@ -296,7 +284,6 @@ def test_a_damaged_checkpoint_is_named(made, capsys, damage):
     assert train("out", "--resume") == 0
 
 
-@pytest.mark.trains
 @each_damage
 def test_a_damaged_checkpoint_of_ppo_is_named(made, capsys, damage):
     assert ppo("out") == 0
@@ -317,7 +304,6 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.trains
 @pytest.mark.parametrize("share", [0.3, 1.5])
 def test_a_full_disk_is_one_line(made, share):
     """Files cannot have more than a share of the weights' bytes: first the weights fail, then the optimizer's state."""

@@ -26,8 +26,6 @@ from pargs_min.experiments.sweep import Row, gather, interval
 from pargs_min.models import load_tokenizer
 from pargs_min.records import read_preferences
 
-pytestmark = pytest.mark.trains
-
 MODULES = {name: import_module(f"{studies.__name__}.{name.replace('-', '_')}") for name in NAMES}
 GRIDS = [name for name in NAMES if name != "cost"]
 
