@@ -35,18 +35,24 @@ from pargs_min.train import PrefixTrainer, fit, mean_loss
 NEEDS_LEVEL = {"win"}  # objectives whose tilt changes with a constant per prefix, which a distilled head does not learn
 
 
+class Taught(NamedTuple):
+    """A text as token ids, and at each of its N tokens what a guide says of the candidates that the reference has."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    candidates: Tensor  # (N, K) ids
+    ref_log_probs: Tensor  # (N, K) in nats; -inf for a token that the reference never writes
+    rewards: Tensor  # (N, K) of the prefix that ends in the candidate; 0 for such a token
+
+
 def train_distilled(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[Text],
-    eval_texts: Sequence[Text] = (),
+    texts: Sequence[Taught],
+    eval_texts: Sequence[Taught] = (),
     *,
-    guide: PreTrainedModel,
-    reference: PreTrainedModel,
     beta: float,
     args: TrainingArguments,
-    top_k: int | None = None,
-    warp: Warp | None = None,
     **run: Any,
 ) -> dict[str, float]:
     """Train a vocabulary head and its body in place to guide as a scalar guide does (`distillation_loss`).
@@ -56,11 +62,8 @@ def train_distilled(
 
     Args:
         model: with a vocabulary head, best `vocabulary_headed(guide)`.
-        texts, eval_texts: samples of the reference; rewards are not read.
-        guide, reference: on the device of `args`, in evaluation mode.
+        texts, eval_texts: samples of the reference, and what the guide says of them: from `taught`.
         beta: at which the two are to guide alike, in nats per unit of reward.
-        top_k: candidates per prefix, 0 for the whole vocabulary; None for 10.
-        warp: how the reference is sampled.
 
     All other arguments are those of `train_reward_model`.
 
@@ -68,22 +71,18 @@ def train_distilled(
         Metrics: `eval_loss`, and `eval_divergence` of the guide's policy from the model's, in nats per prefix; seconds.
 
     Raises:
-        ValueError: as `train_reward_model`; without texts; if the guide has no scalar head or was trained to predict
-            win rates, if it or the model has no row for a token, or beta is not a positive number.
-        FloatingPointError: as `train_reward_model`, and where the guide's reward of a candidate is not finite.
+        ValueError: as `train_reward_model`; without texts; if the model has no row for a token, or beta is not a
+            positive number.
+        FloatingPointError: as `train_reward_model`.
     """
     if not texts:
         raise ValueError("texts is empty; write some with `pargs generate --method plain`")
     if not 0 < beta < math.inf:
         raise ValueError(f"beta (--beta) must be a positive number, got {beta}")
-    check_teacher(guide)
-    for one in (guide, model):
-        check_fits(one, tokenizer)
-    ask = partial(taught, guide=guide, reference=reference, vocabulary=Codec(tokenizer).vocabulary, top_k=top_k)
-    data, held_out = (ask(some, warp=warp, batch_size=args.per_device_eval_batch_size) for some in (texts, eval_texts))
+    check_fits(model, tokenizer)
     loss = partial(distillation_loss, beta=beta)
     collator = partial(collate_taught, pad_id=tokenizer.pad_token_id or 0)
-    return fit(DistilTrainer, model, tokenizer, data, held_out, loss, collator, args=args, **run)
+    return fit(DistilTrainer, model, tokenizer, texts, eval_texts, loss, collator, args=args, **run)
 
 
 def check_teacher(guide: PreTrainedModel) -> None:
@@ -105,24 +104,14 @@ def vocabulary_headed(guide: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-class Taught(NamedTuple):
-    """A text as token ids, and at each of its N tokens what a guide says of the candidates that the reference has."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-    candidates: Tensor  # (N, K) ids
-    ref_log_probs: Tensor  # (N, K) in nats; -inf for a token that the reference never writes
-    rewards: Tensor  # (N, K) of the prefix that ends in the candidate; 0 for such a token
-
-
 @torch.no_grad()
 def taught(
     texts: Sequence[Text],
     guide: PreTrainedModel,
     reference: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     *,
     top_k: int | None = None,
-    vocabulary: int | None = None,
     warp: Warp | None = None,
     batch_size: int = 32,
 ) -> list[Taught]:
@@ -131,16 +120,25 @@ def taught(
     Texts of a batch have prompts of about one length, and all steps behind the shortest are taken together.
 
     Args:
-        top_k, warp: as in `train_distilled`.
-        vocabulary: as for `ModelPolicy`.
+        texts: samples of the reference; rewards are not read.
+        guide, reference: on one device, in evaluation mode.
+        top_k: candidates per prefix, 0 for the whole vocabulary; None for 10.
+        warp: how the reference is sampled.
+
+    Raises:
+        ValueError: as `check_teacher`; if the guide has no row for a token.
+        FloatingPointError: where the guide's reward of a candidate is not finite.
     """
+    check_teacher(guide)
+    check_fits(guide, tokenizer)
     if not texts:
         return []
+    vocabulary = Codec(tokenizer).vocabulary
     order = sorted(range(len(texts)), key=lambda number: [*map(len, texts[number][:2])])
     policy = WarpedPolicy(ModelPolicy(reference, vocabulary), warp or Warp())
     scorer = choose_scorer(guide, max(len(text.prompt_ids) + len(text.response_ids) for text in texts))
     rows = reference.get_input_embeddings().num_embeddings
-    top_k = min(10, rows, vocabulary or rows) if top_k is None else top_k
+    top_k = min(10, rows, vocabulary) if top_k is None else top_k
     found: dict[int, Taught] = {}
     for start in progress(range(0, len(texts), batch_size), desc="candidates"):
         numbers = order[start : start + batch_size]

@@ -395,6 +395,10 @@ class Watched(Trainer):
         with usable_settings((ImportError, KeyError, RuntimeError)):
             super().__init__(*arguments, **keywords)
 
+    def create_scheduler(self, *arguments, **keywords):
+        with usable_settings((TypeError, ValueError)):
+            return super().create_scheduler(*arguments, **keywords)
+
     def fit(self, checkpoint: str | None) -> dict[str, float]:
         """Train, from a checkpoint on if there is one, and evaluate: the metrics of both."""
         if self.args.logging_strategy == "no":

@@ -32,15 +32,18 @@ def alone(model, ids):
 @pytest.mark.parametrize("warp", [None, Warp(temperature=0.7, top_k=3)])
 @pytest.mark.parametrize("size", [1, 3, 4])
 def test_the_guide_is_asked_for_the_candidates_at_every_prefix(size, warp):
-    """Against each text and candidate by itself; prompts and responses of all lengths, in the order they came."""
-    lm, guide = language_model(), scalar()
-    found = taught(TEXTS, guide, lm, top_k=5, vocabulary=13, warp=warp, batch_size=size)
+    """Against each text and candidate by itself; prompts and responses of all lengths, in the order they came.
+
+    The reference has a row that the tokenizer lacks: no candidate.
+    """
+    lm, guide = tiny_lm(vocabulary=VOCABULARY + 1, seed=0), scalar()
+    found = taught(TEXTS, guide, lm, tiny_tokenizer(), top_k=5, warp=warp, batch_size=size)
     assert [text[:2] for text in found] == [text[:2] for text in TEXTS]
     for text in found:
         assert text.candidates.shape == text.ref_log_probs.shape == text.rewards.shape == (len(text.response_ids), 5)
         for place in range(len(text.response_ids)):
             prefix = text.prompt_ids + text.response_ids[:place]
-            log_probs = lm(input_ids=torch.tensor([prefix])).logits[:, -1, :13].log_softmax(-1)
+            log_probs = lm(input_ids=torch.tensor([prefix])).logits[:, -1, :VOCABULARY].log_softmax(-1)
             log_probs = (log_probs if warp is None else warp(log_probs))[0]
             kept = 5 if warp is None else 3
             assert_close(text.ref_log_probs[place], log_probs.topk(5).values, rtol=0, atol=1e-12)
@@ -55,7 +58,7 @@ def test_the_guide_is_asked_for_the_candidates_at_every_prefix(size, warp):
 def test_the_loss_is_that_of_every_prefix_by_itself(few, tmp_path, monkeypatch):
     monkeypatch.setattr("pargs_min.distil.FEW", few)
     lm, guide, model = language_model(), scalar(), scalar(2, num_labels=VOCABULARY)
-    found = taught(TEXTS, guide, lm, top_k=5)
+    found = taught(TEXTS, guide, lm, tiny_tokenizer(), top_k=5)
     batch = collate_taught(found, pad_id=0)
     rewards = candidate_rewards(model, batch["input_ids"], batch["attention_mask"], batch["candidates"])
     losses, least = [], []
@@ -67,9 +70,8 @@ def test_the_loss_is_that_of_every_prefix_by_itself(few, tmp_path, monkeypatch):
             losses.append(distillation_loss(mine, text.rewards[place], text.ref_log_probs[place], BETA))
             least.append(distillation_loss(text.rewards[place], text.rewards[place], text.ref_log_probs[place], BETA))
     args = arguments(tmp_path, max_steps=1, learning_rate=0.0, per_device_eval_batch_size=3)
-    how = dict(guide=guide, reference=lm, beta=BETA, top_k=5, args=args)
     with torch.enable_grad():
-        metrics = train_distilled(model, tiny_tokenizer(), TEXTS, TEXTS, **how)
+        metrics = train_distilled(model, tiny_tokenizer(), found, found, beta=BETA, args=args)
     assert metrics["eval_loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-6)
     divergence = (torch.stack(losses) - torch.stack(least)).mean().item()
     assert metrics["eval_divergence"] == pytest.approx(divergence, rel=1e-5)
@@ -118,13 +120,13 @@ def test_the_head_ranks_candidates_as_the_guide_does(tmp_path, seed):
         parameter.data *= 2 if "attn" in name else 1  # or the last token alone would nearly tell the reward
     texts, others = random_texts(lm, 384, 2 * seed), random_texts(lm, 48, 2 * seed + 1)
     model, divergences = vocabulary_headed(guide), []
+    data = [taught(some, guide, lm, tokenizer, top_k=6) for some in (texts, others)]
     for steps, rate in ((1, 0.0), (150, 5e-3)):
         args = arguments(tmp_path, max_steps=steps, learning_rate=rate, per_device_train_batch_size=32)
-        how = dict(guide=guide, reference=lm, beta=BETA, top_k=6, args=args)
-        divergences.append(train_distilled(model, tokenizer, texts, others, **how)["eval_divergence"])
+        divergences.append(train_distilled(model, tokenizer, *data, beta=BETA, args=args)["eval_divergence"])
     assert divergences[1] < divergences[0] / 3  # 5.9
 
-    batch = collate_taught(taught(others, guide, lm, top_k=6), pad_id=0)
+    batch = collate_taught(data[1], pad_id=0)
     asked = batch["labels"] == 0
     candidates, theirs = batch["candidates"][asked], batch["rewards"][asked]
     with torch.no_grad():
@@ -139,24 +141,26 @@ def test_the_head_ranks_candidates_as_the_guide_does(tmp_path, seed):
 
 def test_what_cannot_be_distilled_is_refused(tmp_path):
     lm, guide, tokenizer = language_model(), scalar(), tiny_tokenizer()
-    how = dict(guide=guide, reference=lm, beta=BETA, args=arguments(tmp_path))
+    how, found = dict(beta=BETA, args=arguments(tmp_path)), taught(TEXTS, guide, lm, tokenizer)
     with pytest.raises(ValueError, match="texts is empty; write some with `pargs generate --method plain`"):
         train_distilled(vocabulary_headed(guide), tokenizer, [], **how)
     for beta in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=r"beta \(--beta\) must be a positive number, got"):
-            train_distilled(vocabulary_headed(guide), tokenizer, TEXTS, **how | dict(beta=beta))
+            train_distilled(vocabulary_headed(guide), tokenizer, found, **how | dict(beta=beta))
     with pytest.raises(ValueError, match="no vocabulary head"):
-        train_distilled(guide, tokenizer, TEXTS, **how)
-    headed = scalar(num_labels=VOCABULARY)
-    for refused in (lambda: vocabulary_headed(headed), lambda: train_distilled(headed, tokenizer, TEXTS, **how)):
-        how["guide"] = headed
+        train_distilled(guide, tokenizer, found, **how)
+    headed, small = scalar(num_labels=VOCABULARY), tiny_reward_model(vocabulary=11)
+    for refused in (lambda: vocabulary_headed(headed), lambda: taught(TEXTS, headed, lm, tokenizer)):
         with pytest.raises(ValueError, match="has a vocabulary head already"):
+            refused()
+    for refused in (
+        lambda: taught(TEXTS, small, lm, tokenizer),
+        lambda: train_distilled(vocabulary_headed(small), tokenizer, found, **how),
+    ):
+        with pytest.raises(ValueError, match="do not belong together"):
             refused()
     guide.config.pargs = dict(objective="win")
     with pytest.raises(ValueError, match="trained with --objective win, whose guidance needs more"):
         vocabulary_headed(guide)
-    small = tiny_reward_model(vocabulary=11)
-    with pytest.raises(ValueError, match="do not belong together"):
-        train_distilled(vocabulary_headed(small), tokenizer, TEXTS, **how | dict(guide=small))
     with pytest.raises(ValueError, match="must have one shape"):
         distillation_loss(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3), BETA)

@@ -17,7 +17,7 @@ from pargs_min import minimal, train
 from pargs_min.baselines.farma import train_farma
 from pargs_min.baselines.genarm import train_genarm
 from pargs_min.data import Pair, Text, at_response_tokens, by_prompt, centred, collate, reweighted
-from pargs_min.distil import train_distilled
+from pargs_min.distil import taught, train_distilled
 from pargs_min.losses import bradley_terry_loss, prefix_value_loss, soft_value_loss
 from pargs_min.models import save_reward_model
 from pargs_min.reward_model import prefix_rewards
@@ -568,7 +568,8 @@ def vocabulary_model(seed=1):
 def by_objective(name):
     """(model, train, data, held-out data) of an objective."""
     texts, held_out = random_texts(12), random_texts(9, seed=1)
-    taught = dict(guide=reward_model(5), reference=language_model(), beta=1.5, top_k=5)
+    asked = dict(guide=reward_model(5), reference=language_model(), tokenizer=tiny_tokenizer(), top_k=5)
+    told = [taught(some, **asked) for some in (texts, held_out)]
     return {
         "win": (reward_model, dict(objective="win"), train_reward_model, random_pairs(12), random_pairs(9, seed=1)),
         "farma": (vocabulary_model, {}, train_farma, random_pairs(12), random_pairs(9, seed=1)),
@@ -576,7 +577,7 @@ def by_objective(name):
         "soft": (reward_model, dict(objective="soft", lam=1.5), train_value_model, texts, held_out),
         "soft labels": (reward_model, dict(group_size=3), train_partial_on_texts, texts, held_out),
         "reweighted": (language_model, dict(beta=1.5), train_language_model, several(texts), several(held_out)),
-        "distilled": (vocabulary_model, taught, train_distilled, texts, held_out),
+        "distilled": (vocabulary_model, dict(beta=1.5), train_distilled, *told),
     }[name]
 
 

@@ -25,7 +25,7 @@ from pargs_min.cli.options import choice, parse
 from pargs_min.cli.resuming import differences
 from pargs_min.codec import Codec, check_vocabularies
 from pargs_min.decode import Warp, recorded_warp
-from pargs_min.distil import train_distilled, vocabulary_headed
+from pargs_min.distil import Taught, taught, train_distilled, vocabulary_headed
 from pargs_min.lora import lora_config
 from pargs_min.memory import enough_memory
 from pargs_min.reading import closing_ids, id_rewards
@@ -269,31 +269,37 @@ def in_subsets(preferences: Sequence[Preference]) -> dict[str, list[Preference]]
 
 def distil(options: TrainOptions, args: TrainingArguments) -> None:
     """Train a vocabulary head on the body of a scalar guide."""
-    name, device = str(options.distil_from), str(args.device)
+    name, device, size = str(options.distil_from), str(args.device), args.per_device_eval_batch_size
     records = read(options, partial(read_texts, name))
     form, sampled = data.records_form([one for some in records for one in some]), sampled_as(records)
 
     set_seed(args.seed)
     tokenizer = models.load_tokenizer(name)
     check_vocabularies(models.load_tokenizer(options.model), tokenizer)
-    guide = models.load_reward_model(name, tokenizer, device=device)
-    model, reference = vocabulary_headed(guide), models.load_language_model(options.model, device=device)
-    form = recorded(guide).get("prompt_format", form)
-    limit = options.tokens(guide, reference)
+    model = vocabulary_headed(models.load_reward_model(name, tokenizer))
+    reference = models.load_language_model(options.model)
+    form = recorded(model).get("prompt_format", form)
+    limit = options.tokens(model, reference)
 
-    def encode(some: Sequence[Response]) -> tuple[list[data.Text], dict[str, int]]:
+    def encode(some: Sequence[Response]) -> tuple[list[Taught], dict[str, int]]:
+        """The guide and the reference are on the device no longer than they are asked."""
         check_forms(some, form, name)
-        return data.encode_texts(some, tokenizer, limit, form)
+        texts, counts = data.encode_texts(some, tokenizer, limit, form)
+        guide = models.load_reward_model(name, tokenizer, device=device)
+        lm = models.load_language_model(options.model, device=device)
+        how: dict[str, Any] = dict(top_k=options.top_k, warp=Warp(**sampled), batch_size=size)
+        with enough_memory(f"asking a guide, --per-device-eval-batch-size {size}", "lower it, or --max-length"):
+            return taught(texts, guide, lm, tokenizer, **how), counts
 
     told: dict[str, Any] = dict(beta=options.beta, top_k=options.top_k)
-    asked: dict[str, Any] = dict(guide=guide, reference=reference, warp=Warp(**sampled), lora_rank=options.lora_rank)
-    made = recorded(guide) | dict(prompt_format=form, reference=sampled, distilled=told)
+    made = recorded(model) | dict(prompt_format=form, reference=sampled, distilled=told)
     made.pop("shared_layers", None)  # the guide's, whose weights are all trained unless they are asked for here
     if options.shared_layers is not None:
         copy_trunk(model, reference, options.shared_layers)
         made["shared_layers"] = options.shared_layers
+    del reference
     models.record(model, **made)
-    fit = partial(train_distilled, model, tokenizer, **asked, **told)
+    fit = partial(train_distilled, model, tokenizer, beta=told["beta"], lora_rank=options.lora_rank)
     with frozen_trunk(model, options.shared_layers):
         fit_and_save(options, args, records, encode, fit, model, tokenizer)
 

@@ -21,7 +21,7 @@ from pargs_min.baselines.genarm import train_genarm
 from pargs_min.baselines.ppo import PPOSettings, train_ppo
 from pargs_min.codec import Codec, end_tokens
 from pargs_min.data import Text, by_prompt, encode_texts
-from pargs_min.distil import train_distilled, vocabulary_headed
+from pargs_min.distil import taught, train_distilled, vocabulary_headed
 from pargs_min.experiments.setup import Lab, generated, made_from, material
 from pargs_min.models import (
     default_device,
@@ -258,11 +258,12 @@ def _by_values(lab, recipe, model, tokenizer, texts, held_out, args):
 
 def _by_distilling(lab, recipe, model, tokenizer, texts, held_out, args):
     """Its guide is the model that it starts from, with a scalar head."""
-    teacher = guide(lab, SOFT_LABELS, args.seed)
-    how: dict[str, Any] = dict(guide=teacher, reference=material(lab).lm, beta=DISTILLED_AT, warp=lab.warp)
-    how |= dict(lora_rank=lab.lora_rank)
+    how = dict(warp=lab.warp, batch_size=args.per_device_eval_batch_size)
     enough = texts[:: max(1, len(texts) // DISTILLED_FROM)]  # of every prompt
-    return train_distilled(model, tokenizer, enough, held_out, args=args, **how)
+    teacher = guide(lab, SOFT_LABELS, args.seed)
+    data = [taught(some, teacher, material(lab).lm, tokenizer, **how) for some in (enough, held_out)]
+    del teacher  # training needs the room
+    return train_distilled(model, tokenizer, *data, beta=DISTILLED_AT, args=args, lora_rank=lab.lora_rank)
 
 
 def _by_reweighting(lab, recipe, model, tokenizer, texts, held_out, args):

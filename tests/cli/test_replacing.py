@@ -329,6 +329,7 @@ def test_a_full_disk_is_one_line(made, share):
         (["--max-grad-norm", "nan"], "max_grad_norm (--max-grad-norm) must be a number, got nan"),
         (["--deepspeed", "x.json"], "deepspeed"),
         (["--optim", "adamw_bnb_8bit"], "transformers cannot train with these settings"),
+        (["--lr-scheduler-kwargs", '{"nope": 1}'], "transformers cannot train with these settings"),
         (["--metric-for-best-model", "nope", "--load-best-model-at-end", "--eval-strategy", "steps"], "nope"),
     ],
 )
