@@ -115,9 +115,9 @@ class Codec:
                 part of a response.
         """
         prompt_ids = self.prompt({"prompt": prompt})
-        messages = as_messages(prompt) if self.form == "chat" and not _is_ids(prompt) else None
+        messages = as_messages(prompt) if self.form == "chat" and not is_ids(prompt) else None
         encoded = [
-            cast("list[int]", response) if _is_ids(response) else self._response(str(response), prompt_ids, messages)
+            cast("list[int]", response) if is_ids(response) else self._response(str(response), prompt_ids, messages)
             for response in responses
         ]
         for ids in encoded:
@@ -240,7 +240,7 @@ def _form(prompt: Prompt) -> str:
     return "chat" if is_messages(prompt) else "ids"
 
 
-def _is_ids(value: Prompt | None) -> bool:
+def is_ids(value: Prompt | None) -> bool:
     return isinstance(value, list) and not is_messages(value)
 
 
@@ -248,7 +248,6 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt | None,
     prompt_format: str | None = None,
-    max_length: int | None = None,
     now: datetime | None = None,
 ) -> list[int]:
     """Token ids of a prompt: the one function that training and decoding share.
@@ -260,7 +259,6 @@ def encode_prompt(
         prompt: text, messages {role, content}, or token ids.
         prompt_format: what the reward model was trained on. "chat" makes text the message of a user, or of a dialogue
             its messages; "dialogue" makes it the turn of a human; with any other the prompt is taken as it is.
-        max_length: keep only the last tokens, this many; a start token counts, and stays in front.
         now: as for `Codec`.
 
     Raises:
@@ -279,7 +277,7 @@ def encode_prompt(
     if not ids:
         raise ValueError(f"prompt {prompt!r} has no token, and the tokenizer adds no start token; give some text")
     check_ids(tokenizer, ids)
-    return ids if max_length is None else cut_left(ids, max_length, tokenizer.bos_token_id)
+    return ids
 
 
 def as_messages(prompt: Prompt) -> Messages:

@@ -20,7 +20,7 @@ from transformers.generation.logits_process import (
 )
 
 from pargs_min.policy import guided_log_probs, keep_rest, tempered, top_k_candidates, truncate_rest, worth_guiding
-from pargs_min.reward_model import read, token_positions
+from pargs_min.reward_model import read, token_positions, widened
 from pargs_min.scoring import CachedText, RewardFn
 
 CHECK_EVERY = 16  # steps between two checks, on a GPU, for impossible numbers and for rows that have ended
@@ -178,8 +178,7 @@ class WarpedPolicy:
         return self.warp(self.policy.log_probs())
 
 
-@dataclass(frozen=True)
-class Generation:
+class Generation(NamedTuple):
     """B responses, the longest of N tokens; after a response's end the tokens are padding and the numbers 0."""
 
     tokens: Tensor  # (B, N) ids
@@ -278,7 +277,8 @@ def generate(
     reward = NoReward() if reward is None else reward
     uniforms = torch.rand(len(prompt_ids), max_new_tokens) if uniforms is None else uniforms
     _check_lengths(policy, reward, prompt_ids, mask, max_new_tokens)
-    _check_uniforms(uniforms, len(prompt_ids), max_new_tokens)
+    if uniforms.shape != (wanted := (len(prompt_ids), max_new_tokens)):
+        raise ValueError(f"uniforms must be {wanted}, a row and step each, got {tuple(uniforms.shape)}")
     if guide_below is not None and resample is not None:
         raise ValueError("guide_below leaves steps without rewards, by which particles (smc) are weighed; leave it out")
     spread = truncate_rest if truncate else keep_rest
@@ -310,10 +310,9 @@ def generate(
         eligible = ~ref_log_probs.isneginf()
         rewards = rewards.masked_fill(~(eligible if asked is None else eligible & asked[:, None]), torch.nan)
         drawn = Drawn.of(tokens, reference, log_probs, candidates, rewards)
-        seen = reference.gather(1, candidates), rewards, log_probs.gather(1, candidates)
-        step = Step(number, candidates, *seen, drawn, texts.alive, eligible)
         if on_step is not None:
-            on_step(step)
+            of_candidates = reference.gather(1, candidates), rewards, log_probs.gather(1, candidates)
+            on_step(Step(number, candidates, *of_candidates, drawn, texts.alive, eligible))
         tokens = texts.append(drawn)
         if texts.all_ended(number):
             break
@@ -428,15 +427,10 @@ def response_log_probs(
     """
     settings, tokens = dict(use_cache=False, logits_to_keep=responses + 1), ids[:, ids.shape[1] - responses :, None]
     logits = read(model, ids, mask, token_positions(mask), **settings).logits[:, -responses - 1 : -1, :vocabulary]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = widened(logits)
     if warp is not None:
         logits = warp(logits.log_softmax(-1).flatten(0, 1)).view_as(logits)
     return logits.gather(2, tokens)[..., 0] - logits.logsumexp(-1)
-
-
-def _check_uniforms(uniforms: Tensor, batch: int, steps: int) -> None:
-    if uniforms.shape != (batch, steps):
-        raise ValueError(f"uniforms must be ({batch}, {steps}), a row and step each, got {tuple(uniforms.shape)}")
 
 
 def _check_prompts(prompt_ids: Tensor, mask: Tensor) -> None:
@@ -522,8 +516,7 @@ class RewardGuidance(LogitsProcessor):
         longest, limit = input_ids.shape[1] - self.padding + 1, getattr(self.scorer, "max_length", None)
         if limit is not None and longest > limit:
             raise ValueError(f"a text of {longest} tokens exceeds the reward model's context of {limit}; write fewer")
-        dtype = torch.promote_types(scores.dtype, torch.float32)
-        reference = scores.to(dtype).log_softmax(-1)
+        reference = widened(scores).log_softmax(-1)
         ref_log_probs, candidates = top_k_candidates(reference, *self.candidates)
         asked = None if self.guide_below is None else worth_guiding(ref_log_probs, self.guide_below)
         rewards = _score(self.scorer, candidates, ref_log_probs, asked)

@@ -21,10 +21,10 @@ from pargs_min.losses import distillation_loss
 from pargs_min.models import give_vocabulary_head
 from pargs_min.progress import progress
 from pargs_min.reward_model import (
-    all_next_rewards,
     body_and_head,
     features,
     has_vocabulary_head,
+    head_rewards,
     next_token_rewards,
     recorded,
 )
@@ -191,7 +191,7 @@ def candidate_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor, candida
     hidden, head = features(model, ids, mask)
     if FEW * candidates.shape[2] <= head.out_features:
         return next_token_rewards(head, hidden[:, :, None], candidates)
-    return all_next_rewards(head, hidden).gather(2, candidates)
+    return head_rewards(head, hidden).gather(2, candidates)
 
 
 class DistilTrainer(PrefixTrainer):

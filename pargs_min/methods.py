@@ -5,7 +5,7 @@ Whoever needs to know something of a method (what trains its reward, how its KL 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -75,7 +75,7 @@ def best_of_n(method: "Method", setup: Setup, batch: Batch) -> Written:
     samples = generate(setup.policy, None, prompt_ids, mask, beta=0.0, uniforms=batch.uniforms, **setup.settings)
     rewards = response_rewards(cast("RewardFn", setup.reward_fn), prompt_ids, mask, samples).view(-1, n)
     best = rewards.argmax(-1) + n * torch.arange(len(rewards), device=rewards.device)
-    generation = Generation(*(getattr(samples, column.name)[best] for column in fields(samples)))
+    generation = Generation(*(column[best] for column in samples))
     return generation, sampled_kl(generation) + math.log(n) - (n - 1) / n
 
 
@@ -108,7 +108,6 @@ class Method:
     """One row of the table."""
 
     name: str
-    does: str
     write: Callable[["Method", Setup, Batch], Written] = tokenwise
     guided: bool = False  # the reward enters at every token
     draw: Draw = sample
@@ -130,53 +129,24 @@ class Method:
 
 GREEDY: dict[str, Any] = dict(guided=True, draw=greedy, kl=greedy_kl)
 TABLE = (
-    Method("plain", "the reference itself"),
-    Method(
-        "pargs", "guided by a reward model of prefixes, sampled (arXiv 2406.07780)", objective="partial", guided=True
-    ),
-    Method("pargs-greedy", "the same, always the most likely candidate", objective="partial", **GREEDY),
-    Method("args", "guided by a full-sequence reward model, sampled", objective="full", guided=True),
-    Method("args-greedy", "the same, always the most likely candidate (arXiv 2402.01694)", objective="full", **GREEDY),
-    Method("cd", "guided by a value model: controlled decoding (arXiv 2310.17022)", objective="value", guided=True),
-    Method("soft", "guided by a soft value model, whose optimum is the RLHF policy", objective="soft", guided=True),
-    Method("reweighted", "the same, by a language model of reweighted texts", objective="reweighted", guided=True),
-    Method("win", "guided by a model of win rates; beta is eta", objective="win", tilt=by_win_rate, guided=True),
-    Method("genarm", "autoregressive reward model (arXiv 2410.08193)", objective="autoregressive", guided=True),
-    Method("farma", "vocabulary-headed reward model (arXiv 2502.04517)", objective="farma", guided=True),
-    Method("implicit", "guided by the implicit reward of a model fine-tuned by DPO", objective="dpo", guided=True),
-    Method(
-        "best-of-n",
-        "n samples of the reference, the best by a reward of whole texts",
-        write=best_of_n,
-        rows="n",
-        bound="log n - (n - 1)/n more than that of its samples",
-    ),
-    Method(
-        "smc",
-        "particles guided like pargs, resampled towards the RLHF policy of whole texts (`smc.py`)",
-        write=by_smc,
-        guided=True,
-        rows="particles",
-        bound="what all its particles tell, not the text alone",
-    ),
+    Method("plain"),  # the reference itself
+    Method("pargs", objective="partial", guided=True),  # arXiv 2406.07780
+    Method("pargs-greedy", objective="partial", **GREEDY),  # always the most likely candidate
+    Method("args", objective="full", guided=True),
+    Method("args-greedy", objective="full", **GREEDY),  # arXiv 2402.01694
+    Method("cd", objective="value", guided=True),  # controlled decoding, arXiv 2310.17022
+    Method("soft", objective="soft", guided=True),  # whose optimum is the RLHF policy, as is the next one's
+    Method("reweighted", objective="reweighted", guided=True),
+    Method("win", objective="win", tilt=by_win_rate, guided=True),  # its beta is eta
+    Method("genarm", objective="autoregressive", guided=True),  # arXiv 2410.08193
+    Method("farma", objective="farma", guided=True),  # arXiv 2502.04517
+    Method("implicit", objective="dpo", guided=True),  # the implicit reward of a model fine-tuned by DPO
+    Method("best-of-n", write=best_of_n, rows="n", bound="log n - (n - 1)/n more than that of its samples"),
+    Method("smc", write=by_smc, guided=True, rows="particles", bound="what all its particles tell, not the text alone"),
 )
 METHODS = {method.name: method for method in TABLE}
-GUIDED = tuple(method.name for method in TABLE if method.guided)
 BOUNDED = tuple(method.name for method in TABLE if method.bound)
 FINE_TUNED = ("dpo", "ppo")  # language models of `baselines/`, which write as `plain` does
-
-# What a guide is, by the objective it was trained with.
-OBJECTIVES = {
-    "partial": "a reward model of prefixes",
-    "full": "a reward model of whole responses (whose scores of prefixes mean nothing)",
-    "value": "a value model",
-    "soft": "a soft value model",
-    "win": "a model of win rates",
-    "farma": "a vocabulary-headed reward model (FaRMA)",
-    "reweighted": "a language model of reweighted texts",
-    "autoregressive": "an autoregressive reward model (GenARM)",
-    "dpo": "a language model fine-tuned by DPO",
-}
 
 
 def guided_by(objective: str) -> str:

@@ -29,7 +29,7 @@ from transformers.utils import logging
 
 from pargs_min.codec import FORMS, check_fits, turn_end
 from pargs_min.memory import is_out_of_memory
-from pargs_min.reward_model import LANGUAGE_MODELS
+from pargs_min.reward_model import LANGUAGE_MODELS, OBJECTIVES
 from pargs_min.store import replacing, saving
 
 Name = str | os.PathLike
@@ -40,7 +40,7 @@ SAFE = dict(trust_remote_code=False)
 WHOLE = dict(use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **SAFE)
 # What training records with a reward model, and which values it knows.
 RECORD: dict[str, Any] = {
-    "objective": ("partial", "full", "value", "soft", "win", "farma", *LANGUAGE_MODELS),
+    "objective": (*OBJECTIVES,),
     "prompt_format": FORMS,
     "append_eos": (True, False),
     "shared_layers": range(10_000),

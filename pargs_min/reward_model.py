@@ -17,6 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+# What a guide is, by the objective it was trained with.
+OBJECTIVES = {
+    "partial": "a reward model of prefixes",
+    "full": "a reward model of whole responses (whose scores of prefixes mean nothing)",
+    "value": "a value model",
+    "soft": "a soft value model",
+    "win": "a model of win rates",
+    "farma": "a vocabulary-headed reward model (FaRMA)",
+    "reweighted": "a language model of reweighted texts",
+    "autoregressive": "an autoregressive reward model (GenARM)",
+    "dpo": "a language model fine-tuned by DPO",
+}
 LANGUAGE_MODELS = ("reweighted", "autoregressive", "dpo")  # objectives of guides that are language models themselves
 
 
@@ -39,7 +51,7 @@ def prefix_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """
     hidden, head = features(model, ids, mask)
     if head.out_features == 1:
-        return token_rewards(head, hidden).to(ids.device)  # layers may lie on several devices
+        return head_rewards(head, hidden)[..., 0].to(ids.device)  # layers may lie on several devices
     return F.pad(next_token_rewards(head, hidden[:, :-1], ids[:, 1:].to(hidden.device)), (1, 0)).to(ids.device)
 
 
@@ -49,15 +61,19 @@ def features(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> tuple[Tensor,
     return read(body, ids, mask, token_positions(mask), use_cache=False).last_hidden_state, head
 
 
-def token_rewards(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """(B, T) rewards from (B, T, D) hidden states, in float32 or wider whatever the backbone computes in.
+def widened(values: Tensor) -> Tensor:
+    """The same in float32, or as wide as they are: bfloat16 would round rewards near 5 to steps of 1/32, about the
+    spread between candidates."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
-    A bfloat16 head would round rewards near 5 to steps of 1/32, about the spread between candidates.
-    """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    bias = None if head.bias is None else head.bias.to(dtype)
+
+def head_rewards(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """(..., 1) rewards, or under a vocabulary head the (..., V) of every token that may come next, from (..., D) hidden
+    states; in float32 or wider whatever the backbone computes in."""
+    hidden = widened(hidden)
+    bias = None if head.bias is None else head.bias.to(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.to(dtype), head.weight.to(dtype), bias)[..., 0]
+        return F.linear(hidden, head.weight.to(hidden.dtype), bias)
 
 
 def next_token_rewards(head: nn.Linear, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -65,15 +81,7 @@ def next_token_rewards(head: nn.Linear, hidden: Tensor, tokens: Tensor) -> Tenso
 
     Only the rows of the tokens that came are multiplied: training costs no more than with a scalar head.
     """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return (hidden.to(dtype) * F.embedding(tokens, head.weight).to(dtype)).sum(-1)
-
-
-def all_next_rewards(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """(..., V) rewards under a vocabulary head: of every token, read at the (..., D) hidden state before it."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.to(dtype), head.weight.to(dtype))
+    return (widened(hidden) * widened(F.embedding(tokens, head.weight))).sum(-1)
 
 
 def body_and_head(model: PreTrainedModel) -> tuple[PreTrainedModel, nn.Linear]:
@@ -113,7 +121,7 @@ def final_rewards(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     pad = model.config.get_text_config().pad_token_id or 0
     ids = ids.masked_fill(mask == 0, pad)  # by which some tell where a text ends
     logits = model(input_ids=ids.gather(1, order), attention_mask=mask.gather(1, order)).logits
-    return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
+    return widened(logits[:, 0])
 
 
 def recorded(model: PreTrainedModel) -> dict:

@@ -28,11 +28,12 @@ from pargs_min.reward_model import (
     context_length,
     final_rewards,
     has_vocabulary_head,
+    head_rewards,
     next_token_rewards,
     prefix_rewards,
     read,
     token_positions,
-    token_rewards,
+    widened,
 )
 
 WAY_OUT = "use ReencodeScorer, which works with every reward model at the cost of k passes per token"
@@ -78,7 +79,7 @@ class CachedText:
             vocabulary: V; None means all rows of the model.
         """
         logits = self.read(logits_to_keep=1).logits[:, -1, :vocabulary]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return widened(logits).log_softmax(-1)
 
     def push(self, tokens: Tensor) -> None:
         """Append the (B,) tokens that were drawn."""
@@ -146,7 +147,7 @@ class SiblingScorer(CachedText):
             mask = sibling_mask(self.mask[:, :-n], k, self.head.weight.dtype, n)
             hidden = read(self.body, ids, mask, positions, past_key_values=self.cache, use_cache=True).last_hidden_state
             self.cache.crop(-k)
-            rewards.append(token_rewards(self.head, hidden[:, n:]).to(candidates.device))
+            rewards.append(head_rewards(self.head, hidden[:, n:])[..., 0].to(candidates.device))
         self.unread = False
         return torch.cat(rewards, 1)
 
@@ -266,7 +267,7 @@ class VocabularyScorer(CachedText):
     @cached_property
     def weight(self) -> Tensor:
         """(V, D) of the head, in float32 or wider."""
-        return self.head.weight.to(torch.promote_types(self.head.weight.dtype, torch.float32))
+        return widened(self.head.weight)
 
 
 class LanguageModelScorer(CachedText):

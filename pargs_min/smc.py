@@ -16,7 +16,7 @@ of two RLHF policies in arXiv 2406.07780 (`theory/`, T2 and T10).
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -41,8 +41,7 @@ class Particles:
         """One response per prompt, drawn by weight with (B,) uniforms: (B rows, their (B,) kl)."""
         n = self.log_weights.shape[1]
         rows = sample(self.log_weights, uniforms) + n * torch.arange(len(uniforms), device=uniforms.device)
-        picked = (getattr(self.generation, field.name)[rows] for field in fields(Generation))
-        return Generation(*picked), self.kl.flatten()[rows]
+        return Generation(*(column[rows] for column in self.generation)), self.kl.flatten()[rows]
 
 
 def systematic(log_weights: Tensor, uniforms: Tensor) -> Tensor:

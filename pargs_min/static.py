@@ -19,9 +19,10 @@ from pargs_min.reward_model import (
     body_and_head,
     check_evaluating,
     context_length,
+    head_rewards,
     takes_positions,
     token_positions,
-    token_rewards,
+    widened,
 )
 from pargs_min.scoring import SiblingScorer, attention_window
 
@@ -76,7 +77,7 @@ class StaticPolicy:
 
     def _log_probs(self, logits: Tensor) -> Tensor:
         logits = logits[:, -1, : self.vocabulary]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return widened(logits).log_softmax(-1)
 
 
 class StaticScorer:
@@ -135,7 +136,7 @@ class StaticScorer:
         positions = position + (query > 0).long()
         hidden = self.text.read(ids, positions, sees).last_hidden_state
         self.text.forget(k)
-        return token_rewards(self.head, hidden[:, 1:])
+        return head_rewards(self.head, hidden[:, 1:])[..., 0]
 
 
 class _StaticText:

@@ -25,9 +25,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pargs_min import decode, scoring
 from pargs_min.codec import Codec, check_vocabularies, left_pad, shares_ids
 from pargs_min.memory import enough_memory
-from pargs_min.methods import METHODS, OBJECTIVES, Batch, Method, Setup, guided_by
+from pargs_min.methods import METHODS, Batch, Method, Setup, guided_by
 from pargs_min.reading import reads_chats, text_rewards
-from pargs_min.reward_model import context_length, has_vocabulary_head, is_language_model, pooled_padding, recorded
+from pargs_min.reward_model import (
+    OBJECTIVES,
+    context_length,
+    has_vocabulary_head,
+    is_language_model,
+    pooled_padding,
+    recorded,
+)
 from pargs_min.static import StaticPolicy, StaticScorer
 from pargs_min.trunk import TrunkScorer, one_query_scorer, share_trunk
 

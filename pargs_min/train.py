@@ -36,7 +36,7 @@ from pargs_min.lora import check_rank, low_rank
 from pargs_min.memory import enough_memory, is_out_of_memory
 from pargs_min.models import load_config
 from pargs_min.progress import progress
-from pargs_min.reward_model import is_causal, prefix_rewards, takes_positions, token_positions
+from pargs_min.reward_model import is_causal, prefix_rewards, takes_positions, token_positions, widened
 from pargs_min.scoring import RewardFn
 from pargs_min.store import saving
 
@@ -92,7 +92,8 @@ def train_reward_model(
     """
     loss, items = objective_functions(objective, tail, reduction, lengths)
     end = tokenizer.eos_token_id if end is None else end
-    collator = pair_collator(tokenizer, items, end if (objective, tail) == ("partial", "extend") else None)
+    extend_with = end if (objective, tail) == ("partial", "extend") else None
+    collator = collate_by(data.collate, tokenizer, items, extend_with=extend_with)
     run = dict(args=args, lora_rank=lora_rank, resume=resume)
     return fit(PairTrainer, model, tokenizer, pairs, eval_pairs, loss, collator, **run)
 
@@ -134,7 +135,7 @@ def train_partial_on_texts(
     def soft_loss(*terms: Tensor) -> Tensor:
         return loss(*terms[:-1], labels=terms[-1])
 
-    collator = pair_collator(tokenizer, items, extend_with, data.collate_groups)
+    collator = collate_by(data.collate_groups, tokenizer, items, extend_with=extend_with)
     return fit(GroupTrainer, model, tokenizer, groups, eval_groups, soft_loss, collator, **run)
 
 
@@ -174,7 +175,8 @@ def train_value_model(
         loss = partial(losses.soft_value_loss, lam=lam, highest=highest)
     elif objective != "value":
         raise ValueError(f'objective must be "value" or "soft", got {objective!r}')
-    return fit(ValueTrainer, model, tokenizer, texts, eval_texts, loss, text_collator(tokenizer), **run)
+    collator = collate_by(data.collate_texts, tokenizer, response_tokens)
+    return fit(ValueTrainer, model, tokenizer, texts, eval_texts, loss, collator, **run)
 
 
 def train_language_model(
@@ -220,7 +222,7 @@ def train_language_model(
             "write more of them, or choose a lower beta",
             stacklevel=2,
         )
-    loss, collator = losses.likelihood_loss, text_collator(tokenizer)
+    loss, collator = losses.likelihood_loss, collate_by(data.collate_texts, tokenizer, response_tokens)
     metrics = fit(LikelihoodTrainer, model, tokenizer, drawn, held_out, loss, collator, args=args, **run)
     return metrics | {"effective_texts_mean": float(effective.mean()), "effective_texts_least": float(effective.min())}
 
@@ -230,24 +232,12 @@ def _check_rated(*texts: Sequence[Text]) -> None:
         raise ValueError(f"texts must have finite rewards, got {unrated} without: call rate() first")
 
 
-def pair_collator(
-    tokenizer: PreTrainedTokenizerBase, items: Items, extend_with: int | None = None, gather: Callable = data.collate
-) -> Collator:
-    """Pairs -> a batch (`collate`), with `items` of it as labels for Trainer to count; of groups `collate_groups`."""
+def collate_by(gather: Callable, tokenizer: PreTrainedTokenizerBase, items: Items, **settings: Any) -> Collator:
+    """Records -> a batch, by a `gather` of `data`, with `items` of it as labels for Trainer to count."""
 
     def collate_with_items(batch: Sequence) -> Batch:
-        tensors = gather(batch, tokenizer.pad_token_id or 0, extend_with)
+        tensors = gather(batch, tokenizer.pad_token_id or 0, **settings)
         return tensors | {"labels": items(tensors)}
-
-    return collate_with_items
-
-
-def text_collator(tokenizer: PreTrainedTokenizerBase) -> Collator:
-    """Texts -> a batch (`collate_texts`), with its response tokens as labels for Trainer to count."""
-
-    def collate_with_items(batch: Sequence[Text]) -> Batch:
-        tensors = data.collate_texts(batch, tokenizer.pad_token_id or 0)
-        return tensors | {"labels": _counted(written_up_to(tensors["response_lengths"]))}
 
     return collate_with_items
 
@@ -464,7 +454,7 @@ def token_log_probs(model: PreTrainedModel, ids: Tensor, mask: Tensor, prompt_le
     settings: dict[str, Any] = dict(attention_mask=mask, use_cache=False, logits_to_keep=width + 1)
     settings |= {"position_ids": token_positions(mask)} if takes_positions(type(model).forward) else {}
     logits = type(model).forward(model, input_ids=ids, **settings).logits[:, -width - 1 : -1]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = widened(logits)
     log_probs = logits.gather(2, ids[:, -width:, None])[..., 0] - logits.logsumexp(-1)
     return F.pad(log_probs, (ids.shape[1] - width, 0))
 
@@ -642,6 +632,11 @@ def objective_functions(
 def one_each(batch: Batch) -> Tensor:
     """The items of a loss that is a mean over pairs."""
     return torch.zeros_like(batch["chosen_lengths"])
+
+
+def response_tokens(batch: Batch) -> Tensor:
+    """Items: every token of the responses."""
+    return _counted(written_up_to(batch["response_lengths"]))
 
 
 def written_up_to(lengths: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import pargs_min
-from pargs_min.methods import FINE_TUNED, METHODS, OBJECTIVES
+from pargs_min.methods import FINE_TUNED, METHODS
+from pargs_min.reward_model import OBJECTIVES
 
 PACKAGE = Path(pargs_min.__file__).parent
 FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}

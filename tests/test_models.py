@@ -21,9 +21,7 @@ from transformers.utils import logging
 
 from pargs_min.codec import Codec, left_pad
 from pargs_min.decode import ModelPolicy, generate
-from pargs_min.methods import OBJECTIVES
 from pargs_min.models import (
-    RECORD,
     default_device,
     load_config,
     load_guide,
@@ -236,10 +234,6 @@ def test_a_damaged_tokenizer_is_an_error_that_names_it(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match=f"cannot load '{tmp_path}'"):
         load_tokenizer(tmp_path)
-
-
-def test_known_values_of_the_record_are_those_that_training_writes():
-    assert RECORD["objective"] == tuple(OBJECTIVES)
 
 
 @pytest.mark.parametrize("kind", ["model", "tokenizer"])

@@ -165,10 +165,6 @@ class World:
             raise ValueError(f"labels must lie strictly between 0 and 1, they span [{labels.min()}, {labels.max()}]")
         return dataclasses.replace(self, labels=labels)
 
-    def with_rewards(self, rewards: Levels) -> World:
-        """The same reference with other rewards."""
-        return dataclasses.replace(self, rewards=rewards)
-
     def __repr__(self) -> str:
         return f"World(vocabulary={self.vocabulary}, horizon={self.horizon}, responses={len(self.prefixes[-1])})"
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pargs_min.data import Pair, at_response_tokens
+from pargs_min.data import Pair, at_response_tokens, collate
 from pargs_min.losses import full_loss, written_tokens
-from pargs_min.reward_model import all_next_rewards, features, has_vocabulary_head, next_token_rewards
-from pargs_min.train import PairTrainer, fit, one_each, pair_collator
+from pargs_min.reward_model import features, has_vocabulary_head, head_rewards, next_token_rewards
+from pargs_min.train import PairTrainer, collate_by, fit, one_each
 
 
 def farma_loss(
@@ -65,7 +65,7 @@ def rewards_and_best(
     hidden, head = features(model, ids, mask)
     rewards = F.pad(next_token_rewards(head, hidden[:, :-1], ids[:, 1:]), (1, 0))
     pairs, first = len(prompt_lengths), int(prompt_lengths.min())
-    best = all_next_rewards(head, hidden[:pairs, first:]).amax(-1)
+    best = head_rewards(head, hidden[:pairs, first:]).amax(-1)
     return rewards, F.pad(best, (first, 0, 0, pairs))
 
 
@@ -80,7 +80,7 @@ def train_farma(
 
     All arguments, metrics and errors are those of `train_reward_model`.
     """
-    collator = pair_collator(tokenizer, one_each)
+    collator = collate_by(collate, tokenizer, one_each)
     return fit(FarmaTrainer, model, tokenizer, pairs, eval_pairs, farma_loss, collator, **run)
 
 

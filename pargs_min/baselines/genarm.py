@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pargs_min.data import Pair
+from pargs_min.data import Pair, collate
 from pargs_min.losses import bradley_terry_loss, written_tokens
-from pargs_min.train import LikelihoodTrainer, PairTrainer, fit, one_each, pair_collator, token_log_probs
+from pargs_min.train import LikelihoodTrainer, PairTrainer, collate_by, fit, one_each, token_log_probs
 
 
 def autoregressive_loss(
@@ -54,7 +54,7 @@ def train_genarm(
 
     All other arguments, metrics and errors are those of `train_reward_model`.
     """
-    collator = pair_collator(tokenizer, one_each)
+    collator = collate_by(collate, tokenizer, one_each)
     return fit(AutoregressiveTrainer, model, tokenizer, pairs, eval_pairs, autoregressive_loss, collator, **run)
 
 

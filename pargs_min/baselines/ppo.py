@@ -7,7 +7,7 @@ The optimum is the RLHF policy, pi_ref(y) exp(beta r(y)) / Z. The details are th
 
 1. *Reward.* -(log pi - log pi_ref) / beta at every token, with beta fixed, and r(y) of the whole text at its last one.
    A response that is cut at the length limit gets the reward of the text as it stands.
-2. *Advantages.* Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438) with gamma 1 and lambda 0.95,
+2. *Advantages.* Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438) with lambda 0.95 and gamma 1,
    whitened over the tokens of a batch.
 3. *Value function.* A network of its own, which starts from the reward model (Stiennon) and is read at the
    prefix before each token.
@@ -36,10 +36,10 @@ from pargs_min.store import aside, saving
 from pargs_min.train import check_finite
 
 
-def gae(rewards: Tensor, values: Tensor, written: Tensor, lam: float = 0.95, gamma: float = 1.0) -> Tensor:
+def gae(rewards: Tensor, values: Tensor, written: Tensor, lam: float = 0.95) -> Tensor:
     """The advantage of each token, by generalised advantage estimation.
 
-        A_t = sum_k (gamma lam)^k delta_{t+k},   delta_t = r_t + gamma V(s_{t+1}) - V(s_t),   V = 0 after the end
+        A_t = sum_k lam^k delta_{t+k},   delta_t = r_t + V(s_{t+1}) - V(s_t),   V = 0 after the end
 
     Args:
         rewards: (B, T) reward of each token.
@@ -56,9 +56,9 @@ def gae(rewards: Tensor, values: Tensor, written: Tensor, lam: float = 0.95, gam
     """
     rewards, values = rewards * written, values * written
     later = torch.cat([values[:, 1:], torch.zeros_like(values[:, :1])], 1)
-    deltas, advantage, advantages = rewards + gamma * later - values, torch.zeros_like(values[:, 0]), []
+    deltas, advantage, advantages = rewards + later - values, torch.zeros_like(values[:, 0]), []
     for delta in deltas.flip(1).unbind(1):
-        advantage = delta + gamma * lam * advantage
+        advantage = delta + lam * advantage
         advantages.append(advantage)
     return torch.stack(advantages[::-1], 1) * written
 

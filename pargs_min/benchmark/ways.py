@@ -31,7 +31,7 @@ from pargs_min.data import Pair, at_response_tokens, collate
 from pargs_min.decode import ModelPolicy, PolicyStepper, RewardGuidance, RewardScorer, generate
 from pargs_min.losses import partial_bradley_terry_loss
 from pargs_min.models import give_vocabulary_head
-from pargs_min.reward_model import body_and_head, prefix_rewards, token_rewards
+from pargs_min.reward_model import body_and_head, head_rewards, prefix_rewards
 from pargs_min.scoring import CachedText, LanguageModelScorer, SiblingScorer, VocabularyScorer
 from pargs_min.static import StaticPolicy, StaticScorer
 from pargs_min.texts import counted_passes
@@ -166,7 +166,7 @@ class CopiedScorer(CachedText):
     def score(self, candidates: Tensor, ref_log_probs: Tensor | None = None) -> Tensor:
         self.candidates = candidates
         super().push(candidates.flatten())
-        return token_rewards(self.head, self.read().last_hidden_state).view(candidates.shape)
+        return head_rewards(self.head, self.read().last_hidden_state).view(candidates.shape)
 
     def push(self, tokens: Tensor) -> None:
         winner = (self.candidates == tokens[:, None]).long().argmax(-1)  # any copy will do for a finished row

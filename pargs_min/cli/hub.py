@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, __version__
 from pargs_min.codec import Codec
 from pargs_min.decode import Warp
 from pargs_min.markdown import markdown_table
-from pargs_min.methods import OBJECTIVES, guided_by
+from pargs_min.methods import guided_by
 from pargs_min.models import WRITTEN
-from pargs_min.reward_model import has_vocabulary_head, is_language_model, recorded
+from pargs_min.reward_model import OBJECTIVES, has_vocabulary_head, is_language_model, recorded
 
 TEMPLATE = Path(__file__).with_name("card.md")
 

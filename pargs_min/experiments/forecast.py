@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import torch
 
+from pargs_min.data import collate
 from pargs_min.experiments import measure, recipes
 from pargs_min.experiments.setup import Lab, generated, material
 from pargs_min.models import default_device, load_reward_model, load_tokenizer, record
 from pargs_min.reward_model import prefix_rewards
-from pargs_min.train import pair_collator
 
 TOKENS = 6  # of the texts that are written to measure by
 BACKWARD = 2  # times the price of reading forwards, through the layers that are trained
@@ -39,7 +39,7 @@ def pace(lab: Lab) -> Pace:
         return scale * _seconds(lambda: generated(lab, prompts, many, max_new_tokens=tokens, **settings))
 
     few = made.pairs[: lab.pairs_per_step]
-    batch = pair_collator(made.tokenizer, lambda batch: batch["chosen_lengths"])(few)
+    batch = collate(few, pad_id=0)
     ids, mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
     with torch.no_grad():
         read = _seconds(lambda: prefix_rewards(model, ids, mask)) / len(ids)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pargs_min import plots
-from pargs_min.codec import Codec
+from pargs_min.codec import Codec, is_ids
 from pargs_min.data import records_form
 from pargs_min.experiments.measure import Cell, guided
 from pargs_min.experiments.report import BETAS, KL_LABEL, Row, curves, grouped, kl
 from pargs_min.experiments.setup import Lab, judged, made_from
 from pargs_min.models import load_tokenizer
-from pargs_min.records import is_messages, read_preferences
+from pargs_min.records import read_preferences
 from pargs_min.store import content, kept, write_lines
 
 COLUMNS = ("reward", "prompt_error", "rlhf", "kl", "length")
@@ -62,10 +62,6 @@ def by_reward(lab: Lab, source: str) -> Iterator[dict]:
 
 def readable(codec: Codec, value: Any) -> Any:
     return codec.text(value) if is_ids(value) else value
-
-
-def is_ids(value: object) -> bool:
-    return isinstance(value, list) and not is_messages(value)
 
 
 def cells(lab: Lab, seed: int) -> list[Cell]:
