@@ -32,12 +32,6 @@ def test_half_a_line_is_skipped_by_the_reader_and_cut_off_by_the_next_writer(tmp
     ]
 
 
-def test_every_record_is_on_disk_at_once(tmp_path):
-    with appending(tmp_path / "log.jsonl") as append:
-        append({"a": 1})
-        assert (tmp_path / "log.jsonl").read_text() == '{"a": 1}\n'
-
-
 FOREIGN = {
     "one line without its end": b"my only notes",
     "one object without its end": b'{"a": 1}',
@@ -80,7 +74,7 @@ def test_a_file_has_one_writer(tmp_path):
 
 WRITER = """
 import sys, time
-from pargs_min.store import appending, aside, content, kept, results, write_json, write_lines
+from pargs_min.store import appending
 with appending(sys.argv[1]) as append:
     append({"a": 1})
     print("open", flush=True)
@@ -135,15 +129,6 @@ def test_json_is_replaced_as_a_whole_and_has_no_nan(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "a.json", {"a": float("nan")})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
-
-
-@pytest.mark.parametrize("before", [b"", b'{"a": 1}\n'])
-def test_half_a_line_of_an_interrupted_run_is_cut_off(tmp_path, before):
-    file = tmp_path / "log.jsonl"
-    file.write_bytes(before + b'{"a": ')
-    with appending(file) as append:
-        append({"a": 2})
-    assert file.read_bytes() == before + b'{"a": 2}\n'
 
 
 def test_what_is_kept_is_made_once_and_known_by_what_it_was_made_from(tmp_path):

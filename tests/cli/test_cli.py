@@ -173,10 +173,7 @@ def test_what_a_run_began_with_is_checked_before_anything_is_loaded(lm, pairs, t
     ("more", "message"),
     [
         (["--max-length", "0"], "max_length (--max-length) must be at least 1, got 0"),
-        (["--save-only-model", "--resume"], "save_only_model (--save-only-model) leaves checkpoints that --resume"),
         (["--label-smoothing-factor", "0.1"], "(--label-smoothing-factor) must be 0.0, got 0.1"),
-        (["--bf16-full-eval", "--use-cpu"], "(--bf16-full-eval) must be False, got True"),
-        (["--train-sampling-strategy", "group_by_length"], "must be random or sequential, got group_by_length"),
     ],
 )
 def test_settings_are_refused_before_anything_is_loaded(tmp_path, capsys, command, more, message):
