@@ -1,4 +1,4 @@
-"""Distil a scalar guide into a vocabulary head, which scores every candidate by one query a step.
+"""Distil a scalar guide into a vocabulary head, which scores every candidate by one query per step.
 
 Trained on preferences, a row of a vocabulary head learns only where its token came. Here it learns wherever its token
 might have come: what the guide says of the reference's candidates is computed once, at every prefix of its texts.

@@ -7,8 +7,9 @@ code decides it silently. What is chosen here, and why:
 1. *What a response is.* A response ends with an end token, and its last prefix includes it. A prefix always includes
    the whole prompt.
 2. *Unequal lengths.* `tail="extend"` (default): the shorter response is continued with end tokens, which the model
-   sees, up to the length of the longer one; every length is compared. The paper's code pads this way, and it is the
-   only treatment for which the partial reward orders prefixes by the win rate of their completions (`theory/`, T5-T8).
+   sees, up to the length of the longer one; every length is compared. The paper's code pads this way, and of the
+   treatments here it is the one for which the partial reward orders siblings by the win rate of their completions
+   (`theory/`, T5-T8).
    `tail="min"`: stop at the shorter response; for responses that were cut at a length limit and never ended.
 3. *First prefix.* Length 1, unless `lengths` says otherwise. The paper's code starts at one or at two tokens, depending
    on the task.

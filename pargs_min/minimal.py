@@ -74,7 +74,7 @@ def guided_policy(lm: nn.Module, reward_model: nn.Module, ids: Tensor, beta: flo
         pi(t | ids) = pi_ref(t | ids) exp(beta r(ids + t)) / Z(ids)
 
     beta weighs the reward, in nats per unit of reward: it is the inverse of the beta of DPO and TRL. The k likeliest
-    tokens share the probability that they have together, and all others keep theirs, so that k is a matter of cost.
+    tokens share the probability that they have together, and all others keep theirs, so k trades strength for cost.
     (The paper draws from the k tokens alone.)
     """
     log_probs = lm(input_ids=ids[None]).logits[0, -1].log_softmax(-1)

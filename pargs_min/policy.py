@@ -98,7 +98,8 @@ def worth_guiding(ref_log_probs: Tensor, guide_below: float) -> Tensor:
     Raises:
         ValueError: if `guide_below` is no such probability.
 
-    Source: `theory/`, T17: with beta(a) >= 0 after each prefix a, guidance by a partial reward still never loses.
+    Source: `theory/`, T17: with beta(a) >= 0 after each prefix a, guidance by a reward that orders siblings as their
+    win rates do never loses to the reference.
 
     >>> worth_guiding(torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.5, 0.0]]).log(), guide_below=0.8)
     tensor([False,  True, False])
@@ -114,10 +115,10 @@ def keep_rest(ref_log_probs: Tensor, candidates: Tensor, log_probs: Tensor) -> T
 
         pi(t | prefix) = pi_ref(C | prefix) * pi_C(t | prefix)   for t in C,     pi_ref(t | prefix) for all other tokens
 
-    So the number of candidates is a matter of cost alone: without any, this is the reference itself, and guidance by a
-    partial reward never loses, whatever C is. It is the equation over the whole vocabulary, where tokens outside C have
-    the reward log E_{pi_ref(. | C)}[exp(beta * r)] / beta, the candidates' certainty equivalent. The most likely token
-    is always a candidate.
+    So the number of candidates trades strength for cost: without any, this is the reference itself, and guidance by a
+    reward that orders siblings as their win rates do never loses to it, whatever C is (T17). It is the equation over
+    the whole vocabulary, where tokens outside C have the reward log E_{pi_ref(. | C)}[exp(beta * r)] / beta, the
+    candidates' certainty equivalent. The most likely token is always a candidate.
 
     Args:
         ref_log_probs: (B, V) log pi_ref over the vocabulary, in nats.

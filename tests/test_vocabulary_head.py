@@ -1,4 +1,4 @@
-"""A head with one number for each next token: one query a step, and the numbers of reading every text by itself."""
+"""A head with one number for each next token: one query per step, and the numbers of reading every text by itself."""
 
 import json
 

@@ -31,7 +31,7 @@ TITLES = {
     "T19": "Autoregressive reward models",
     "T20": "Two objectives whose optimum is the RLHF policy",
     "world": "The worlds agree with the rational oracle",
-    "code": "The product computes the theory",
+    "code": "The code computes the theory",
     "length": "The same at real length",
 }
 

@@ -1,7 +1,7 @@
 """T0. The RLHF objective has one maximiser, in closed form.
 
-Paper (2406.07780, its starting point; the form goes back to Korbak et al. 2022, arXiv 2205.11275). For beta > 0 and
-every policy pi over strings of length i,
+Known (Todorov 2006; for language models Korbak et al. 2022, arXiv 2205.11275), and the paper's starting point. For
+beta > 0 and every policy pi over strings of length i,
 
     J(pi) = E_pi[r] - KL(pi || ref) / beta = log Z_i / beta - KL(pi || pi_i) / beta,
     pi_i(a) = ref(a) exp(beta r(a)) / Z_i,

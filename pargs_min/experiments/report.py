@@ -104,7 +104,6 @@ def write(stem: Path, text: str, drawing: Figure, facts: dict) -> None:
 # ---- figures ----
 
 SHOWN_KL = 6.0  # nats
-INTERVALS = "bars: 95% interval over seeds"
 RANKED = "candidates ranked right (by gain)"
 KL_LABEL = "KL to the reference (nats per text)"
 
@@ -119,10 +118,15 @@ def grouped(rows: list[Row], name: str) -> dict[Any, list[Row]]:
     return {value: [row for row in rows if getattr(row.cell, name) == value] for value in settings}
 
 
+def intervals_over(rows: list[Row]) -> str:
+    """What the bars of a figure are."""
+    return f"bars: 95% interval over {'worlds' if rows[0].worlds else 'seeds'}"
+
+
 def curve(
     axes: Axes, rows: list[Row], x: Callable[[Row], Any], y: str, label: str, ink: tuple[str, str], **style
 ) -> None:
-    """A line through rows, with the intervals of y over seeds."""
+    """A line through rows, with the intervals of y."""
     found = [(x(row), row.found[y]) for row in rows if y in row.found]
     if points := sorted((at, one.mean, one.mean - one.low, one.high - one.mean) for at, one in found):
         at, mean, *bars = np.array(points).T

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pargs_min import plots
 from pargs_min.experiments.measure import Cell, guided
 from pargs_min.experiments.recipes import FULL, PARTIAL
-from pargs_min.experiments.report import BETA, BETAS, INTERVALS, Row, curves, log_scale, reward_against_kl
+from pargs_min.experiments.report import BETA, BETAS, Row, curves, intervals_over, log_scale, reward_against_kl
 from pargs_min.experiments.setup import Lab
 
 COLUMNS = ("reward", "prompt_error", "rlhf", "kl", "calls", "distinct2")
@@ -24,6 +24,6 @@ def draw(rows: list[Row], labs: Sequence[Lab]) -> plots.Figure:
     left.set(xlabel="forward passes of one row by any model, per text", ylabel="reward")
     passes = sorted(row.found["calls"].mean for row in rows)
     log_scale(left, [round(passes[0] * 2**i) for i in range(int(math.log2(passes[-1] / passes[0])) + 1)])
-    left.legend(frameon=False, fontsize=8, title=INTERVALS)
+    left.legend(frameon=False, fontsize=8, title=intervals_over(rows))
     reward_against_kl(right, rows, labs)
     return drawing

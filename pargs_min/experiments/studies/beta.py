@@ -6,7 +6,7 @@ from itertools import product
 
 from pargs_min import plots
 from pargs_min.experiments.measure import Cell, guided
-from pargs_min.experiments.report import BETAS, INTERVALS, Row, curve, grouped
+from pargs_min.experiments.report import BETAS, Row, curve, grouped, intervals_over
 from pargs_min.experiments.setup import Lab, embedded
 from pargs_min.world.journey import Journey
 
@@ -36,6 +36,6 @@ def draw(rows: list[Row], labs: Sequence[Lab]) -> plots.Figure:
         for k, some in grouped(group, "top_k").items():
             label = f"k = {k}" if k else "all tokens"
             curve(panel, some, lambda row: row.cell.beta, "reward", label, inks[k])
-        panel.set(xlabel=f"beta ({INTERVALS})", ylabel="reward", title=name or "as usual")
+        panel.set(xlabel=f"beta ({intervals_over(rows)})", ylabel="reward", title=name or "as usual")
     axes[0].legend(frameon=False, fontsize=8)
     return drawing

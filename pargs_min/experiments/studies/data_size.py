@@ -7,7 +7,7 @@ from dataclasses import replace
 from pargs_min import plots
 from pargs_min.experiments.measure import Cell
 from pargs_min.experiments.recipes import FULL, PARTIAL
-from pargs_min.experiments.report import BETA, INTERVALS, RANKED, Row, curves, log_scale
+from pargs_min.experiments.report import BETA, RANKED, Row, curves, intervals_over, log_scale
 from pargs_min.experiments.setup import Lab
 from pargs_min.records import read_preferences
 
@@ -38,7 +38,7 @@ def draw(rows: list[Row], labs: Sequence[Lab]) -> plots.Figure:
     measures = {"reward": f"reward at beta = {BETA:g}", "whole": "accuracy on whole held-out pairs", "gain": RANKED}
     for panel, (measure, label) in zip(axes, measures.items(), strict=True):
         curves(panel, rows, pairs, measure)
-        panel.set(xlabel=f"training pairs ({INTERVALS})", ylabel=label)
+        panel.set(xlabel=f"training pairs ({intervals_over(rows)})", ylabel=label)
         log_scale(panel, sorted(set(map(pairs, rows))))
     axes[0].legend(frameon=False, fontsize=8)
     return drawing

@@ -9,7 +9,16 @@ import numpy as np
 from pargs_min import plots
 from pargs_min.experiments.measure import CAP, Cell, guided
 from pargs_min.experiments.recipes import DISTILLED, FULL, PARTIAL, SOFT_LABELS, Recipe
-from pargs_min.experiments.report import BETA, INTERVALS, PARTICLES, Row, curve, grouped, log_scale, reward_against_kl
+from pargs_min.experiments.report import (
+    BETA,
+    PARTICLES,
+    Row,
+    curve,
+    grouped,
+    intervals_over,
+    log_scale,
+    reward_against_kl,
+)
 from pargs_min.experiments.setup import Lab
 from pargs_min.experiments.sweep import interval
 from pargs_min.methods import FINE_TUNED
@@ -60,7 +69,7 @@ def draw(rows: list[Row], labs: Sequence[Lab]) -> plots.Figure:
         shown = [row for row in group if "calls" in row.found and row.cell.beta in (None, BETA, ETA)]
         curve(left, shown, passes, "share", str(name), plots.ink(str(name)), linestyle="none")
     left.axhline(1, color=plots.BLACK, linewidth=0.8)
-    left.set(xlabel=f"forward passes per text ({INTERVALS})", ylabel="share of RLHF's gain")
+    left.set(xlabel=f"forward passes per text ({intervals_over(rows)})", ylabel="share of RLHF's gain")
     log_scale(left, (50, 100, 200, 500))
     reward_against_kl(right, rows, labs)
     return drawing

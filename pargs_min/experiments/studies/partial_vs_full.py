@@ -7,7 +7,7 @@ import numpy as np
 from pargs_min import plots
 from pargs_min.experiments.measure import Cell, guided
 from pargs_min.experiments.recipes import FULL, SOFT_LABELS
-from pargs_min.experiments.report import BETAS, INTERVALS, KL_LABEL, PARTICLES, Row, grouped, kl, reward_against_kl
+from pargs_min.experiments.report import BETAS, KL_LABEL, PARTICLES, Row, grouped, intervals_over, kl, reward_against_kl
 from pargs_min.experiments.setup import Lab
 from pargs_min.experiments.sweep import interval
 
@@ -25,7 +25,7 @@ def cells(lab: Lab, seed: int) -> list[Cell]:
 def draw(rows: list[Row], labs: Sequence[Lab]) -> plots.Figure:
     drawing, (axes,) = plots.panels(1, (8.6, 5.0))
     reward_against_kl(axes, rows, labs)
-    axes.set_xlabel(f"{KL_LABEL}; small marks: single seeds; {INTERVALS}")
+    axes.set_xlabel(f"{KL_LABEL}; small marks: single seeds; {intervals_over(rows)}")
     return drawing
 
 
