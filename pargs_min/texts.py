@@ -466,7 +466,7 @@ def counted_passes(*models: PreTrainedModel | None) -> Iterator[Counter]:
 def text_log_probs(lm: PreTrainedModel, codec: Codec, texts: Sequence[dict], batch_size: int = 32) -> list[float]:
     """log pi(response | prompt) in nats of records of `generate_texts`, by a model that need not have written them.
 
-    The model is sampled as the reference of each record was (`Warp`).
+    The model is sampled as the reference of each record was (`Warp`): what it then never writes has -inf.
 
     Raises:
         ValueError: for a record without ids, or with those of another tokenizer.
@@ -490,11 +490,11 @@ def text_log_probs(lm: PreTrainedModel, codec: Codec, texts: Sequence[dict], bat
         responses, written = (x.flip(1) for x in left_pad([text["response_ids"][::-1] for text in some]))
         ids, mask = torch.cat([prompt_ids, responses], 1).to(lm.device), torch.cat([mask, written], 1).to(lm.device)
         log_probs = decode.response_log_probs(lm, ids, mask, responses.shape[1], warp, codec.vocabulary)
-        totals += (log_probs.double() * written.to(lm.device)).sum(1).tolist()
+        totals += log_probs.double().masked_fill(written.to(lm.device) == 0, 0.0).sum(1).tolist()
     for text, total in zip(texts, totals, strict=True):
-        if not math.isfinite(total):
+        if math.isnan(total):
             raise FloatingPointError(
-                f"prompt number {text['prompt_number']}, sample {text['sample']}: its log-probability is {total}; the "
-                "weights may be damaged"
+                f"prompt number {text['prompt_number']}, sample {text['sample']}: its log-probability is not a number; "
+                "the weights may be damaged"
             )
     return totals

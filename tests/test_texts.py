@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
@@ -382,17 +383,19 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         next(generate_texts(lm, TOKENIZER, PROMPTS, method="plain", max_new_tokens=6))
 
 
+@pytest.mark.parametrize("cut", [{}, dict(ref_top_k=4), dict(ref_top_p=0.8), dict(ref_min_p=0.3)])
 @pytest.mark.parametrize("rows", [14, 17])  # as many as the tokenizer has ids, and more, which mean nothing
-def test_a_text_has_the_log_probability_with_which_it_was_drawn(rows):
+def test_a_text_has_the_log_probability_with_which_it_was_drawn(rows, cut):
     """Of unequal prompts and lengths, in batches; and another model gives it another one."""
     lm, other, tokenizer = tiny_lm(vocabulary=rows), tiny_lm(vocabulary=rows, seed=5), tiny_tokenizer()
     codec = Codec.of(lm, tokenizer)
     prompts = [{"prompt": "a b c"}, {"prompt": "d"}]
-    texts = [*generate_texts(lm, tokenizer, prompts, method="plain", num_samples=5, max_new_tokens=6)]
+    texts = [*generate_texts(lm, tokenizer, prompts, method="plain", num_samples=9, max_new_tokens=6, **cut)]
     assert len({len(text["response_ids"]) for text in texts}) > 1
     drawn = [text["ref_log_prob"] for text in texts]
     np.testing.assert_allclose(text_log_probs(lm, codec, texts, batch_size=3), drawn, rtol=0, atol=1e-10)
     assert np.abs(np.subtract(text_log_probs(other, codec, texts), drawn)).min() > 1e-3
+    assert (-math.inf in text_log_probs(other, codec, texts)) == bool(cut)  # which would not have written some of them
 
 
 def test_texts_of_no_token_are_certain():

@@ -239,7 +239,7 @@ def with_kl_to(reference: str, texts: list[dict], ref_log_probs: Sequence[float]
         ref_log_probs: log pi_ref of each response, in nats, see `texts.text_log_probs`.
 
     Raises:
-        ValueError: for a text without `kl` or `ref_log_prob`.
+        ValueError: for a text without `kl` or `ref_log_prob`, or one that the other model cannot have written.
 
     >>> text = {"kl": 0.5, "ref_log_prob": -3.0, "settings": {"model": "tuned"}}
     >>> with_kl_to("base", [text], [-4.0])[0]["kl"]
@@ -253,6 +253,12 @@ def with_kl_to(reference: str, texts: list[dict], ref_log_probs: Sequence[float]
             )
     known, found = content(reference), []
     for text, log_prob in zip(texts, ref_log_probs, strict=True):
+        if log_prob == -math.inf:
+            raise ValueError(
+                f"prompt number {text['prompt_number']}, sample {text['sample']} cannot have been written by "
+                f"{reference}, sampled with {text['reference']}: its KL is infinite; compare texts that were generated "
+                "without such a cut (--ref-top-k, --ref-top-p, --ref-min-p)"
+            )
         settings = text.get("settings", {})
         own = settings.get("contents", {}).get("model") == known
         kl = text["kl"] if own else text["kl"] + text["ref_log_prob"] - log_prob

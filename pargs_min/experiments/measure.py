@@ -175,9 +175,10 @@ def measure(lab: Lab, cell: Cell) -> dict:
     """All that is known of a cell.
 
     Returns:
-        of texts, each a mean over prompts: reward, kl (nats per text), length (tokens), calls (forward passes of one
-        row by any model, per text), seconds (per text), distinct2 (among the texts of a prompt), second (the second
-        judge's reward), examples (the first text for some prompts, on a model of one's own), the judge's further
+        of texts, each a mean over prompts: reward, kl (nats per text; left out where it is infinite, as that of
+        fine-tuned models to a nucleus may be), length (tokens), calls (forward passes of one row by any model, per
+        text), seconds (per text), distinct2 (among the texts of a prompt), second (the second judge's reward), examples
+        (the first text for some prompts, on a model of one's own), the judge's further
         measures, time and memory (`price`), gap (`rlhf_gap`), flips and, with `guide_below`, asked (`Flips`); and
         by_prompt, the reward of each prompt. Of `CAP` only reward, kl and gap.
         of a guide: training, the seconds that it took, and whole, its accuracy on held-out pairs where it learned from
@@ -285,13 +286,14 @@ def _text_measures(lab: Lab, cell: Cell, texts: list[dict]) -> dict:
     groups = [ids[first : first + lab.samples] for first in range(0, len(ids), lab.samples)]
     found = {
         "reward": mean(rewards),
-        "kl": mean(text["kl"] for text in texts),
         "length": mean(map(len, ids)),
         "calls": mean(text["cost"]["model_calls"] for text in texts),
         "seconds": mean(text["cost"]["seconds"] for text in texts),
         "distinct2": statistics.fmean(distinct_n(group, 2) for group in groups),
         "by_prompt": prompt_means(rewards, prompts).tolist(),
     }
+    if all(map(math.isfinite, kls := [text["kl"] for text in texts])):
+        found["kl"] = mean(kls)
     found |= {name: mean(map(of_reward, rewards)) for name, of_reward in judge_of(lab, lab.judge).measures.items()}
     if lab.second_judge:
         found["second"] = mean(judged(lab, texts, lab.second_judge))
@@ -307,9 +309,10 @@ def rlhf_gap(lab: Lab, cell: Cell, found: dict) -> float | None:
         (beta E_pi*[R] - KL(pi* || pi_ref)) - (beta E_pi[R] - KL(pi || pi_ref))
 
     that is, beta times how much less pi has of the objective E[R] - KL / beta than the best policy. None for policies
-    without beta (that of win is none) or with one text per prompt, and where too few samples tell of pi*.
+    without beta (that of win is none), with one text per prompt or an infinite KL, and where too few samples tell of
+    pi*.
     """
-    if cell.beta is None or cell.writes.greedy or cell.writes.tilt is not as_is:
+    if "kl" not in found or cell.beta is None or cell.writes.greedy or cell.writes.tilt is not as_is:
         return None
     best = rlhf_policies(lab, [cell.beta])
     return cell.beta * (best[0].reward - found["reward"]) - best[0].kl + found["kl"] if best else None

@@ -40,7 +40,7 @@ def with_rlhf(lab: Lab, cell: Cell, found: dict) -> dict:
         the KL is large enough to tell.
     """
     points = optimum(lab) if cell.method and not cell.writes.greedy else []
-    if not points or not found or found["kl"] > points[-1].kl:
+    if not points or "kl" not in found or found["kl"] > points[-1].kl:
         return found
     curve = np.transpose([(point.kl, point.reward) for point in points])
     plain, best = points[0].reward, np.interp(found["kl"], *curve)

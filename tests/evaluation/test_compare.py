@@ -195,6 +195,12 @@ def test_kl_to_another_model_is_left_out_and_a_bound_is_marked():
     assert shown[KL]["plain"][1] > 0
 
 
+def test_a_text_that_the_other_reference_never_writes_is_named():
+    written = text(0, 0, "a") | {"kl": 0.0, "ref_log_prob": -1.0, "reference": {"top_k": 2}}
+    with pytest.raises(ValueError, match=r"cannot have been written by base, sampled with .*: its KL is infinite"):
+        with_kl_to("base", [written], [-math.inf])
+
+
 def test_kl_is_to_the_reference_as_it_was_sampled():
     cold = [text(n, 0, "a") | {"reference": {"temperature": 0.5}} for n in range(2)]
     found = compare({"usual": [text(n, 0, "a") for n in range(2)], "cold": cold}, [LENGTH], "usual")

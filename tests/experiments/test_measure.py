@@ -16,6 +16,7 @@ from pargs_min.experiments import measure as module
 from pargs_min.experiments import recipes
 from pargs_min.experiments.measure import CAP, Cell, measure, rlhf_gap
 from pargs_min.experiments.recipes import DISTILLED, FULL, PARTIAL, SOFT_LABELS, VALUE, Recipe, make
+from pargs_min.experiments.report import with_rlhf
 from pargs_min.models import load_config, load_guide, load_language_model, load_tokenizer
 from pargs_min.records import read_jsonl
 from pargs_min.reward_model import final_rewards
@@ -142,6 +143,17 @@ def test_learned_rewards_are_of_the_texts_that_the_judge_rated(lab):
     for number in (0, 41, 79):
         ids = torch.tensor([codec.prompt(texts[number]) + texts[number]["response_ids"]])
         assert found.ravel()[number] == pytest.approx(final_rewards(model, ids, torch.ones_like(ids)).item(), abs=1e-5)
+
+
+def test_an_infinite_kl_is_left_out(lab, monkeypatch):
+    """A fine-tuned model writes what a reference that is cut never does."""
+    monkeypatch.setattr(
+        module, "text_log_probs", lambda lm, codec, texts, size: [-math.inf] + [-9.0] * (len(texts) - 1)
+    )
+    found = measure(lab, Cell(0, "ppo", beta=2.0))
+    assert {"kl", "gap"} & found.keys() == set()
+    assert math.isfinite(found["reward"])
+    assert with_rlhf(lab, Cell(0, "ppo", beta=2.0), found) == found
 
 
 def test_each_world_draws_texts_of_its_own(lab, tmp_path):
