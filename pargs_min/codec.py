@@ -115,6 +115,9 @@ class Codec:
                 part of a response.
         """
         prompt_ids = self.prompt({"prompt": prompt})
+        if self.form == "dialogue" and isinstance(prompt, str) and (blank := prompt[len(prompt.rstrip()) :]):
+            # What a dialogue has behind its last "Assistant:" begins the response.
+            responses = [one if is_ids(one) or str(one)[:1].isspace() else blank + str(one) for one in responses]
         messages = as_messages(prompt) if self.form == "chat" and not is_ids(prompt) else None
         encoded = [
             cast("list[int]", response) if is_ids(response) else self._response(str(response), prompt_ids, messages)
@@ -123,7 +126,7 @@ class Codec:
         for ids in encoded:
             check_ids(self.tokenizer, ids)
         if finished and self.end is not None:
-            closing = {self.end, *self._ends, *special_ids(self.tokenizer)}
+            closing = {self.end, *self._ends, *special_ids(self.tokenizer)} - {self.tokenizer.unk_token_id}
             encoded = [ids if ids and ids[-1] in closing else [*ids, self.end] for ids in encoded]
         return prompt_ids, encoded
 

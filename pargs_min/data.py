@@ -131,25 +131,31 @@ def _encode(
             f"the tokenizer {tokenizer.name_or_path} has no end token; set its eos_token, or train with "
             "append_eos=False"
         )
+    longest: dict[tuple[int, ...], int] = {}  # response to each prompt, which is cut alike for all: it stays one prompt
     for record in records:
         try:
             prompt_ids, responses = codec.encode(record.prompt, [getattr(record, side) for side in sides], ends(record))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{record.source}: {error}") from error
-        room = len(prompt_ids) if max_length is None else max_length - max(map(len, responses))
+        length = max(map(len, responses))
         counts["read"] += 1
         if two and responses[0] == responses[1]:
             counts["identical"] += 1
         elif not all(responses):
             counts["empty"] += 1
-        elif room < 1:
+        elif max_length is not None and length >= max_length:
             counts["too_long"] += 1
         else:
             counts["kept"] += 1
-            counts["prompts_cut"] += len(prompt_ids) > room
-            rows.append([cut_left(prompt_ids, room, tokenizer.bos_token_id), *responses])
+            longest[tuple(prompt_ids)] = max(length, longest.get(tuple(prompt_ids), 0))
+            rows.append([prompt_ids, *responses])
     if not rows:
         raise ValueError(_nothing_left(records, counts, max_length))
+    if max_length is not None:
+        for row in rows:
+            whole, room = row[0], max_length - longest[tuple(row[0])]
+            row[0] = cut_left(whole, room, tokenizer.bos_token_id)
+            counts["prompts_cut"] += len(whole) > room
     return rows, counts
 
 
@@ -221,7 +227,8 @@ def effective_texts(texts: Iterable[Text], beta: float) -> Tensor:
 
 
 def centred(*parts: Sequence[Text], lam: float) -> list[list[Text]]:
-    """Each part's texts, with log mean exp(lam r) / lam over all texts of their prompt taken off their rewards.
+    """Each part's texts, with log mean exp(lam r) / lam over all texts of their prompt taken off their rewards; without
+    texts that are alone with their prompt, whose weight would be 1 whatever they are worth.
 
     exp(lam r) is then 1 on average over the texts of each prompt, and n times `reward_weights`: a prompt whose texts
     all have large rewards does not outweigh the others. To the tilt of a policy, which compares texts of one prompt, a
@@ -240,10 +247,11 @@ def centred(*parts: Sequence[Text], lam: float) -> list[list[Text]]:
     if max(map(len, groups), default=2) < 2:
         raise ValueError(ALONE)
     levels = {}
-    for some in groups:
+    for some in (group for group in groups if len(group) > 1):
         rewards = torch.tensor([text.reward for text in some], dtype=torch.float64)
         levels[tuple(some[0].prompt_ids)] = float((lam * rewards).logsumexp(0) - math.log(len(some))) / lam
-    return [[text._replace(reward=text.reward - levels[tuple(text.prompt_ids)]) for text in part] for part in parts]
+    kept = ([text for text in part if tuple(text.prompt_ids) in levels] for part in parts)
+    return [[text._replace(reward=text.reward - levels[tuple(text.prompt_ids)]) for text in part] for part in kept]
 
 
 def reweighted(texts: Sequence[Text], beta: float, seed: int = 0) -> list[Text]:

@@ -12,7 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pargs_min.codec import Codec, check_fits, left_pad, shares_ids
 from pargs_min.records import is_messages
-from pargs_min.reward_model import check_evaluating, context_length, final_rewards, is_causal, recorded
+from pargs_min.reward_model import (
+    check_evaluating,
+    check_rates_texts,
+    context_length,
+    final_rewards,
+    is_causal,
+    recorded,
+)
 from pargs_min.scoring import RewardFn, model_rewards
 
 Texts = Sequence[dict]  # records of `pargs generate`
@@ -52,7 +59,11 @@ def id_rewards(model: PreTrainedModel, codec: Codec) -> RewardFn:
 
     Args:
         codec: the model's tokenizer, in the form of the texts.
+
+    Raises:
+        ValueError: as `check_rates_texts`.
     """
+    check_rates_texts(model)
     if not (closing := closing_ids(model, codec)):
         return model_rewards(model)
 

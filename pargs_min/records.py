@@ -26,7 +26,7 @@ Messages = list[dict[str, str]]
 Prompt = str | Messages | list[int]
 ASSISTANT = "\n\nAssistant:"  # how HH-RLHF begins an answer
 ASSISTANTS = ("assistant", "model")  # roles whose messages are responses
-BESIDE = ("system", "system_prompt", "input")  # columns of other data that belong to the prompt
+BESIDE = ("system", "system_prompt", "input", "history")  # columns of other data that belong to the prompt
 JSON_NAMES = {".json", ".jsonl", ".jsonlines", ".ndjson"}
 TRAIN_SPLITS = {"HuggingFaceH4/ultrafeedback_binarized": "train_prefs"}  # hub data sets whose is not "train"
 

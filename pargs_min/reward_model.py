@@ -134,6 +134,22 @@ def is_language_model(model: PreTrainedModel) -> bool:
     return recorded(model).get("objective") in LANGUAGE_MODELS
 
 
+def rates_texts(model: PreTrainedModel) -> bool:
+    """Whether a guide's number at the end of a text rates the text: a language model has none, and that of a distilled
+    guide is right up to a constant per prefix alone."""
+    return not is_language_model(model) and "distilled" not in recorded(model)
+
+
+def check_rates_texts(model: PreTrainedModel) -> None:
+    """Raises ValueError if a model does not rate whole texts."""
+    if not rates_texts(model):
+        what = "a language model" if is_language_model(model) else "distilled from another guide"
+        raise ValueError(
+            f"{type(model).__name__} guides token by token and rates no whole texts, for it is {what}; give a reward "
+            "model of whole texts"
+        )
+
+
 def pooled_padding(model: PreTrainedModel) -> int | None:
     """The token at which a reward model from elsewhere is not read, since it takes it for padding: often the end token.
 
@@ -173,9 +189,14 @@ def takes_positions(forward: Callable) -> bool:
 def context_length(model: PreTrainedModel) -> int | None:
     """The longest text the model takes, in tokens; None where its configuration names no limit.
 
-    RoBERTa's kin count positions from behind that of padding, and so lose the first ones: 514 are 512 tokens.
+    RoBERTa's kin count positions from behind that of padding, and so lose the first ones: 514 are 512 tokens. Models
+    with longrope (Phi-3) read all rows of a batch in another way once one is longer than what they were trained on
+    first: that is their context here.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    longrope = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    limit = longrope or getattr(config, "max_position_embeddings", None)
     positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     padding = getattr(positions, "padding_idx", None)
     return limit if limit is None or padding is None else limit - padding - 1

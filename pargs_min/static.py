@@ -163,6 +163,8 @@ class _StaticText:
             raise ValueError(f"a prompt of {width} tokens leaves no room in a cache of {self.slots}; give more slots")
         if self.cache is None or len(self.filled) != batch:
             self.cache = StaticCache(self.model.config, max_cache_len=self.slots)
+            if not all(hasattr(layer, "cumulative_length") for layer in self.cache.layers):
+                raise ValueError(f"{type(self.model).__name__} has layers without keys; decode without --compile")
         self.cache.reset()
         self.filled = torch.ones(batch, self.slots, dtype=torch.bool, device=mask.device)
         self.filled[:, :width] = mask.bool()

@@ -29,10 +29,12 @@ from pargs_min.methods import METHODS, Batch, Method, Setup, guided_by
 from pargs_min.reading import reads_chats, text_rewards
 from pargs_min.reward_model import (
     OBJECTIVES,
+    check_rates_texts,
     context_length,
     has_vocabulary_head,
     is_language_model,
     pooled_padding,
+    rates_texts,
     recorded,
 )
 from pargs_min.static import StaticPolicy, StaticScorer
@@ -249,9 +251,11 @@ class _Writer:
             longest = longest_text(self.encoded, tokens)
             warnings.warn(f"{error}. Falling back to decoded texts: {_reencoding(longest)}", stacklevel=3)
             reward_fn = text_rewards(model, tokenizer, codec, self.prompts)
-            return reward_fn, scoring.ReencodeScorer(reward_fn)
+            return reward_fn if rates_texts(model) else None, scoring.ReencodeScorer(reward_fn)
         longest = longest_text(self.encoded, tokens, model)
         scorer = choose_scorer(model, longest, codec.ends or (), lm) if guided else None
+        if not rates_texts(model):
+            return None, scorer
         if reads_chats(model, tokenizer):
             return text_rewards(model, tokenizer, codec, self.prompts), scorer
         return scoring.model_rewards(model), scorer
@@ -329,6 +333,8 @@ def _check(method: str, how: Decoding, prompts: list[dict], reward_model: Model,
         raise ValueError(f"final_reward_model (--final-reward-model) is for method smc alone, not for {method}")
     if METHODS[method].needs_reward:
         check_guide(method, how.warp, reward_model)
+    if METHODS[method].rows:
+        check_rates_texts(final or reward_model)
 
 
 def check_guide(method: str, warp: decode.Warp, reward_model: Model) -> None:
@@ -338,6 +344,11 @@ def check_guide(method: str, warp: decode.Warp, reward_model: Model) -> None:
     if METHODS[method].rows and is_language_model(reward_model):
         raise ValueError(f"method {method} needs rewards of whole texts, and a language model as guide gives none")
     objective, wanted = recorded(reward_model).get("objective", "full"), METHODS[method].objective
+    if objective == "dpo" and warp != decode.Warp():
+        raise ValueError(
+            "the reward of a model fine-tuned by DPO is to the reference as it is: leave out ref_temperature "
+            "(--ref-temperature) and the like; temperature (--temperature) divides the whole sum"
+        )
     if wanted not in (None, objective):
         what = f"{OBJECTIVES[objective]} is {guided_by(objective)}"
         warnings.warn(f"{method} with {what}; train one with --objective {wanted}", stacklevel=4)

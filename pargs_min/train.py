@@ -91,8 +91,7 @@ def train_reward_model(
         MemoryError: where a batch is too large, saying what to lower; checkpoints stay.
     """
     loss, items = objective_functions(objective, tail, reduction, lengths)
-    end = tokenizer.eos_token_id if end is None else end
-    extend_with = end if (objective, tail) == ("partial", "extend") else None
+    extend_with = _end(tokenizer, end) if (objective, tail) == ("partial", "extend") else None
     collator = collate_by(data.collate, tokenizer, items, extend_with=extend_with)
     run = dict(args=args, lora_rank=lora_rank, resume=resume)
     return fit(PairTrainer, model, tokenizer, pairs, eval_pairs, loss, collator, **run)
@@ -129,7 +128,7 @@ def train_partial_on_texts(
     """
     _check_rated(texts, eval_texts)
     loss, items = objective_functions("partial", tail, "prefix")
-    extend_with = (tokenizer.eos_token_id if end is None else end) if tail == "extend" else None
+    extend_with = _end(tokenizer, end) if tail == "extend" else None
     groups, eval_groups = (data.in_groups(some, group_size) if some else [] for some in (texts, eval_texts))
 
     def soft_loss(*terms: Tensor) -> Tensor:
@@ -225,6 +224,13 @@ def train_language_model(
     loss, collator = losses.likelihood_loss, collate_by(data.collate_texts, tokenizer, response_tokens)
     metrics = fit(LikelihoodTrainer, model, tokenizer, drawn, held_out, loss, collator, args=args, **run)
     return metrics | {"effective_texts_mean": float(effective.mean()), "effective_texts_least": float(effective.min())}
+
+
+def _end(tokenizer: PreTrainedTokenizerBase, end: int | None) -> int:
+    """The token that the shorter response is continued with. Raises ValueError if there is none."""
+    if (end := tokenizer.eos_token_id if end is None else end) is None:
+        raise ValueError('tail "extend" continues responses with the end token, and the tokenizer has none: take "min"')
+    return end
 
 
 def _check_rated(*texts: Sequence[Text]) -> None:
@@ -492,7 +498,8 @@ class PrefixTrainer(Watched):
         if num_items_in_batch is not None:
             # Gradients are summed over accumulation steps and averaged over processes: the mean of all items.
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = loss * processes * (inputs["labels"] != -100).sum() / num_items_in_batch
+            counted = torch.as_tensor(num_items_in_batch).clamp(min=1)  # without a pair that is long enough: 0
+            loss = loss * processes * (inputs["labels"] != -100).sum() / counted
         return (loss, terms) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

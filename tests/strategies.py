@@ -51,6 +51,14 @@ def tiny_reward_model(family: str = "gpt2", vocabulary: int = 11, seed: int = 1,
     return _randomised(AutoModelForSequenceClassification.from_config(config), seed)
 
 
+def hybrid(make):
+    """A model, made by one of the two functions above, whose first layer keeps no keys."""
+    layers = dict(layer_types=["linear_attention", "full_attention"], num_hidden_layers=2)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    sizes |= dict(linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4)
+    return make("qwen3_5_text", **layers, **sizes).float()
+
+
 def left_padded(*lengths: int, vocabulary: int = 11, seed: int = 0):
     """(ids, mask) of random texts of these lengths, padded on the left with id 0."""
     generator, width = torch.Generator().manual_seed(seed), max(lengths)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Regex, Tokenizer, normalizers
+from tokenizers.decoders import Fuse
 from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
@@ -64,6 +65,27 @@ def test_decoding_applies_the_format_of_training():
 def test_prompts_that_cannot_be_encoded_are_refused(prompt, prompt_format, message):
     with pytest.raises(ValueError, match=message):
         encode_prompt(tiny_tokenizer(), prompt, prompt_format)
+
+
+def test_a_blank_behind_assistant_begins_the_response():
+    """A model that is asked without it writes it itself."""
+    tokenizer = character_tokenizer()
+    codec, asked = Codec(tokenizer, "dialogue"), "\n\nHuman: a\n\nAssistant:"
+    for blank, response in ((" ", "b"), ("", " b"), (" ", " b")):
+        prompt_ids, (ids,) = codec.encode(asked + blank, [response])
+        assert tokenizer.decode(prompt_ids + ids) == f"{asked} b"
+
+
+def test_an_unknown_word_does_not_end_a_response():
+    tokenizer = tiny_tokenizer()
+    assert Codec(tokenizer).encode("a", ["b zebra"], finished=True)[1] == [[B, tokenizer.unk_token_id, END]]
+
+
+def character_tokenizer():
+    backend = Tokenizer(WordLevel({letter: n for n, letter in enumerate("b\n :HumAnstia")}, unk_token="b"))
+    backend.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
 
 
 def test_messages_without_a_chat_template_are_refused():

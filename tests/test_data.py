@@ -61,6 +61,14 @@ def test_a_prompt_that_just_fits_is_not_counted_as_cut():
         assert counts["prompts_cut"] == counted
 
 
+def test_a_prompt_stays_one_prompt_when_it_is_cut():
+    """However long its responses are: what groups texts by their prompts would else see several."""
+    records = [Response("a b c", " ".join("b" * n), False, "texts") for n in (1, 3, 2)]
+    texts, counts = encode_texts(records, tiny_tokenizer(), max_length=5)
+    assert [text.prompt_ids for text in texts] == [[START, C]] * 3
+    assert counts["prompts_cut"] == 3
+
+
 def test_an_empty_response_is_its_end_token_or_nothing():
     records = [preference("a", ""), preference("a", "b")]
     assert encode_preferences(records, tiny_tokenizer())[0][0] == Pair([START, A], [A, END], [END])
@@ -276,6 +284,10 @@ def test_centred_rewards_need_two_texts_of_a_prompt():
     with pytest.raises(ValueError, match="no prompt has two texts"):
         centred([Text([1], [5], 0.0)], [Text([2], [5], 1.0)], lam=1.0)
     assert [text.reward for text in centred([Text([1], [5], 3.0)], [Text([1], [6], 3.0)], lam=1.0)[1]] == [0.0]
+    alone = Text([2], [5], 9.0)  # is left out: its weight would be 1 whatever it is worth
+    assert centred([Text([1], [5], 0.0), Text([1], [6], 0.0), alone], lam=1.0) == [
+        [Text([1], [5], 0.0), Text([1], [6], 0.0)]
+    ]
     for lam in (0.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="must be a positive number"):
             centred([Text([1], [5], 0.0)] * 2, lam=lam)

@@ -119,6 +119,7 @@ def test_an_earlier_turn_that_differs_belongs_to_the_response():
         (GOOD | {"system": "Be brief."}, "`system` would be left out; put it into `prompt` as a message"),
         (GOOD | {"system_prompt": ["Be brief."]}, "`system_prompt` would be left out"),
         (GOOD | {"input": "3"}, "`input` would be left out"),
+        (GOOD | {"history": [["Capital of France?", "Paris."]]}, "`history` would be left out"),
         (dict(chosen=[USER, HELLO], rejected=[USER, GO], system="Be brief."), "`system` would be left out"),
         (DIALOGUES | {"system": "Be brief."}, "`system` would be left out"),
         (dict(chosen=[USER, HELLO, USER], rejected=[USER, HELLO, SYSTEM]), "the response, .* its role is 'user'"),

@@ -102,6 +102,23 @@ def test_final_rewards_of_a_bidirectional_model_do_not_see_padding():
         prefix_rewards(model, ids, mask)
 
 
+def test_the_context_of_longrope_ends_where_a_longer_text_would_change_its_neighbours():
+    """Beside it, a text of 5 tokens is read otherwise than alone."""
+    rope = dict(rope_type="longrope", short_factor=[1.0, 1.0], long_factor=[2.0, 3.0], rope_theta=10000.0)
+    sizes = dict(
+        original_max_position_embeddings=8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    model = tiny_reward_model("phi3", num_key_value_heads=4, rope_parameters=rope, **sizes)
+    ids, mask = left_padded(5, 12)
+    alone = prefix_rewards(model, ids[:1, 7:], mask[:1, 7:])
+    assert context_length(model) == 8
+    assert (prefix_rewards(model, ids, mask)[0, 7:] - alone).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(("family", "longest"), [("roberta", 8), ("xlm-roberta", 8), ("mpnet", 8), ("bert", 10)])
 def test_the_context_is_what_the_model_can_read(family, longest):
     small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)

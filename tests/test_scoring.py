@@ -13,7 +13,7 @@ from pargs_min import minimal, scoring
 from pargs_min.codec import Codec
 from pargs_min.reading import text_rewards
 from pargs_min.scoring import ReencodeScorer, SiblingScorer, alike, attention_window, length_buckets, model_rewards
-from tests.strategies import SHAPES, left_padded, tiny_config, tiny_reward_model
+from tests.strategies import SHAPES, hybrid, left_padded, tiny_config, tiny_reward_model
 from tests.test_reward_model import word_tokenizer
 
 STEPS = torch.tensor(
@@ -221,6 +221,11 @@ def test_padding_takes_no_room_in_an_attention_window():
     padded = (of_all[1:] for of_all in left_padded(12, 6, 3, 1))
     for ids, mask, candidates, rewards in three_steps(SiblingScorer(model), *padded):
         assert_close(rewards, separate_passes(model, ids, mask, candidates), rtol=0, atol=1e-12)
+
+
+def test_layers_without_keys_are_refused():
+    with pytest.raises(ValueError, match="cannot score siblings over one cache"):
+        SiblingScorer(hybrid(tiny_reward_model))
 
 
 def test_flash_attention_and_training_mode_are_refused():

@@ -11,7 +11,7 @@ from pargs_min.cli import main
 from pargs_min.decode import ModelPolicy, generate, greedy, row_uniforms, sample
 from pargs_min.scoring import SiblingScorer
 from pargs_min.static import StaticPolicy, StaticScorer
-from tests.strategies import left_padded, tiny_lm, tiny_reward_model, tiny_tokenizer
+from tests.strategies import hybrid, left_padded, tiny_lm, tiny_reward_model, tiny_tokenizer
 
 EXACT = dict(rtol=0, atol=1e-12, equal_nan=True)
 SETTINGS = dict(beta=2.0, top_k=4, max_new_tokens=10, eos=1, pad=0)
@@ -115,6 +115,8 @@ def test_what_fixed_caches_cannot_hold_is_refused():
         )
     with pytest.raises(ValueError, match="transformers cannot compile"):
         StaticPolicy(tiny_lm("bloom", hidden_size=16, n_layer=1, n_head=2), 9)
+    with pytest.raises(ValueError, match="layers without keys; decode without --compile"):
+        StaticPolicy(hybrid(tiny_lm), 9, backend="eager").start(*left_padded(3))
     with pytest.raises(ValueError, match="training mode"):
         StaticPolicy(lm.train(), 9, backend="eager").start(*left_padded(3))
 

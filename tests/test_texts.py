@@ -69,6 +69,31 @@ def test_the_kl_is_to_the_reference_as_it_is_sampled_and_the_record_says_how():
     assert again == pytest.approx([record["ref_log_prob"] for record in [*guided, *usual, *plain]], abs=1e-9)
 
 
+def test_a_guide_fine_tuned_by_dpo_is_relative_to_the_reference_as_it_is():
+    guide = tiny_lm(seed=3)
+    guide.config.pargs = {"objective": "dpo", "beta": 1.0, "prompt_format": "text"}
+    with pytest.raises(ValueError, match=r"leave out ref_temperature \(--ref-temperature\)"):
+        next(texts("implicit", reward_model=guide, ref_temperature=0.3))
+    next(texts("implicit", reward_model=guide, temperature=0.3))
+
+
+def test_a_guide_that_rates_no_whole_texts_gives_none_a_reward():
+    """A distilled one is right up to a constant per prefix, and a language model has no number at all."""
+    distilled, lm, scalar = tiny_reward_model(num_labels=11), tiny_lm(seed=3), tiny_reward_model("llama")
+    distilled.config.pargs = {"objective": "partial", "distilled": {"beta": 1.0}, "prompt_format": "text"}
+    lm.config.pargs = {"objective": "reweighted", "beta": 1.0, "prompt_format": "text"}
+    assert "reward" not in next(texts("pargs", reward_model=distilled))
+    for method, models in (
+        ("best-of-n", dict(reward_model=distilled)),
+        ("smc", dict(reward_model=distilled)),
+        ("smc", dict(reward_model=scalar, final_reward_model=distilled)),
+        ("smc", dict(reward_model=scalar, final_reward_model=lm)),
+    ):
+        with pytest.raises(ValueError, match="rates no whole texts"):
+            next(texts(method, **models))
+    assert "reward" in next(texts("smc", reward_model=distilled, final_reward_model=scalar))
+
+
 @pytest.mark.parametrize("method", ["plain", "best-of-n"])
 @pytest.mark.parametrize("setting", [dict(top_k=2), dict(min_ref_prob=0.1), dict(truncate=True)])
 def test_methods_without_candidates_refuse_settings_of_them(method, setting):

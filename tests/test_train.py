@@ -504,6 +504,22 @@ def test_every_prefix_learns_the_expected_reward(tmp_path, seed):
         assert sum(values) / len(values) == pytest.approx(mean, abs=0.1)  # 0.05
 
 
+def test_pairs_that_are_too_short_to_be_compared_count_nothing(tmp_path):
+    model = reward_model()
+    before = weights(model)
+    args = arguments(tmp_path, max_steps=1, weight_decay=0.0)
+    train_reward_model(model, tiny_tokenizer(), random_pairs(4), args=args, lengths=(30, None))
+    assert torch.equal(weights(model), before)
+
+
+def test_responses_cannot_be_continued_without_an_end_token(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    for method, data in ((train_reward_model, random_pairs(4)), (train_partial_on_texts, random_texts(4))):
+        with pytest.raises(ValueError, match='the tokenizer has none: take "min"'):
+            method(reward_model(), tokenizer, data, args=arguments(tmp_path))
+
+
 def test_the_trainers_value_loss_is_that_of_single_texts(tmp_path):
     model, texts = reward_model(), random_texts(9)
     args = arguments(tmp_path, max_steps=1, learning_rate=0.0, per_device_eval_batch_size=4)

@@ -45,7 +45,7 @@ def dpo(arguments: list[str]) -> None:
     limits = dict(max_length=options.tokens(model), append_eos=options.append_eos)
     encode = partial(encode_preferences, tokenizer=tokenizer, **limits)
     form = records_form([record for some in records for record in some])
-    model.config.pargs = dict(objective="dpo", beta=options.beta, prompt_format=form)
+    model.config.pargs = dict(objective="dpo", beta=options.beta, append_eos=options.append_eos, prompt_format=form)
     fit = partial(train_dpo, model, tokenizer, beta=options.beta)
     fit_and_save(options, args, records, encode, fit, model, tokenizer)
 

@@ -104,7 +104,7 @@ class Recipe(NamedTuple):
 # Objective -> how it is trained.
 RECIPES = {
     "partial": Recipe(training.train_reward_model, ("objective", "tail", "reduction")),
-    "full": Recipe(training.train_reward_model, ("objective", "tail", "reduction")),
+    "full": Recipe(training.train_reward_model, ("objective",)),
     "win": Recipe(training.train_reward_model, ("objective",)),
     "farma": Recipe(train_farma, head="vocab"),
     "autoregressive": Recipe(train_genarm, language_model=True),
@@ -143,7 +143,7 @@ class TrainOptions(DataOptions):
             Default: 10.
         tail: Compare prefixes up to the longer response, with end tokens after the shorter one (extend), or up to the
             shorter one (min). Default: extend, or min with --no-append-eos.
-        reduction: Weight every prefix, or every pair, equally.
+        reduction: Weight every prefix (the default), or every pair, equally.
         lora_rank: Train the head, plus adapters of this rank on all remaining linear layers, instead of all weights.
             They are merged in the end, and an ordinary model is saved (needs the extra `lora`). Use a larger
             --learning-rate, such as 1e-4. With --bf16 the other weights are held in bfloat16.
@@ -163,13 +163,12 @@ class TrainOptions(DataOptions):
     beta: float | None = None
     top_k: int | None = None
     tail: Literal["extend", "min"] | None = None
-    reduction: Literal["prefix", "pair"] = "prefix"
+    reduction: Literal["prefix", "pair"] | None = None
     lora_rank: int | None = None
     shared_layers: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.tail = self.tail or ("extend" if self.append_eos else "min")
         if self.tail == "extend" and not self.append_eos:
             raise ValueError("--tail extend appends end tokens and --no-append-eos forbids them: drop one of the two")
         if self.soft_labels_from is not None and self.objective != "partial":
@@ -185,13 +184,17 @@ class TrainOptions(DataOptions):
                 "generate --method plain`) and from what a whole-text model says of them (--reward-model, made by "
                 "`pargs train --objective full`): give both"
             )
-        for name, flag in (("lam", "--lambda"), ("beta", "--beta")):
-            value, takers = getattr(self, name), [one for one in RECIPES if name in RECIPES[one].takes]
+        if self.recipe.on_texts and not self.append_eos:
+            raise ValueError("--no-append-eos is for preference pairs: texts say of themselves whether they ended")
+        defaults = dict(lam=1.0, beta=1.0, tail="extend" if self.append_eos else "min", reduction="prefix")
+        for name, default in defaults.items():
+            flag, value = "--lambda" if name == "lam" else f"--{name}", getattr(self, name)
             if name not in self.recipe.takes and value is not None:
-                raise ValueError(f"{flag} is for --objective {', '.join(takers)}, got {self.objective}")
+                takers = ", ".join(one for one in RECIPES if name in RECIPES[one].takes)
+                raise ValueError(f"{flag} is for --objective {takers}, got {self.learning}")
             if name in self.recipe.takes and value is None:
-                setattr(self, name, 1.0)
-            elif value is not None and not 0 < value < math.inf:
+                setattr(self, name, default)
+            elif isinstance(value, float) and not 0 < value < math.inf:
                 raise ValueError(f"{name} ({flag}) must be a positive number, got {value}")
         if self.top_k is not None and self.distil_from is None:
             raise ValueError("--top-k is for --distil-from; else it is said when decoding")
@@ -199,6 +202,13 @@ class TrainOptions(DataOptions):
             raise ValueError(f"top_k (--top-k) must be at least 1, or 0 for the whole vocabulary, got {self.top_k}")
         if self.lora_rank is not None:
             lora_config(self.lora_rank)  # raises where the rank is below 1, or peft is missing
+
+    @property
+    def learning(self) -> str:
+        """The objective, and what it learns from where an option says so."""
+        names = ("soft_labels_from", "distil_from")
+        given = [f" with --{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
+        return self.objective + "".join(given)
 
     @property
     def recipe(self) -> Recipe:
@@ -238,10 +248,10 @@ def train(arguments: list[str]) -> None:
     subsets = {} if recipe.on_texts or recipe.language_model else in_subsets(records[1])
     benchmark = {name: encode(some)[0] for name, some in subsets.items()}
     told = {name: getattr(options, name) for name in recipe.takes}
-    made = dict(objective=options.objective) | told | dict(append_eos=options.append_eos, prompt_format=form)
+    made = dict(objective=options.objective) | told | dict(prompt_format=form)
     made |= {name: value for name in ("lora_rank", "shared_layers") if (value := getattr(options, name)) is not None}
     made |= {} if options.soft_labels_from is None else dict(soft_labels=True)
-    made |= dict(reference=sampled_as(records)) if recipe.on_texts else {}
+    made |= dict(reference=sampled_as(records)) if recipe.on_texts else dict(append_eos=options.append_eos)
     if "tail" in told:
         told["end"] = Codec(tokenizer, form).end
 

@@ -24,6 +24,7 @@ from pargs_min.evaluation.chat_judge import ChatJudge
 from pargs_min.models import default_device, load_reward_model, load_tokenizer
 from pargs_min.progress import progress
 from pargs_min.reading import Texts, prompt_text, record_rewards
+from pargs_min.reward_model import check_rates_texts
 
 BATCH = 32  # texts that a reward model reads together
 LARGEST = 1e100  # reward, so that no mean or variance overflows
@@ -141,6 +142,7 @@ def model_judge(name: str) -> Callable[[Texts], list[float]]:
     """
     try:
         model, tokenizer = load_reward_model(name, dtype="auto", device=default_device()), load_tokenizer(name)
+        check_rates_texts(model)
     except ValueError as error:
         raise ValueError(
             f"judge {name!r} cannot be loaded: {error}; expected a reward model, MODULE:FUNCTION or URL#MODEL"

@@ -184,8 +184,8 @@ def _train(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> dict[str, float
         found = {"rate": factor} | {name: metrics[f"eval_{name}"] for name in TOLD if f"eval_{name}" in metrics}
         if not best or found["loss"] < best["loss"]:
             best, kept_model = found, model
-    known: dict[str, Any] = dict(objective=recipe.objective, append_eos=lab.append_eos)
-    known |= dict(prompt_format=material(lab).form) | ({"reference": vars(lab.warp)} if how.source == "texts" else {})
+    known: dict[str, Any] = dict(objective=recipe.objective, prompt_format=material(lab).form)
+    known |= {"append_eos": lab.append_eos} if how.source == "pairs" else {"reference": vars(lab.warp)}
     known |= {name: value for name, value in (("beta", recipe.beta), ("shared_layers", shared)) if value is not None}
     record(kept_model, **known)
     save(kept_model, tokenizer, folder)

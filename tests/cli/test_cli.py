@@ -380,6 +380,8 @@ def test_every_objective_makes_a_model_that_guides(
         counts = [float(part.split()[0]) for part in counted[1].split(", ")]
         assert 4 >= counts[0] > counts[-1] >= 1
         assert counts == sorted(counts, reverse=True)
+    kept = json.loads((tmp_path / "out" / "config.json").read_text())["pargs"]
+    assert ("append_eos" in kept) == (data == pairs)  # texts say of themselves whether they ended
     few = [one for one in recwarn.list if "only 4 texts per prompt are effective" in str(one.message)]
     assert len(few) == (objective == "reweighted")
     recwarn.clear()
@@ -433,6 +435,13 @@ def test_texts_to_train_on_are_rated_as_a_judge_reads_them(closed, tmp_path, mon
         (["win", "--reward-model", "rm"], "--reward-model is for --objective value, soft, reweighted, got win"),
         (["full", "--soft-labels-from", "rm"], "--soft-labels-from is for --objective partial, got full"),
         (["full", "--lambda", "2"], "--lambda is for --objective soft, got full"),
+        (["full", "--tail", "min"], "--tail is for --objective partial, got full"),
+        (["win", "--reduction", "pair"], "--reduction is for --objective partial, got win"),
+        (
+            ["partial", "--soft-labels-from", "rm", "--reduction", "prefix"],
+            "--reduction is for --objective partial, got partial with --soft-labels-from",
+        ),
+        (["soft", "--reward-model", "rm", "--no-append-eos"], "--no-append-eos is for preference pairs"),
         (["soft", "--reward-model", "rm", "--beta", "2"], "--beta is for --objective reweighted, got soft"),
         (["soft", "--distil-from", "rm", "--reward-model", "rm"], "--distil-from takes objective and labels from its"),
         (["partial", "--distil-from", "rm", "--soft-labels-from", "rm"], "drop --objective and the like"),
