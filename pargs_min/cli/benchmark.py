@@ -53,12 +53,16 @@ def benchmark(arguments: list[str]) -> int:
     torch.set_num_threads(options.threads)
     if options.check:
         return 0 if check(options.rounds) else 1
+    if options.model is None and options.reward_model is not None:
+        raise ValueError("--reward-model goes with --model; without one, models of the shape --config are timed")
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     report = run(_models(options), rounds=options.rounds, quick=options.quick, **vars(setting))
-    folder, table = Path(options.output_dir), markdown(report)
+    print(markdown(report))  # before anything is written, which may fail
     write_json(folder / "benchmark.json", report | {"options": vars(options) | vars(setting)})
-    (folder / "benchmark.md").write_text(table + "\n", "utf-8")
+    (folder / "benchmark.md").write_text(markdown(report) + "\n", "utf-8")
     save(draw(report), folder / "benchmark.png")
-    print(f"{table}\nsaved {folder}")
+    print(f"saved {folder}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """`pargs evaluate`: what texts are worth, in one table."""
 
+import os
 from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ def evaluate(arguments: list[str]) -> None:
     options, repeated = parse(evaluate, arguments, EvaluateOptions, parents=[REPEATED])
     folder, against = options.output_dir, [options.against] if options.against else []
     labels = file_labels([*repeated.files, *against])
+    others = [label for file, label in labels.items() if against and file.samefile(against[0])]
     exported = {label: folder / f"alpacaeval-{quote(label, safe=' ()')}.json" for label in labels.values()}
     exported = exported if options.export else {}
     replaced = *RESULTS, *(path.name for path in exported.values())
@@ -72,9 +74,11 @@ def evaluate(arguments: list[str]) -> None:
             label: with_kl_to(options.reference, texts, ours)
             for (label, texts), ours in zip(files.items(), known, strict=True)
         }
-    judges = [named_judge(name, folder / VERDICTS) for name in dict.fromkeys(repeated.judge)]
+    names = {os.path.realpath(name) if os.path.exists(name) else name: name for name in repeated.judge}
+    judges = [named_judge(name, folder / VERDICTS) for name in names.values()]
     with results(folder, *replaced, overwrite=options.overwrite):
-        comparison = compare(files, judges, *(labels[Path(file)] for file in against))
+        comparison = compare(files, judges, *others)
+        print(markdown(comparison))  # before anything is written, which may fail
         for name in ("evaluation.json", "evaluation.png"):  # what is there belongs together
             (folder / name).unlink(missing_ok=True)
         if shown := panels(comparison):
@@ -82,7 +86,6 @@ def evaluate(arguments: list[str]) -> None:
         for path, records in outputs.items():
             write_json(path, records)
         write_comparison(comparison, folder)
-    print(markdown(comparison))
     print(f"saved {folder}")
 
 

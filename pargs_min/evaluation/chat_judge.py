@@ -94,7 +94,8 @@ class ChatJudge:
         return self.replies.setdefault(key, reply)
 
     def _post(self, request: dict) -> str:
-        """The answer to a request, as it came."""
+        """The answer to a request, as it came; a request that is refused for what it holds gets the refusal, once the
+        judge has answered any other."""
         headers = {"Content-Type": "application/json"}
         headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
         asked = Request(f"{self.address}/chat/completions", json.dumps(request).encode(), headers)
@@ -103,6 +104,8 @@ class ChatJudge:
             try:
                 return self._without_key(in_thread(_exchange, asked).result(SECONDS))
             except (OSError, HTTPException) as error:
+                if isinstance(error, HTTPError) and error.code in (400, 413, 422) and self.replies:
+                    return self._without_key(str(error))
                 refused = isinstance(error, HTTPError) and error.code < 500 and error.code not in (408, 409, 425, 429)
                 if refused or (pause := next(pauses, None)) is None:
                     what = str(error) or f"no whole answer within {SECONDS} seconds"

@@ -8,6 +8,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import combinations, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -34,12 +35,16 @@ class Comparison(NamedTuple):
 
 
 def file_labels(paths: Sequence[str | os.PathLike]) -> dict[Path, str]:
-    """What to call each file: its name without the suffix, or its whole path where two names are equal; no two alike.
+    """What to call each file: its name without the suffix, or its whole path where two names are equal; no two alike. A
+    file that is named twice, in whatever way, is one.
 
     >>> file_labels(["runs/plain.jsonl", "a/pargs.jsonl", "b/pargs.jsonl"])[Path("a/pargs.jsonl")]
     'a/pargs.jsonl'
     """
-    files = list(dict.fromkeys(map(Path, paths)))
+    named: dict[str, Path] = {}
+    for path in paths:
+        named.setdefault(os.path.realpath(path), Path(path))
+    files = [*named.values()]
     names = Counter(file.stem for file in files)
     labels: dict[Path, str] = {}
     for file in files:
@@ -205,7 +210,8 @@ def rouge_l(texts: list[dict]) -> float:
 
 def _notes(files: Files, judges: Sequence[Judge], reference: str, samples: set[int]) -> Iterator[str]:
     for judge in judges:
-        if guided := [label for label, texts in files.items() if any(_guided_by(text, judge.name) for text in texts)]:
+        by_it = partial(_guided_by, judge=judge.name, known=content(judge.name))
+        if guided := [label for label, texts in files.items() if any(map(by_it, texts))]:
             yield NOTES["guided"].format(judge=judge.name, files=", ".join(guided))
     ours = _models(files[reference])
     for label, texts in files.items():
@@ -219,10 +225,14 @@ def _notes(files: Files, judges: Sequence[Judge], reference: str, samples: set[i
         yield NOTES["bound"].format(method=name, bound=METHODS[name].bound)
 
 
-def _guided_by(text: dict, judge: str) -> bool:
+def _guided_by(text: dict, judge: str, known: str) -> bool:
+    """By name, or by content where a record tells that of its models."""
     settings, method = text.get("settings", {}), METHODS.get(text.get("method", ""))
-    models = [settings.get(role) for role in ("reward_model", "final_reward_model")]
-    same = (os.path.realpath(model) == os.path.realpath(judge) for model in models if model is not None)
+    roles = [role for role in ("reward_model", "final_reward_model") if settings.get(role) is not None]
+    same = (
+        known == settings.get("contents", {}).get(role) or os.path.realpath(settings[role]) == os.path.realpath(judge)
+        for role in roles
+    )
     return (method is None or method.needs_reward) and any(same)
 
 

@@ -54,33 +54,32 @@ def mean_and_error(values: Sequence[float], groups: Sequence[Hashable]) -> tuple
     return float(means.mean()), error
 
 
-def bootstrap_interval(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[float, float]:
-    """Bootstrap interval (BCa, 95%) of the mean over prompts: whole prompts are drawn again, with all their texts.
+def interval_over_prompts(values: Sequence[float], groups: Sequence[Hashable]) -> tuple[float, float]:
+    """Student's interval (95%) of the mean over prompts.
 
     Returns:
         (low, high) in the unit of `values`; nan for a single prompt.
 
-    Source: Efron (1987), Better bootstrap confidence intervals; `scipy.stats.bootstrap`.
+    Source: Student (1908); `scipy.stats.t`.
 
-    >>> low, high = bootstrap_interval([0.0, 1.0] * 50, range(100))
-    >>> low < 0.5 - 0.08 and 0.5 + 0.08 < high
-    True
+    >>> low, high = interval_over_prompts([1.0, 3.0], "ab")
+    >>> round(low, 2), round(high, 2)
+    (-10.71, 14.71)
     """
     means = prompt_means(values, groups)
     if np.ptp(means) == 0:
         return (float(means[0]),) * 2 if len(means) > 1 else (math.nan, math.nan)
-    batch = max(1, 10**7 // len(means))  # at most 80 MB at a time
-    low, high = stats.bootstrap((means,), np.mean, batch=batch, rng=0).confidence_interval
+    low, high = stats.t.interval(0.95, len(means) - 1, means.mean(), stats.sem(means))
     return float(low), float(high)
 
 
 def estimate(values: Sequence[float], groups: Sequence[Hashable]) -> dict[str, float | None]:
-    """{mean, error, low, high}, of `mean_and_error` and `bootstrap_interval`; None where one prompt leaves it unknown.
+    """{mean, error, low, high}, of `mean_and_error` and `interval_over_prompts`; None where it is unknown.
 
     >>> estimate([1.0, 3.0], ["a", "a"])
     {'mean': 2.0, 'error': None, 'low': None, 'high': None}
     """
-    numbers = (*mean_and_error(values, groups), *bootstrap_interval(values, groups))
+    numbers = (*mean_and_error(values, groups), *interval_over_prompts(values, groups))
     return dict(zip(("mean", "error", "low", "high"), map(_known, numbers), strict=True))
 
 
@@ -123,7 +122,7 @@ def win_rate(outcomes: Sequence[float], groups: Sequence[Hashable]) -> dict[str,
     """How often one side wins, averaged over prompts.
 
     Wilson's interval is for independent pairs, so it serves where each prompt has one. Several pairs for a prompt
-    resemble each other: then whole prompts are drawn again, as in `bootstrap_interval`.
+    resemble each other: then it is that of `interval_over_prompts`, within 0 and 1.
 
     Args:
         outcomes: 1 (won), 0.5 (tied) or 0 (lost) for each pair.
@@ -143,7 +142,10 @@ def win_rate(outcomes: Sequence[float], groups: Sequence[Hashable]) -> dict[str,
     rate, error = mean_and_error(outcomes, groups)
     counts = {name: list(outcomes).count(value) for name, value in (("wins", 1), ("ties", 0.5), ("losses", 0))}
     won, prompts = counts["wins"] + counts["ties"] / 2, len(set(groups))
-    low, high = wilson(won, prompts) if prompts == len(groups) else bootstrap_interval(outcomes, groups)
+    if prompts == len(groups):
+        low, high = wilson(won, prompts)
+    else:
+        low, high = map(float, np.clip(interval_over_prompts(outcomes, groups), 0, 1))
     if low == high:  # no two prompts differ
         low, high = wilson(rate * prompts, prompts)
     return {"rate": rate, "low": _known(low), "high": _known(high), **counts, "error_over_prompts": _known(error)}
@@ -176,7 +178,7 @@ def distinct_n(sequences: Sequence[Sequence[int]], n: int) -> float:
 
 
 class FrontierPoint(NamedTuple):
-    """The best expected reward at a KL (nats per text), and the effective sample size behind the estimate."""
+    """The best expected reward at a KL (nats per text), and the effective sample size behind it, of a prompt."""
 
     beta: float
     reward: float
@@ -185,18 +187,19 @@ class FrontierPoint(NamedTuple):
 
 
 def rlhf_frontier(
-    rewards: np.ndarray, betas: Sequence[float], least: float = 500.0, learned: np.ndarray | None = None
+    rewards: np.ndarray, betas: Sequence[float], least: float = 50.0, learned: np.ndarray | None = None
 ) -> list[FrontierPoint]:
     """The RLHF policies of a reward, one per beta, estimated from samples of the reference; no policy does better.
 
         w_n = exp(beta R_n) / sum_m exp(beta R_m)        reward = sum_n w_n R_n        KL = sum_n w_n log(N w_n)
 
-    each averaged over prompts; so the mean of log Z(prompt) = log E_ref[exp(beta R)] is beta reward - KL. The effective
-    sample size 1 / sum_n w_n^2 is added up over prompts.
+    each averaged over prompts; so the mean of log Z(prompt) = log E_ref[exp(beta R)] is beta reward - KL. It comes out
+    too small by about (1/E - 1/N) / 2 nats, where E = 1 / sum_n w_n^2 is the effective sample size of a prompt: more
+    prompts do not help, and E is averaged harmonically over them.
 
     Args:
         rewards: (prompts, N) rewards R of N samples for each prompt.
-        least: points with fewer effective samples are left out.
+        least: points with fewer effective samples per prompt are left out.
         learned: another reward of the same samples, whose RLHF policies these are to be: it stands in the weights.
 
     >>> [round(point.reward, 6) for point in rlhf_frontier(np.array([[0.0, 1.0] * 600]), [0.0, 1.0])]  # sigmoid(beta)
@@ -208,5 +211,5 @@ def rlhf_frontier(
         weights = np.exp(log_weights)
         reward = (weights * rewards).sum(1).mean()
         kl = (weights * (log_weights + math.log(rewards.shape[1]))).sum(1).mean()
-        points.append(FrontierPoint(beta, float(reward), float(kl), float((1 / (weights**2).sum(1)).sum())))
+        points.append(FrontierPoint(beta, float(reward), float(kl), float(1 / (weights**2).sum(1).mean())))
     return [point for point in points if point.effective_samples >= least]

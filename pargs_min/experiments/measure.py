@@ -154,7 +154,7 @@ def rlhf_policies(lab: Lab, betas: Sequence[float]) -> list[FrontierPoint]:
 
 
 def _policies(rewards: np.ndarray, betas: Sequence[float], **learned: np.ndarray) -> list[FrontierPoint]:
-    return rlhf_frontier(rewards, betas, least=min(500, rewards.size / 4), **learned)
+    return rlhf_frontier(rewards, betas, least=min(50, rewards.shape[1] / 2), **learned)
 
 
 def siblings(lab: Lab) -> list[concordance.Siblings]:

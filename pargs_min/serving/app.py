@@ -43,6 +43,7 @@ SAFE = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+SCHEMES = ("http", "https")
 GONE_EVERY = 0.2  # seconds between two looks at whether a client that waits for a whole answer is still there
 RETRY_AFTER = 2  # seconds, of an answer that says that too many wait
 
@@ -412,6 +413,8 @@ class Guard:
         host = re.sub(r":\d+$", "", headers.get("host", ""))
         if self.hosts and host.strip("[]") not in self.hosts:
             return Refused(f"this server answers to {self.hosts[0]} alone", 403)
+        if self.hosts and headers.get("origin") not in (None, *(f"{kind}://{headers['host']}" for kind in SCHEMES)):
+            return Refused("a page of another origin may not ask this server", 403)
         if self.key and path not in PAGES and path != "/health":
             given = headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), self.key.encode()):

@@ -79,7 +79,7 @@ class Engine:
         device: torch.device | str = "cpu",
         rows: int = 32,
         room: int = 64,
-        shown: int = 10,
+        shown: int = 20,
     ):
         self.policy, self.scorer, self.ends, self.device = policy, scorer, {*ends}, device
         self.rows, self.room, self.shown = rows, room, shown

@@ -217,6 +217,22 @@ def failing(judge):
     return str(error.value)
 
 
+def test_a_question_that_is_refused_leaves_the_others_their_answers(serve, tmp_path):
+    """As a request that is wrong itself ends the run."""
+
+    def refuse(handler):
+        handler.send_error(400, "content policy")
+
+    judge = ChatJudge(
+        serve(lambda said: refuse if "bad" in said else longer(said)).address, "m", tmp_path / "v", workers=1
+    )
+    with pytest.raises(ValueError, match="400: content policy"):
+        judge.compare(texts("bad"), texts("b"))
+    assert judge.compare(texts("aa"), texts("b")) == [1.0]
+    (refused,) = judge.compare(texts("bad"), texts("b"))
+    assert "400: content policy" in refused[0]
+
+
 def test_the_key_does_not_follow_a_redirect(serve, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "a-secret")
     other = serve(longer)

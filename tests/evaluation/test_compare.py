@@ -5,6 +5,7 @@ import math
 import os
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from pargs_min.cli.resuming import write_records
 from pargs_min.codec import Codec, encode_prompt
 from pargs_min.evaluation.compare import compare, distinct, file_labels, read_files, rouge_l, with_kl_to
 from pargs_min.evaluation.judges import Judge
-from pargs_min.evaluation.statistics import bootstrap_interval, mean_and_error, wilson, win_rate
+from pargs_min.evaluation.statistics import interval_over_prompts, mean_and_error, wilson, win_rate
 from pargs_min.evaluation.tables import KL, markdown, panels, write_comparison
 from pargs_min.experiments.judging import gold_rewards
 from pargs_min.records import read_prompts, read_texts
+from pargs_min.store import content
 from pargs_min.texts import generate_texts, text_log_probs
 from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
 
@@ -58,14 +60,14 @@ def test_every_number_of_a_row_is_that_of_its_function():
     groups = [0, 0, 1, 1]
     for row, lengths in ((one, [2, 4, 1, 1]), (two, [1, 4, 2, 2])):
         mean, error = mean_and_error(lengths, groups)
-        low, high = bootstrap_interval(lengths, groups)
+        low, high = interval_over_prompts(lengths, groups)
         want = {"mean": mean, "error": error, "low": low, "high": high}
         assert row["judges"]["length"]["reward"] == row["kl"] == row["length"] == want
         assert (row["prompts"], row["texts"], row["finished"]["mean"]) == (2, 4, 1.0)
     assert one["judges"]["length"]["win_rate"] is None
     won = two["judges"]["length"]["win_rate"]
     assert (won["rate"], won["wins"], won["ties"], won["losses"]) == (0.625, 2, 1, 1)
-    assert (won["low"], won["high"]) == bootstrap_interval([0, 0.5, 1, 1], groups)
+    assert (won["low"], won["high"]) == (0, 1)  # Student's interval, cut
     assert won["error_over_prompts"] == mean_and_error([0, 0.5, 1, 1], groups)[1] > 0
     assert result.answers[4] == {"file": "two", "prompt_number": 0, "sample": 0, "length": 1}
 
@@ -169,6 +171,9 @@ def test_a_judge_that_guided_a_method_is_reported(tmp_path):
     assert [note for note in notes if "guided" in note] == notes
     assert notes[0].startswith(f"the judge {folder} guided guided: its reward says how well it was optimised")
     assert not compare(files, [LENGTH]).notes
+    (tmp_path / "config.json").write_text("{}")
+    copied = {"settings": {"reward_model": "elsewhere", "contents": {"reward_model": content(folder)}}}
+    assert compare({"copy": [text(0, 0, "a", method="pargs", **copied)]}, [Judge(folder, score=length)]).notes
     smc = text(0, 0, "a", method="smc", settings={"reward_model": "another", "final_reward_model": folder})
     assert compare({"smc": [smc]}, [Judge(folder, score=length)]).notes[0].startswith(f"the judge {folder} guided smc")
 
@@ -249,7 +254,7 @@ def test_the_table_has_a_line_a_file_and_no_empty_column():
     cells = dict(zip(names, [cell.strip() for cell in two.strip("|").split("|")], strict=True))
     assert cells["wins (length)"].endswith("2/1/1")
     assert cells["wins (length)"].startswith("62% [")
-    assert cells["reward (length)"] == "2.25 ± 0.25 [2, 2.5]"
+    assert cells["reward (length)"] == "2.25 ± 0.25 [-0.927, 5.43]"
     assert cells["texts"] == "4 of 2"
 
 
@@ -275,8 +280,8 @@ def test_one_prompt_has_no_error_and_the_files_are_still_valid(tmp_path):
 def test_the_figure_shows_intervals():
     shown = panels(compare({"one": ONE, "two": TWO}, [LENGTH], "one"))
     assert set(shown) == {"reward (length)", "share won (length)", KL}
-    assert shown["reward (length)"]["two"] == (2.25, *bootstrap_interval([1, 4, 2, 2], [0, 0, 1, 1]))
-    assert shown["share won (length)"] == {"two": (0.625, *bootstrap_interval([0, 0.5, 1, 1], [0, 0, 1, 1]))}
+    assert shown["reward (length)"]["two"] == (2.25, *interval_over_prompts([1, 4, 2, 2], [0, 0, 1, 1]))
+    assert shown["share won (length)"] == {"two": (0.625, 0.0, 1.0)}
 
 
 def test_no_two_files_have_one_label():
@@ -408,6 +413,30 @@ def test_texts_go_to_alpaca_eval_and_come_back(tmp_path, monkeypatch, capsys):
     Path("alpacaeval-x.json").symlink_to("out/alpacaeval-alpacaeval-x.json")
     assert main([*mine[:1], "alpacaeval-x.json", *mine[2:]]) == 2
     assert "alpacaeval-x.json is read, and would be replaced" in capsys.readouterr().err
+
+
+def test_a_file_that_is_named_in_two_ways_is_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert [*file_labels(["one.jsonl", tmp_path / "two.jsonl", tmp_path / "x" / ".." / "one.jsonl"]).values()] == [
+        "one",
+        "two",
+    ]
+    Path("judge.py").write_text("def lengths(prompts, responses):\n    return [*map(len, responses)]\n")
+    for name in ("one", "two"):
+        write(tmp_path / f"{name}.jsonl", [text(0, 0, name), text(1, 0, name)])
+    files = ["evaluate", "one.jsonl", "two.jsonl", "--against", str(tmp_path / "one.jsonl")]
+    judges = ["--judge", "judge:lengths"]
+    assert main([*files, *judges, "--output-dir", "out"]) == 0
+    assert [row["file"] for row in json.loads(Path("out/evaluation.json").read_text())["rows"]] == ["one", "two"]
+
+
+def test_the_table_is_shown_though_it_cannot_be_saved(tmp_path, monkeypatch, capsys):
+    file = write(tmp_path / "one.jsonl", [text(0, 0, "a"), text(1, 0, "a")])
+    monkeypatch.setattr("pargs_min.cli.evaluate.write_comparison", Mock(side_effect=OSError("No space left")))
+    assert main(["evaluate", str(file), "--output-dir", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr()
+    assert "| one  | 2 of 2 |" in said.out
+    assert "No space left" in said.err
 
 
 @pytest.mark.parametrize("name", ["evaluation.md", "evaluation.png", "answers.jsonl"])

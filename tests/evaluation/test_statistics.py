@@ -7,9 +7,9 @@ import pytest
 from scipy import stats
 
 from pargs_min.evaluation.statistics import (
-    bootstrap_interval,
     distinct_n,
     estimate,
+    interval_over_prompts,
     mean_and_error,
     outcome,
     prompt_means,
@@ -39,22 +39,20 @@ def test_one_prompt_says_nothing_about_others():
     mean, error = mean_and_error([1.0, 2.0], ["a", "a"])
     assert mean == 1.5
     assert math.isnan(error)
-    assert all(map(math.isnan, bootstrap_interval([1.0, 2.0], ["a", "a"])))
+    assert all(map(math.isnan, interval_over_prompts([1.0, 2.0], ["a", "a"])))
 
 
-def test_the_bootstrap_interval_is_the_normal_one_where_that_is_right():
+def test_the_interval_over_prompts_is_the_normal_one_where_that_is_right():
     """For the mean of 400 prompts both agree to a few hundredths of their width; the texts within do not matter."""
     values = np.random.default_rng(0).normal(size=400)
     mean, error = mean_and_error(values, range(400))
-    low, high = bootstrap_interval(values, range(400))
+    low, high = interval_over_prompts(values, range(400))
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.15 * error)
-    assert bootstrap_interval([*values] * 2, [*range(400)] * 2) == pytest.approx((low, high))
+    assert interval_over_prompts([*values] * 2, [*range(400)] * 2) == pytest.approx((low, high))
 
 
-def test_the_bootstrap_interval_is_repeatable_and_exact_for_constants():
-    values = [0.0, 1.0, 5.0, 2.0, 2.5, 9.0, 4.1]
-    assert bootstrap_interval(values, range(7)) == bootstrap_interval(values, range(7))
-    assert bootstrap_interval([2.0] * 3, range(3)) == (2.0, 2.0)
+def test_the_interval_over_prompts_is_exact_for_constants():
+    assert interval_over_prompts([2.0] * 3, range(3)) == (2.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +80,19 @@ def test_ties_count_half():
     assert (swapped["rate"], swapped["low"]) == pytest.approx((1 - rate["rate"], 1 - rate["high"]))
 
 
+@pytest.mark.parametrize("prompts", [2, 3, 5, 20])
+def test_an_interval_of_few_prompts_holds_the_truth_as_often_as_it_says(prompts):
+    draws = np.random.default_rng(0).normal(size=(400, prompts))
+    ends = [interval_over_prompts(values, range(prompts)) for values in draws]
+    assert 0.92 < np.mean([low <= 0 <= high for low, high in ends]) < 0.98  # of two prompts drawn again, 0.5
+
+
+def test_a_win_rate_lies_within_0_and_1():
+    rate = win_rate([1, 1, 1, 0.5], "aabb")
+    assert rate["low"] >= 0
+    assert rate["high"] == 1
+
+
 def test_an_outcome_is_of_two_scores():
     assert [outcome(*pair) for pair in ((1, 0), (2, 2), (3.0, 4.0))] == [1, 0.5, 0]
 
@@ -89,7 +100,7 @@ def test_an_outcome_is_of_two_scores():
 def test_an_estimate_has_its_error_and_its_interval():
     values, groups = [1.0, 4.0, 2.0, 2.0], [0, 0, 1, 2]
     mean, error = mean_and_error(values, groups)
-    low, high = bootstrap_interval(values, groups)
+    low, high = interval_over_prompts(values, groups)
     assert estimate(values, groups) == {"mean": mean, "error": error, "low": low, "high": high}
 
 
@@ -136,10 +147,20 @@ def test_the_frontier_of_samples_is_the_exact_frontier():
             influence = weights * (value - mean) - (0 if value is gold else weights - 1 / n)
             error = np.sqrt((influence**2).sum()) / 4
             assert abs(found - truth) <= 5.5 * error + 1e-6
-    assert rlhf_frontier(gold, [0.0])[0].effective_samples == pytest.approx(4 * n)
+    assert rlhf_frontier(gold, [0.0])[0].effective_samples == pytest.approx(n)
     log_z = np.log(np.exp(2.0 * gold).mean(1)).mean()
     (point,) = rlhf_frontier(gold, [2.0])
     assert 2.0 * point.reward - point.kl == pytest.approx(log_z, rel=1e-12)
+
+
+def test_the_frontier_is_estimated_from_prompts_that_each_tell_of_it():
+    """Normal rewards, whose most at a KL is sqrt(2 KL): many prompts with few texts each do not make up for that."""
+    rewards, betas = np.random.default_rng(0).normal(size=(1000, 64)), np.linspace(0.1, 3, 30)
+    kept = rlhf_frontier(rewards, betas, least=32)
+    assert len(kept) > 5
+    assert all(abs(point.reward - math.sqrt(2 * point.kl)) < 0.02 for point in kept)
+    last = rlhf_frontier(rewards, betas, least=1)[-1]
+    assert math.sqrt(2 * last.kl) - last.reward > 0.1
 
 
 def test_a_frontier_point_on_few_samples_is_left_out():

@@ -202,6 +202,8 @@ def test_log_probabilities_are_the_policys_and_come_with_the_references_and_rewa
     parts = [chunk.choices[0].logprobs.model_dump() for chunk in ask(stream=True) if chunk.choices[0].logprobs.tokens]
     for name in ("tokens", "token_logprobs", "text_offset"):
         assert [value for part in parts for value in part[name]] == pytest.approx(found[name])
+    every = ask(logprobs=20).choices[0].logprobs.model_dump()["guidance"]
+    assert {len(one["candidates"]) for one in every} == {CODEC.vocabulary}
     plain = ask(extra_body={"method": "plain"}).choices[0].logprobs.model_dump()
     assert {one["reward"] for record in plain["guidance"] for one in record["candidates"]} == {None}
     assert sum(record["nats"] for record in plain["guidance"]) == 0
@@ -360,8 +362,11 @@ def test_a_web_page_cannot_reach_it_under_another_name_nor_read_what_it_says(add
         assert httpx2.get(f"{address}/v1/models", headers={"Host": host}).status_code == 403
     for host in ("localhost", "localhost:1", "127.0.0.1", "[::1]:8000"):
         assert httpx2.get(f"{address}/v1/models", headers={"Host": host}).status_code == 200
-    answer = httpx2.get(f"{address}/v1/models", headers={"Origin": "https://evil.example"})
-    assert not [name for name in answer.headers if name.startswith("access-control")]
+    for origin in ("https://evil.example", "null", f"{address}0"):
+        answer = httpx2.post(f"{address}/v1/completions", json={"prompt": "a"}, headers={"Origin": origin})
+        assert answer.status_code == 403
+        assert not [name for name in answer.headers if name.startswith("access-control")]
+    assert httpx2.get(f"{address}/v1/models", headers={"Origin": address}).status_code == 200
     simple = httpx2.post(
         f"{address}/v1/completions", content=b'{"prompt": "a"}', headers={"Content-Type": "text/plain"}
     )

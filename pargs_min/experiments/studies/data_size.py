@@ -20,7 +20,9 @@ def pairs_of(lab: Lab) -> int:
 
 
 def cells(lab: Lab, seed: int) -> list[Cell]:
-    most = 2 ** int(math.log2(pairs_of(lab) - 1))  # so worlds that differ by a few pairs are compared at equal sizes
+    if (there := pairs_of(lab)) < 17:
+        raise ValueError(f"data-size takes at least 17 training pairs, got {there}")
+    most = 2 ** int(math.log2(there - 1))  # so worlds that differ by a few pairs are compared at equal sizes
     return [
         Cell(seed, method, beta=BETA, recipe=replace(recipe, pairs=pairs), quality=True)
         for method, recipe in (("args", FULL), ("pargs", PARTIAL))
