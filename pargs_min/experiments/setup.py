@@ -233,19 +233,28 @@ def generated(lab: Lab, prompts: list[dict], num_samples: int, **settings) -> li
 
 @cache
 def judge_of(lab: Lab, name: str) -> Judge:
-    """The judge of that name, loaded once per process."""
-    return named_judge(name, lab.file("verdicts.jsonl"))
+    """The judge of that name, loaded once per process. Raises ValueError if it cannot be, or only compares texts."""
+    judge = named_judge(name, lab.file("verdicts.jsonl"))
+    if judge.score is None:
+        raise ValueError(f"judge {name} compares texts; give one that scores them one by one")
+    return judge
+
+
+def load_judges(lab: Lab) -> None:
+    """Load the lab's judges now, not when all models are trained. Raises ValueError as `judge_of`."""
+    for name in filter(None, (lab.judge, lab.second_judge)):
+        judge_of(lab, name)
 
 
 def judged(lab: Lab, texts: Sequence[dict], judge: str | None = None) -> list[float]:
     """The reward of each text by the lab's judge, or another one.
 
     Raises:
-        ValueError: if it gives none, or only compares texts.
+        ValueError: if it gives none; and as `judge_of`.
     """
     name = judge or lab.judge
-    if (score := judge_of(lab, name).score) is None:
-        raise ValueError(f"judge {name} compares texts; give one that scores them one by one")
+    score = judge_of(lab, name).score
+    assert score is not None
     answers = score(texts)
     for text, answer in zip(texts, answers, strict=True):
         if not is_number(answer):

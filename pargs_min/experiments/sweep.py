@@ -27,7 +27,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 from pargs_min.experiments import measure, recipes
 from pargs_min.experiments.forecast import forecast, pace, told
 from pargs_min.experiments.measure import Cell
-from pargs_min.experiments.setup import Lab, as_json, contents
+from pargs_min.experiments.setup import Lab, as_json, contents, load_judges
 from pargs_min.progress import progress
 from pargs_min.records import read_jsonl
 from pargs_min.store import appending
@@ -45,8 +45,8 @@ def in_each_world(make: Callable[[int], Mapping[str, Lab]], seeds: Sequence[int]
 def sweep(worlds: Worlds, cells: Sequence[Cell], file: Path, processes: int = 2) -> dict[Cell, dict]:
     """Measure every cell that the file does not hold yet, appending each as it comes; what all cells found, in order.
 
-    A cell's lab is that of its name in the world of its seed. The file has a line {"seed": ..., "labs": ...} for each
-    seed, which comes before the seed's cells: {"cell": ..., "found": ...}.
+    A cell's lab is that of its name in the world of its seed. The file has a line {"seed", "labs", "contents"} for each
+    seed (`_head`), which comes before the seed's cells: {"cell", "found"}.
 
     Raises:
         ValueError: if the file was made with other labs, a cell needs what is not installed, or a process is killed.
@@ -56,6 +56,9 @@ def sweep(worlds: Worlds, cells: Sequence[Cell], file: Path, processes: int = 2)
     done = _read(file, worlds, cells)
     if left := [cell for cell in cells if cell not in done]:
         with workers(processes) as pool, appending(file) as append:
+            judging = {worlds[cell.seed][cell.lab] for cell in left if cell.method}
+            for _ in _run(pool, [(load_judges, lab) for lab in judging], "judges"):
+                pass
             shared = _shared(worlds, left)  # first, so that none of it is made twice
             of_cells = [(measure.measure, worlds[cell.seed][cell.lab], cell) for cell in left]
             _say_how_long(pool, [*shared, of_cells], processes)
@@ -98,18 +101,38 @@ def _read(file: Path, worlds: Worlds, cells: Sequence[Cell]) -> dict[Cell, dict]
     """What the file holds of these cells; it gets the lines of new seeds."""
     known = [(cell, as_json(cell)) for cell in cells]
     lines = [line for line, _ in read_jsonl(file, growing=True)] if file.exists() else []
+    found = [line for line in lines if "found" in line]
     heads = {line.get("seed"): line for line in lines if "labs" in line}
+    begun = {line["cell"]["seed"] for line in found}
     with appending(file) as append:
         for seed, labs in worlds.items():
-            head = {"seed": seed, "labs": as_json(labs), "contents": {name: contents(labs[name]) for name in labs}}
-            if (lines and None in heads) or heads.get(seed, head) != head:
-                raise ValueError(
-                    f"{file} was made with other settings or files: choose another --output-dir, or delete it"
-                )
-            if seed not in heads:
+            head = _head(seed, labs)
+            if seed in begun and (differ := _differ(heads.get(seed, {}), head)):
+                raise ValueError(f"{file} was made with other {differ}: choose another --output-dir, or delete it")
+            if heads.get(seed) != head:
                 append(head)
-    found = [line for line in lines if "found" in line]
     return {cell: line["found"] for line in found for cell, written in known if written == line["cell"]}
+
+
+# What tells where things lie, not what they are; and what changes no number.
+PLACES = {"folder", "model", "pairs", "held_out", "prompts", "judge", "second_judge", "batch_size"}
+
+
+def _head(seed: int, labs: Mapping[str, Lab]) -> dict:
+    """What the cells of a seed depend on: settings, and contents wherever they lie."""
+    settings = as_json(labs)
+    kept = {name: {key: settings[name][key] for key in settings[name].keys() - PLACES} for name in settings}
+    return {"seed": seed, "labs": kept, "contents": {name: contents(lab) for name, lab in labs.items()}}
+
+
+def _differ(there: dict, now: dict) -> str:
+    """The names of what two heads do not share; empty where they are alike."""
+    names = []
+    for part, labs in ((part, now[part]) for part in ("labs", "contents")):
+        for name, ours in labs.items():
+            theirs = there.get(part, {}).get(name, {})
+            names += [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+    return ", ".join(dict.fromkeys(names))
 
 
 STAGES = {"pairs": 0, "rollouts": 1, "texts": 2, "guide": 3}  # when models are trained, by what they learn from

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import time
 import warnings
@@ -16,6 +17,7 @@ from pargs_min.cli import warning_line
 from pargs_min.experiments import measure, recipes, sweep
 from pargs_min.experiments.measure import Cell
 from pargs_min.experiments.recipes import FULL, VALUE
+from pargs_min.experiments.setup import contents
 from pargs_min.experiments.sweep import gather
 
 
@@ -50,8 +52,35 @@ def test_an_interrupted_grid_keeps_its_cells_and_goes_on(lab, tmp_path, monkeypa
         patch.delattr(sweep, "workers")  # nothing is left that would need any
         assert sweep.sweep(everywhere(lab), cells, file) == found
     assert len(measured) == 6
-    with pytest.raises(ValueError, match="made with other settings"):
+    with pytest.raises(ValueError, match="made with other samples: choose another"):
         sweep.sweep(everywhere(replace(lab, samples=4)), cells, file)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_grid_knows_what_it_was_made_with_and_not_where_that_lies(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "measure", lambda lab, cell: {"reward": 1.0})
+    file, cells = tmp_path / "grid.jsonl", [Cell(0, "plain")]
+    found = sweep.sweep(everywhere(lab), cells, file)
+    monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured again"))
+    shutil.copy(lab.prompts, tmp_path / "copy.jsonl")
+    moved = replace(lab, folder=f"{lab.folder}/.", prompts=str(tmp_path / "copy.jsonl"), batch_size=lab.batch_size + 1)
+    assert sweep.sweep(everywhere(moved), cells, file) == found
+    (tmp_path / "copy.jsonl").write_text('{"prompt": "another"}\n')
+    contents.cache_clear()
+    with pytest.raises(ValueError, match="made with other prompts: choose another"):
+        sweep.sweep(everywhere(moved), cells, file)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_judge_is_loaded_before_anything_is_made_and_may_be_another_until_it_has_judged(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "measure", lambda lab, cell: {"reward": 1.0})
+    monkeypatch.setattr(measure, "plain_rewards", lambda lab: pytest.fail("made"))
+    cells, file = [Cell(0, "plain")], tmp_path / "grid.jsonl"
+    for wrong, said in (("no/such-judge", "cannot be loaded"), ("http://localhost#m", "compares texts")):
+        with pytest.raises(ValueError, match=said):
+            sweep.sweep(everywhere(replace(lab, second_judge=wrong)), cells, file)
+    monkeypatch.setattr(measure, "plain_rewards", lambda lab: None)
+    assert sweep.sweep(everywhere(lab), cells, file)
 
 
 @pytest.mark.usefixtures("one_process")
@@ -93,7 +122,7 @@ def test_each_seed_is_measured_in_its_own_world_and_seeds_can_be_added(lab, tmp_
     sweep.sweep({seed: worlds[seed] for seed in (0, 1)}, cells[:2], file)
     sweep.sweep(worlds, cells, file)
     assert measured == [(10, cells[0]), (11, cells[1]), (12, cells[2])]
-    with pytest.raises(ValueError, match="made with other settings"):
+    with pytest.raises(ValueError, match="made with other samples"):
         sweep.sweep({1: worlds[2]}, [cells[1]], file)
 
 
