@@ -153,7 +153,8 @@ def load_guide(name: Name, *, dtype: torch.dtype | str = torch.float32, device: 
     Raises:
         ValueError: if it cannot be loaded.
     """
-    recorded = getattr(load_config(name), "pargs", None) or {}
+    _check_record(name, config := load_config(name))
+    recorded = getattr(config, "pargs", None) or {}
     load = load_language_model if recorded.get("objective") in LANGUAGE_MODELS else load_reward_model
     return load(name, dtype=dtype, device=device)
 

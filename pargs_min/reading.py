@@ -94,7 +94,8 @@ def record_rewards(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     def row(record: dict) -> Mapping:
         if pairs:
             return tokenizer(prompt_text(record), record["response"])
-        record = record | {"prompt": record["prompt"] or prompt_text(record)}
+        if not (codec.form == "ids" and "prompt_ids" in record and codec.wrote(record)):
+            record = record | {"prompt": record["prompt"] or prompt_text(record)}
         if reads_chats(model, tokenizer):
             return {"input_ids": codec.conversation(record)}
         return {"input_ids": codec.whole(record, settings.get("append_eos", True))}

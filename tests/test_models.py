@@ -319,8 +319,9 @@ def test_a_recurrent_language_model_is_refused():
 def test_what_training_recorded_with_a_language_model_is_checked_too(tmp_path, record):
     tiny_lm().float().save_pretrained(tmp_path)
     change_config(tmp_path, pargs=record)
-    with pytest.raises(ValueError, match=r"config\.json: pargs"):
-        load_language_model(tmp_path)
+    for load in (load_language_model, load_guide):
+        with pytest.raises(ValueError, match=r"config\.json: pargs"):
+            load(tmp_path)
 
 
 def test_a_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):

@@ -27,6 +27,15 @@ class DemoOptions:
     quick: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError if a seed is negative."""
+    if seed < 0:
+        raise ValueError(f"seed (--seed) must be at least 0, got {seed}")
+
 
 def demo(arguments: list[str]) -> None:
     """Train, decode and compare on a small embedded world, from start to end."""
@@ -69,6 +78,7 @@ class StudyOptions:
     judge: str | None = None
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         for name in ("seeds", "processes", "worlds"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")

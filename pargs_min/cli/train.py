@@ -368,9 +368,10 @@ def rated(
 
 
 def check_forms(texts: Sequence[Response], form: str, name: str) -> None:
-    """Raises ValueError if texts were written for prompts of another form than a reward model was trained on."""
+    """Raises ValueError if texts were written for prompts of another form than a reward model was trained on; one that
+    was trained on ids reads those of any form."""
     for text in texts:
-        if text.form not in (None, "ids", form):
+        if form != "ids" and text.form not in (None, "ids", form):
             raise ValueError(
                 f"{text.source} continues a prompt of the form {text.form}, and {name} was trained on {form} "
                 f"prompts: write texts with --prompt-format {form}"

@@ -490,6 +490,23 @@ def test_a_distilled_head_guides_under_the_method_of_its_guide(
     assert "the tokenizers of language model and reward model differ at 2 ids" in capsys.readouterr().err
 
 
+def test_texts_of_a_guide_that_was_trained_on_ids_can_be_learned_from_and_judged(lm, prompts, tmp_path):
+    pairs = tmp_path / "ids.jsonl"
+    pair = {"prompt_ids": [2, 7], "chosen_ids": [8, 1], "rejected_ids": [9, 10, 1]}
+    pairs.write_text((json.dumps(pair) + "\n") * 4)
+    full = ["--objective", "full", "--eval-fraction", "0"]
+    assert train(lm, pairs, tmp_path / "rater", *full) == 0
+    few = ["--method", "plain", "--num-samples", "2"]
+    assert generate(lm, prompts, tmp_path / "texts.jsonl", *few) == 0
+    soft = ["--objective", "soft", "--reward-model", str(tmp_path / "rater"), "--eval-fraction", "0"]
+    assert train(lm, tmp_path / "texts.jsonl", tmp_path / "out", *soft) == 0
+    assert recorded(load_reward_model(tmp_path / "out"))["prompt_format"] == "ids"
+    (tmp_path / "asked.jsonl").write_text('{"prompt_ids": [2, 7]}\n')
+    assert generate(lm, tmp_path / "asked.jsonl", tmp_path / "of_ids.jsonl", *few) == 0
+    judge = ["--judge", str(tmp_path / "rater"), "--output-dir", str(tmp_path / "report")]
+    assert main(["evaluate", str(tmp_path / "of_ids.jsonl"), *judge]) == 0
+
+
 def test_texts_that_cannot_be_learned_from_are_refused(lm, pairs, rater, prompts, tmp_path, capsys):
     soft = ["--objective", "soft", "--reward-model", str(rater)]
     assert train(lm, pairs, tmp_path / "out", *soft) == 2

@@ -260,6 +260,7 @@ def test_a_study_of_a_model_of_ones_own(world, tmp_path, capsys):
         (["nonsense"], "no study 'nonsense'; there are data-size"),
         (["beta", "--model", "x"], "needs --dataset, --prompts, --judge, too"),
         (["beta", "--seeds", "0"], "must be at least 1, got 0"),
+        (["beta", "--seed", "-1"], "seed (--seed) must be at least 0, got -1"),
         (["beta", "--samples", "4"], "--samples is for a study of your own model: add --model"),
         (["cost", "--methods", "pargs"], "this study has no 'pargs'; it has none"),
         (
