@@ -17,6 +17,7 @@ from pargs_min.codec import Codec, cut_left, prompt_format
 from pargs_min.records import Preference, Response
 
 Record = Preference | Response
+SHOWN = 32  # texts of a file that show which tokenizer's ids it holds
 ALONE = "no prompt has two texts to compare; write several with `pargs generate --method plain --num-samples N`"
 
 
@@ -81,6 +82,14 @@ def encode_texts(
     Raises:
         ValueError: naming the record, if it cannot be encoded; if none is left, or the tokenizer has no end token.
     """
+    codec = Codec(tokenizer, form)
+    for one in responses[:SHOWN]:
+        known = {"response": one.text, "response_ids": one.response, "finished": one.finished}
+        if one.text and not codec.wrote(known):
+            raise ValueError(
+                f"{one.source}: its response_ids are not of the tokenizer {tokenizer.name_or_path}, by which they are "
+                f"not {one.text!r:.60}; take texts of the model that is trained, or of one with its tokenizer"
+            )
     rows, counts = _encode(responses, ("response",), tokenizer, max_length, lambda text: text.finished, form)
     return [Text(prompt_ids, response_ids) for prompt_ids, response_ids in rows], counts
 

@@ -66,6 +66,7 @@ class Response(NamedTuple):
     source: str  # file:line, for errors
     form: str | None = None  # of the prompt (`codec.prompt_format`), where the record says so
     reference: Mapping = {}  # how the model was sampled (`decode.Warp`); empty: as it is
+    text: str | None = None  # of a response of token ids, where the record has both
 
 
 def read_responses(path: str | os.PathLike) -> list[Response]:
@@ -87,7 +88,8 @@ def read_responses(path: str | os.PathLike) -> list[Response]:
         prompt, response = _prompt(record, source), _field(record, "response", source)
         if is_messages(response):
             raise ValueError(f"{source}: `response` must be text or token ids, got messages; give the text of the last")
-        responses.append(Response(prompt, response, finished, source, form, reference))
+        text = record.get("response") if "response_ids" in record else None
+        responses.append(Response(prompt, response, finished, source, form, reference, text))
     if not responses:
         raise ValueError(f"{path} holds no records; expected one text per line")
     return responses

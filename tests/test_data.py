@@ -53,6 +53,14 @@ def test_a_text_that_was_cut_gets_no_end_token():
     assert encode_texts(records, tiny_tokenizer())[0] == [Text([START, A], [B, END]), Text([START, A], [B])]
 
 
+def test_ids_of_another_tokenizer_are_refused():
+    """Where the record has the text as well: by this one they would be another."""
+    ours, theirs = (Response([START], [A, END], True, "texts.jsonl:1", text=text) for text in ("a", "c"))
+    assert encode_texts([ours], tiny_tokenizer())[0] == [Text([START], [A, END])]
+    with pytest.raises(ValueError, match=r"texts.jsonl:1: its response_ids are not of the tokenizer .*not 'c'"):
+        encode_texts([ours, theirs], tiny_tokenizer())
+
+
 def test_a_prompt_that_just_fits_is_not_counted_as_cut():
     records = [preference("a", "b c", "a b c")]
     for length, counted in ((7, 0), (6, 1)):

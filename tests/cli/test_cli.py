@@ -85,9 +85,9 @@ def test_train_saves_a_model_that_transformers_loads_and_that_says_how_it_was_ma
 
 
 def test_responses_that_were_cut_are_compared_up_to_the_shorter_one(lm, pairs, tmp_path, capsys):
-    assert train(lm, pairs, tmp_path / "out", "--no-append-eos", "--objective", "full") == 0
+    assert train(lm, pairs, tmp_path / "out", "--no-append-eos") == 0
     settings = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.pargs
-    assert (settings["objective"], settings["tail"], settings["append_eos"]) == ("full", "min", False)
+    assert (settings["objective"], settings["tail"], settings["append_eos"]) == ("partial", "min", False)
     assert train(lm, pairs, tmp_path / "other", "--no-append-eos", "--tail", "extend") == 2
     assert "drop one of the two" in capsys.readouterr().err
 
@@ -145,7 +145,7 @@ def test_a_checkpoint_is_a_reward_model_that_knows_its_form(lm, pairs, tmp_path)
 @pytest.mark.parametrize(
     ("more", "differ"),
     [
-        (["--objective", "full"], "(objective 'partial' there, 'full' now)"),
+        (["--objective", "full"], "(objective 'partial' there, 'full' now; tail 'extend' there, None now; reduction 'prefix'"),
         (["--tail", "min", "--reduction", "pair"], "(tail 'extend' there, 'min' now; reduction 'prefix' there, 'pair'"),
         (["--dataset", "others.jsonl"], "pairs.jsonl' there, 'others.jsonl' now)"),
         (["--seed", "5"], "(seed 42 there, 5 now)"),
@@ -536,7 +536,7 @@ def test_fine_tuned_rivals_write_folders_that_generate_takes(lm, pairs, prompts,
     assert main(made) == 0
     assert "eval_rewards/accuracies" in capsys.readouterr().out
     recorded_with = json.loads((tmp_path / "dpo" / "config.json").read_text())["pargs"]
-    assert recorded_with == {"objective": "dpo", "beta": 2.0, "prompt_format": "text"}
+    assert recorded_with == {"objective": "dpo", "beta": 2.0, "append_eos": True, "prompt_format": "text"}
     assert main(made) == 2
     assert "add --resume" in capsys.readouterr().err
     assert main([*made, "--resume", "--beta", "3"]) == 2
