@@ -145,7 +145,7 @@ def test_a_checkpoint_is_a_reward_model_that_knows_its_form(lm, pairs, tmp_path)
 @pytest.mark.parametrize(
     ("more", "differ"),
     [
-        (["--objective", "full"], "(objective 'partial' there, 'full' now; tail 'extend' there, None now; reduction 'prefix'"),
+        (["--objective", "full"], "(objective 'partial' there, 'full' now; tail 'extend' there, None now; "),
         (["--tail", "min", "--reduction", "pair"], "(tail 'extend' there, 'min' now; reduction 'prefix' there, 'pair'"),
         (["--dataset", "others.jsonl"], "pairs.jsonl' there, 'others.jsonl' now)"),
         (["--seed", "5"], "(seed 42 there, 5 now)"),
