@@ -12,7 +12,7 @@ The ground floor is the method; read it in this order:
     decode.py          the loop, and the same inside transformers' generate
     smc.py             the same loop with many particles, towards the RLHF policy
     methods.py         the table of methods
-    data.py train.py lora.py      from preference pairs to a reward model
+    data.py train.py lora.py      from preference pairs to a reward model (trainer.py: transformers' Trainer, watched)
     distil.py                     from a scalar head to one for the whole vocabulary
     trunk.py                      a guide whose lower layers are the language model's
     texts.py trace.py             texts for many prompts; one text token by token

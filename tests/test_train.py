@@ -23,7 +23,6 @@ from pargs_min.models import save_reward_model
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import model_rewards
 from pargs_min.train import (
-    last_checkpoint,
     objective_functions,
     prefix_accuracy,
     rate,
@@ -33,6 +32,7 @@ from pargs_min.train import (
     train_reward_model,
     train_value_model,
 )
+from pargs_min.trainer import last_checkpoint
 
 from .strategies import tiny_config, tiny_lm, tiny_reward_model, tiny_tokenizer, token_pairs
 

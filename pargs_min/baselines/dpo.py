@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from trl import DPOConfig, DPOTrainer
 
 from pargs_min.data import Pair
-from pargs_min.train import Watched, check_settings
+from pargs_min.trainer import Watched, check_settings
 
 
 def train_dpo(

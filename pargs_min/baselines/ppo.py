@@ -33,7 +33,7 @@ from pargs_min.decode import ModelPolicy, generate, response_log_probs, response
 from pargs_min.reward_model import prefix_rewards
 from pargs_min.scoring import RewardFn
 from pargs_min.store import aside, saving
-from pargs_min.train import check_finite
+from pargs_min.trainer import check_finite
 
 
 def gae(rewards: Tensor, values: Tensor, written: Tensor, lam: float = 0.95) -> Tensor:

@@ -16,7 +16,7 @@ from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from pargs_min import data, models
+from pargs_min import data, models, trainer
 from pargs_min import train as training
 from pargs_min.baselines.farma import train_farma
 from pargs_min.baselines.genarm import train_genarm
@@ -390,7 +390,7 @@ def begin(command: Callable, arguments: list[str], kind: type, **defaults: Any) 
             refuses.
     """
     defaults = DEFAULTS | dict(dataloader_pin_memory=torch.accelerator.is_available()) | defaults
-    with training.usable_settings():
+    with trainer.usable_settings():
         options, args = parse(command, arguments, kind, TrainingArguments, defaults=defaults)
     if options.load_best:
         keep_best(args)
@@ -400,10 +400,10 @@ def begin(command: Callable, arguments: list[str], kind: type, **defaults: Any) 
         )
     args.hub_model_id = args.hub_model_id if args.push_to_hub else None
     args.push_to_hub = False  # not by Trainer, and not its checkpoints: `fit_and_save` pushes what is whole
-    training.check_settings(args, options.resume)
+    trainer.check_settings(args, options.resume)
     if options.resume:
         check_same(Path(args.output_dir), recipe(options, args))
-    elif not options.overwrite and (found := training.last_checkpoint(args.output_dir)):
+    elif not options.overwrite and (found := trainer.last_checkpoint(args.output_dir)):
         raise ValueError(f"there are checkpoints ({found}): add --resume or --overwrite, or another --output-dir")
     return options, args
 
@@ -473,7 +473,7 @@ def fit_and_save(
     say = print if first else lambda *_: None
     named = ("model", "reward_model", "soft_labels_from", "distil_from")
     folder, sources = Path(args.output_dir), tuple(getattr(options, name, None) for name in named)
-    goes_on = options.resume and training.last_checkpoint(folder) is not None
+    goes_on = options.resume and trainer.last_checkpoint(folder) is not None
     replace = options.overwrite or (goes_on and (folder / KEPT).exists())  # the model of a run that goes on is its own
     place: dict[str, Any] = dict(overwrite=replace, sources=sources)
     if first:
@@ -498,7 +498,7 @@ def fit_and_save(
         if first and options.resume:
             check_same(folder, recipe(options, args))  # again, now that nobody else writes there
         if first and not goes_on:
-            for old in training.checkpoints(folder):
+            for old in trainer.checkpoints(folder):
                 shutil.rmtree(old)
             write_json(folder / KEPT, recipe(options, args))
         metrics = fit(items, held_out, args=args, resume=options.resume)
