@@ -121,7 +121,7 @@ PLACES = {"folder", "model", "pairs", "held_out", "prompts", "judge", "second_ju
 def _head(seed: int, labs: Mapping[str, Lab]) -> dict:
     """What the cells of a seed depend on: settings, and contents wherever they lie."""
     settings = as_json(labs)
-    kept = {name: {key: settings[name][key] for key in settings[name].keys() - PLACES} for name in settings}
+    kept = {name: {key: one[key] for key in one if key not in PLACES} for name, one in settings.items()}
     return {"seed": seed, "labs": kept, "contents": {name: contents(lab) for name, lab in labs.items()}}
 
 
