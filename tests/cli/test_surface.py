@@ -27,7 +27,7 @@ OPTIONS = {
     "train": """
         model! dataset! append-eos=True max-length eval-dataset eval-fraction=0.1 load-best=False resume=False
         overwrite=False objective=partial{partial,full,win,farma,autoregressive,value,soft,reweighted} reward-model
-        soft-labels-from distil-from lam beta top-k tail{extend,min} reduction=prefix{prefix,pair}
+        soft-labels-from distil-from lam beta top-k tail{extend,min} reduction{prefix,pair}
         lora-rank shared-layers output-dir=runs/reward_model num-train-epochs=1 learning-rate=1e-05 warmup-steps=0.05
         logging-steps=10
         save-total-limit=1
