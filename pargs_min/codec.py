@@ -115,8 +115,8 @@ class Codec:
                 part of a response.
         """
         prompt_ids = self.prompt({"prompt": prompt})
-        if self.form == "dialogue" and isinstance(prompt, str) and (blank := prompt[len(prompt.rstrip()) :]):
-            # What a dialogue has behind its last "Assistant:" begins the response.
+        if self.form == "dialogue" and isinstance(prompt, str) and ASKED.search(prompt):
+            blank = prompt[len(prompt.rstrip()) :]  # behind the last "Assistant:": it begins the response
             responses = [one if is_ids(one) or str(one)[:1].isspace() else blank + str(one) for one in responses]
         messages = as_messages(prompt) if self.form == "chat" and not is_ids(prompt) else None
         encoded = [

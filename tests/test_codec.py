@@ -74,6 +74,8 @@ def test_a_blank_behind_assistant_begins_the_response():
     for blank, response in ((" ", "b"), ("", " b"), (" ", " b")):
         prompt_ids, (ids,) = codec.encode(asked + blank, [response])
         assert tokenizer.decode(prompt_ids + ids) == f"{asked} b"
+    prompt_ids, (ids,) = codec.encode("\n\nHuman: a ", ["b"])  # whose blank is the human's
+    assert tokenizer.decode(ids) == "b"
 
 
 def test_an_unknown_word_does_not_end_a_response():

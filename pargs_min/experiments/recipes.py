@@ -186,6 +186,7 @@ def _train(lab: Lab, recipe: Recipe, seed: int, folder: Path) -> dict[str, float
             best, kept_model = found, model
     known: dict[str, Any] = dict(objective=recipe.objective, prompt_format=material(lab).form)
     known |= {"append_eos": lab.append_eos} if how.source == "pairs" else {"reference": vars(lab.warp)}
+    known |= {"distilled": {"beta": DISTILLED_AT}} if how.source == "guide" else {}
     known |= {name: value for name, value in (("beta", recipe.beta), ("shared_layers", shared)) if value is not None}
     record(kept_model, **known)
     save(kept_model, tokenizer, folder)

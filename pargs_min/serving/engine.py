@@ -18,6 +18,7 @@ from pargs_min.decode import Drawn, PolicyStepper, RewardScorer, Step, greedy, r
 from pargs_min.memory import is_out_of_memory
 from pargs_min.methods import Method
 from pargs_min.policy import guided_log_probs, keep_rest, likely_enough, tempered, top_k_candidates, truncate_rest
+from pargs_min.serving import SHOWN
 from pargs_min.texts import Tokens
 
 JOIN_EVERY = 8  # steps, at least, between two times that the running texts are read again for others to join
@@ -79,7 +80,7 @@ class Engine:
         device: torch.device | str = "cpu",
         rows: int = 32,
         room: int = 64,
-        shown: int = 20,
+        shown: int = SHOWN,
     ):
         self.policy, self.scorer, self.ends, self.device = policy, scorer, {*ends}, device
         self.rows, self.room, self.shown = rows, room, shown

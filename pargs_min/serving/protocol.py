@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from pargs_min.codec import Codec
+from pargs_min.serving import SHOWN
 from pargs_min.trace import drawn
 
 # Fields that are accepted where they ask for nothing, and otherwise refused; and those that change no text.
@@ -21,7 +22,6 @@ NEUTRAL |= {"logit_bias": [None, {}], "best_of": [None, 1], "echo": [None, False
 NEUTRAL |= {"tools": [None, []], "functions": [None, []], "response_format": [None, {"type": "text"}]}
 UNREAD = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 LOWEST = -9999.0  # stands for the logarithm of 0, which JSON lacks
-SHOWN = 20  # candidates that a client may ask to see, at most
 
 
 def _whole(text: str) -> str:
