@@ -8,8 +8,7 @@ the language model's own pass over the last token has computed what enters them.
 import copy
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -57,26 +56,6 @@ def trunk_parameters(model: PreTrainedModel, layers: int) -> dict[str, nn.Parame
     ids = {id(node.variable) for node in seen if hasattr(node, "variable")}
     ids |= {id(weight) for layer in found[:layers] for weight in layer.parameters()}
     return {name: weight for name, weight in model.base_model.named_parameters() if id(weight) in ids}
-
-
-@contextmanager
-def frozen_trunk(model: PreTrainedModel, layers: int | None) -> Iterator[None]:
-    """Context manager: embeddings and the lowest layers are not trained.
-
-    Args:
-        layers: N >= 1; or None, which changes nothing.
-
-    Raises:
-        ValueError: as `trunk_parameters`.
-    """
-    kept = {} if layers is None else trunk_parameters(model, layers)
-    for weight in kept.values():
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in kept.values():
-            weight.requires_grad_(True)
 
 
 @torch.no_grad()

@@ -13,20 +13,11 @@ from transformers import GenerationConfig
 from pargs_min.benchmark.ways import weight_bytes
 from pargs_min.cli import main
 from pargs_min.decode import ModelPolicy, RewardGuidance, generate, greedy, row_uniforms
-from pargs_min.lora import low_rank
 from pargs_min.models import give_vocabulary_head, load_guide, load_language_model
 from pargs_min.reward_model import is_language_model
 from pargs_min.scoring import LanguageModelScorer, VocabularyScorer
 from pargs_min.texts import counted_passes, generate_texts
-from pargs_min.trunk import (
-    TrunkScorer,
-    copy_trunk,
-    frozen_trunk,
-    layers_of,
-    one_query_scorer,
-    share_trunk,
-    trunk_parameters,
-)
+from pargs_min.trunk import TrunkScorer, copy_trunk, layers_of, one_query_scorer, share_trunk, trunk_parameters
 from tests.strategies import SHAPES, left_padded, tiny_lm, tiny_reward_model, tiny_tokenizer
 
 EXACT = dict(rtol=0, atol=1e-12)
@@ -241,31 +232,6 @@ def test_a_family_that_cannot_be_cut_is_read_whole():
 
 
 # ---- training ----
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
-def test_nothing_below_is_trained_or_differentiated(family):
-    model, entering = language_model(family).train(), []
-    below = trunk_parameters(model, 2)
-    with frozen_trunk(model, 2):
-        layers_of(model)[2].register_forward_pre_hook(lambda layer, args: entering.append(args[0].requires_grad))
-        model(input_ids=torch.tensor([[1, 2, 3]])).logits.sum().backward()
-        assert all(weight.grad is None for weight in below.values())
-        assert any(weight.grad is not None for weight in layers_of(model)[2].parameters())
-    assert entering == [False]
-    assert all(weight.requires_grad for weight in model.parameters())
-    with pytest.raises(ValueError, match="must lie between 1 and 2"), frozen_trunk(model, 0):
-        pass
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_adapters_stand_above_it(family):
-    model = language_model(family)
-    with frozen_trunk(model, 2), low_rank(model, 2):
-        names = {name for name, weight in model.named_parameters() if weight.requires_grad}
-        assert names
-        assert all(".2." in name and "lora" in name for name in names)
-    assert all(weight.requires_grad for weight in model.parameters())
 
 
 @pytest.fixture

@@ -26,13 +26,14 @@ from pargs_min.cli.resuming import differences
 from pargs_min.codec import Codec, check_vocabularies
 from pargs_min.decode import Warp, recorded_warp
 from pargs_min.distil import Taught, taught, train_distilled, vocabulary_headed
+from pargs_min.frozen import frozen_trunk
 from pargs_min.lora import lora_config
 from pargs_min.memory import enough_memory
 from pargs_min.reading import closing_ids, id_rewards
 from pargs_min.records import Preference, Response, read_preferences, read_responses
 from pargs_min.reward_model import context_length, recorded
 from pargs_min.store import check_results, content, read_json, results, write_json
-from pargs_min.trunk import copy_trunk, frozen_trunk
+from pargs_min.trunk import copy_trunk
 
 Records = tuple[list, list]  # to train on, and of --eval-dataset
 KEPT = "pargs.json"  # the options of a run, next to its checkpoints

@@ -23,6 +23,7 @@ from pargs_min.codec import Codec, end_tokens
 from pargs_min.data import Text, by_prompt, encode_texts
 from pargs_min.distil import taught, train_distilled, vocabulary_headed
 from pargs_min.experiments.setup import Lab, generated, made_from, material
+from pargs_min.frozen import frozen_trunk
 from pargs_min.models import (
     default_device,
     load_guide,
@@ -37,7 +38,7 @@ from pargs_min.reward_model import LANGUAGE_MODELS, context_length
 from pargs_min.scoring import model_rewards
 from pargs_min.store import kept, write_json, write_lines
 from pargs_min.train import rate, train_language_model, train_partial_on_texts, train_reward_model, train_value_model
-from pargs_min.trunk import copy_trunk, frozen_trunk
+from pargs_min.trunk import copy_trunk
 
 SAMPLES = 10**6  # plus that of the world: seed of the reference's texts that models learn from, which no cell shares
 HELD_OUT = 17  # one in so many is held out, to choose a model by; prime, so that every prompt has its part
