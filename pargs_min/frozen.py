@@ -46,7 +46,9 @@ class _FeaturesOfTexts:
     """
 
     def __init__(self, model: PreTrainedModel, layers: int):
-        body, self.lower, first = model.base_model, layers_of(model)[:layers], layers_of(model)[layers]
+        found = layers_of(model)
+        body = next(module for module in model.modules() if found in module.children())
+        self.lower, first = found[:layers], found[layers]
         self.kept: dict[tuple[bool, tuple[int, ...]], Tensor] = {}  # (n, D) of (training, ids of n tokens)
         self.room, self.usable, self.compared = ROOM, True, set[bool]()
         self.texts: list[tuple[bool, tuple[int, ...]]] = []  # of the batch that is read now

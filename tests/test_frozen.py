@@ -13,8 +13,8 @@ from pargs_min.frozen import frozen_trunk
 from pargs_min.lora import low_rank
 from pargs_min.train import train_language_model, train_reward_model
 from pargs_min.trunk import layers_of, trunk_parameters
-from tests.strategies import tiny_tokenizer
-from tests.test_trunk import FAMILIES, language_model, three_layers, tiny_reward_model
+from tests.strategies import tiny_lm, tiny_reward_model, tiny_tokenizer
+from tests.test_trunk import FAMILIES, language_model, three_layers
 
 PAIRS = [Pair([2, 3][: 1 + n % 2], [4, 2 + n, 1], [5, 3, n, 4, 1][n % 3 :]) for n in range(6)]
 TEXTS = [Text([2], [4, 2 + n, 1][: 1 + n], reward=float(n)) for n in range(4)]
@@ -48,11 +48,10 @@ def test_adapters_stand_above_it(family):
 def trained(train, model, data, folder, **settings):
     """Its weights after three passes, evaluated after each; and how often layer 0 was read, training and evaluating."""
     read, model = [], model.float()
-    args = TrainingArguments(
-        str(folder), num_train_epochs=3, per_device_train_batch_size=4, per_device_eval_batch_size=4, seed=1,
-        learning_rate=0.01, eval_strategy="epoch", save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
-        **settings,
-    )  # fmt: skip
+    torch.manual_seed(0)  # adapters
+    pace = dict(num_train_epochs=3, per_device_train_batch_size=4, per_device_eval_batch_size=4, learning_rate=0.01)
+    quiet = dict(eval_strategy="epoch", save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True)
+    args = TrainingArguments(str(folder), seed=1, **pace, **quiet, **settings)
     with frozen_trunk(model, 2):
         first = next(layers_of(model)[0].children())
         first.register_forward_hook(lambda *_: read.append(model.base_model.training))
@@ -87,3 +86,50 @@ def test_each_text_is_read_once_and_training_is_the_same(family, tmp_path, monke
     lm = partial(language_model, family, **dropout.get(family, {}))
     monkeypatch.undo()
     assert compared(BY_LIKELIHOOD, lm, TEXTS, tmp_path, monkeypatch)[0] == (2, 2)
+
+
+def test_so_it_is_with_gradient_checkpointing(tmp_path, monkeypatch):
+    settings = dict(train_sampling_strategy="sequential", gradient_checkpointing=True)
+    make = partial(tiny_reward_model, "llama", **three_layers("llama"))
+    read, always = compared(PARTIAL, make, PAIRS, tmp_path, monkeypatch, **settings)
+    assert read < always
+
+
+@pytest.mark.filterwarnings("ignore:at beta 0.1 only")
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_texts_are_read_each_time_where_that_makes_a_difference(family, tmp_path):
+    """GPT-2 drops features out at random while it trains; Bloom's layers give more than features."""
+    bloom = dict(hidden_size=16, n_layer=3, n_head=2, hidden_dropout=0.0, attention_dropout=0.0)
+    model = tiny_lm(family, **bloom if family == "bloom" else three_layers(family))
+    assert trained(BY_LIKELIHOOD, model, TEXTS, tmp_path)[2][0] >= 3  # a step in each pass
+
+
+@pytest.mark.filterwarnings("ignore:at beta 0.1 only")
+@pytest.mark.parametrize("fails", [False, True])
+def test_or_where_a_layer_above_looks_at_what_one_below_has_kept(fails, tmp_path, monkeypatch):
+    def make():
+        model, seen = language_model("llama"), []
+        lowest, *_, highest = layers_of(model)
+        next(lowest.children()).register_forward_hook(lambda *_: seen.append(1.0))
+
+        def add(layer, args, output):
+            return output + (seen.pop() if seen or fails else 0.0)
+
+        highest.register_forward_hook(add)
+        return model
+
+    read, always = compared(BY_LIKELIHOOD, make, TEXTS, tmp_path, monkeypatch)
+    assert read[0] == always[0] + 1  # the comparison
+
+
+def test_there_is_room_for_so_many_texts(monkeypatch):
+    """Those that were read first; a batch with another one is read as a whole."""
+    monkeypatch.setattr(frozen, "ROOM", 3 * 16 * 4)  # the first text has three tokens of 16 numbers
+    model, read = language_model("llama").float(), []
+    ids = torch.tensor([[2, 3, 4], [5, 6, 7]])
+    with frozen_trunk(model, 2), torch.no_grad():
+        next(layers_of(model)[0].children()).register_forward_hook(lambda *_: read.append(1))
+        for batch, times in ((ids, 1), (ids, 1), (ids[1:], 1), (ids[:1], 1), (ids[:1], 0)):
+            model(input_ids=batch, attention_mask=torch.ones_like(batch))
+            assert len(read) == times
+            read.clear()
