@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from pargs_min.codec import Codec, cut_left, prompt_format
@@ -403,8 +402,9 @@ def _row(prompt_ids: list[int], response_ids: list[int], length: int, extend_wit
 
 def _right_padded(rows: Sequence[list[int]], pad_id: int) -> dict[str, Tensor]:
     lengths = torch.tensor([len(row) for row in rows])
-    input_ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
-    return {"input_ids": input_ids, "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()}
+    width = int(lengths.max())
+    input_ids = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows], dtype=torch.long)
+    return {"input_ids": input_ids, "attention_mask": (torch.arange(width) < lengths[:, None]).long()}
 
 
 def at_response_tokens(values: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
