@@ -21,3 +21,9 @@ def real(request: pytest.FixtureRequest) -> Path:
     if folder is None:
         pytest.skip("needs --real=DIR")
     return Path(folder)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes a minute comes first, so that no process of pytest-xdist waits for another's last test."""
+    long = ("test_tutorials.py", "test_real.py", "test_kill.py")
+    items.sort(key=lambda item: item.path.name not in long)
