@@ -14,7 +14,7 @@ The ground floor is the method; read it in this order:
     methods.py         the table of methods
     data.py train.py lora.py      from preference pairs to a reward model (trainer.py: transformers' Trainer, watched)
     distil.py                     from a scalar head to one for the whole vocabulary
-    trunk.py                      a guide whose lower layers are the language model's
+    trunk.py frozen.py            a guide whose lower layers are the language model's: decoding, and training
     texts.py trace.py             texts for many prompts; one text token by token
     static.py                     compiled steppers for the same loop
 
