@@ -74,17 +74,20 @@ def _job(of: Pace, make: Callable, lab: Lab, *rest) -> float:
     if make is recipes.make:
         recipe, seed = rest
         how = recipe.training
-        there = recipes.folder(lab, recipe, seed).exists()
-        steps = how.steps * how.per_step * lab.epochs * len(made.pairs) * len(how.rates)
+        if recipes.folder(lab, recipe, seed).exists():
+            return 0.0
         grouped = recipes.GROUP if recipe == recipes.SOFT_LABELS else TEXTS.get(how.source, 0)
+        texts = how.steps * how.per_step * lab.epochs * len(made.pairs) * grouped
+        different = 2 * len(made.pairs) if how.source == "pairs" else recipes.text_count(lab)
         trained = 1 - (recipes.shared_layers(lab, recipe) or 0) / made.lm.config.get_text_config().num_hidden_layers
-        return 0.0 if there else (1 + BACKWARD * trained) * of.read * steps * grouped
-    texts: dict[Callable, float] = {
+        layers = texts * trained * (1 + BACKWARD) + min(texts, different) * (1 - trained)  # a frozen trunk reads once
+        return of.read * layers * len(how.rates)
+    written: dict[Callable, float] = {
         measure.plain_rewards: len(made.prompts) * lab.plain_samples * of.plain,
         recipes.samples: recipes.text_count(lab) * of.plain,
         recipes.rated: recipes.text_count(lab) * of.read,
     }
-    return texts.get(make, 0.0)
+    return written.get(make, 0.0)
 
 
 def told(seconds: float) -> str:

@@ -41,6 +41,8 @@ def test_a_training_step_reads_every_text_of_its_examples_three_times_and_models
     assert of(lab, (recipes.make, SOFT_LABELS, 0)) == 3 * 100 * 2 * pairs  # twice the steps, groups of 8, 1/8 as many
     halved = replace(lab, shared_layers=1)  # of two layers, so that half of the way back is left
     assert of(halved, (recipes.make, PARTIAL, 0)) == 2 * 100 * 2 * pairs
+    soft = of(halved, (recipes.make, Recipe("soft", beta=1.0), 0))
+    assert soft == 100 * (3 * 6 / 2 + 2 / 2) * pairs  # the half below reads each of two texts per pair once
     recipes.folder(lab, PARTIAL, 0).mkdir(parents=True)
     assert of(lab, (recipes.make, PARTIAL, 0)) == 0
     assert of(lab, (recipes.make, PARTIAL, 1)) > 0
