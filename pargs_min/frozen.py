@@ -15,7 +15,7 @@ ROOM = 4 * 2**30  # bytes of features that are kept in memory; texts beyond are 
 
 @contextmanager
 def frozen_trunk(model: PreTrainedModel, layers: int | None) -> Iterator[None]:
-    """Context manager: embeddings and the lowest layers are not trained, and are passed over where a text comes again.
+    """Context manager: embeddings and the lowest layers are not trained, and these layers read each text once.
 
     Args:
         layers: N >= 1; or None, which changes nothing.

@@ -35,6 +35,17 @@ def test_nothing_below_is_trained_or_differentiated(family):
         pass
 
 
+def test_layers_are_left_as_they_were():
+    """Also one with a forward of its own, as accelerate gives where layers lie on several devices."""
+    model = language_model("llama")
+    first, second, _ = layers_of(model)
+    first.forward = own = partial(first.forward)
+    with pytest.raises(KeyboardInterrupt), frozen_trunk(model, 2):
+        raise KeyboardInterrupt
+    assert vars(first)["forward"] is own
+    assert "forward" not in vars(second)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_adapters_stand_above_it(family):
     model = language_model(family)

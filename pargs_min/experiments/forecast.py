@@ -80,8 +80,8 @@ def _job(of: Pace, make: Callable, lab: Lab, *rest) -> float:
         texts = how.steps * how.per_step * lab.epochs * len(made.pairs) * grouped
         different = 2 * len(made.pairs) if how.source == "pairs" else recipes.text_count(lab)
         trained = 1 - (recipes.shared_layers(lab, recipe) or 0) / made.lm.config.get_text_config().num_hidden_layers
-        layers = texts * trained * (1 + BACKWARD) + min(texts, different) * (1 - trained)  # a frozen trunk reads once
-        return of.read * layers * len(how.rates)
+        reads = texts * trained * (1 + BACKWARD) + min(texts, different) * (1 - trained)  # a frozen trunk reads once
+        return of.read * reads * len(how.rates)
     written: dict[Callable, float] = {
         measure.plain_rewards: len(made.prompts) * lab.plain_samples * of.plain,
         recipes.samples: recipes.text_count(lab) * of.plain,

@@ -39,6 +39,7 @@ def test_a_training_step_reads_every_text_of_its_examples_three_times_and_models
     assert of(lab, (recipes.make, PARTIAL, 0)) == 3 * 100 * 2 * pairs
     assert of(lab, (recipes.make, Recipe("soft", beta=1.0), 0)) == 3 * 100 * 6 * pairs  # six times the steps, one text
     assert of(lab, (recipes.make, SOFT_LABELS, 0)) == 3 * 100 * 2 * pairs  # twice the steps, groups of 8, 1/8 as many
+    assert of(lab, (recipes.make, Recipe("farma"), 0)) == 3 * 3 * 100 * 2 * pairs  # at each of three rates
     halved = replace(lab, shared_layers=1)  # of two layers, so that half of the way back is left
     assert of(halved, (recipes.make, PARTIAL, 0)) == 2 * 100 * 2 * pairs
     soft = of(halved, (recipes.make, Recipe("soft", beta=1.0), 0))
