@@ -75,7 +75,7 @@ def _side_by_side(models: Models, setting: Setting, rounds: int) -> list[dict]:
             "over_floor": median(ratios(seconds, name, "floor")),
             "peak_mb": ways.peak_bytes(way, device) / 1e6,
         }
-        | ways.passes_per_token(way, models)
+        | ({} if name in ways.COMPILED else ways.passes_per_token(way, models))
         for name, way in found.items()
     ]
 
@@ -104,7 +104,15 @@ def markdown(report: dict) -> str:
 
 
 def _table(columns: Mapping[str, str], rows: Sequence[dict]) -> str:
-    return markdown_table(list(columns), [[cell.format_map(row) for cell in columns.values()] for row in rows])
+    return markdown_table(list(columns), [[_cell(cell, row) for cell in columns.values()] for row in rows])
+
+
+def _cell(cell: str, row: dict) -> str:
+    """How a row is written in a column; blank where that was not measured."""
+    try:
+        return cell.format_map(row)
+    except KeyError:
+        return ""
 
 
 def draw(report: dict) -> Figure:

@@ -39,6 +39,7 @@ from pargs_min.trunk import TrunkScorer, layers_of, one_query_scorer, trunk_para
 
 # Name -> a family of models, and how its default configuration is changed.
 SHAPES: dict[str, tuple[str, dict]] = json.loads(Path(__file__).with_name("shapes.json").read_text("utf-8"))
+COMPILED = "plain, compiled", "our loop, compiled"
 Tick = Callable[[], None]
 Way = Callable[[Tick], object]
 
@@ -57,13 +58,18 @@ class Models:
         return copy.deepcopy(self.lm)
 
     @cached_property
+    def watched(self) -> PreTrainedModel:
+        """The language model for `trunk`, on the same weights: what watches its passes would break a compiled one."""
+        return copy.deepcopy(self.lm, {id(tensor): tensor for tensor in (*self.lm.parameters(), *self.lm.buffers())})
+
+    @cached_property
     def trunk(self) -> LanguageModelScorer | VocabularyScorer | TrunkScorer:
-        """The same, on the language model's own embeddings and lowest four of five layers."""
+        """The same as `guide`, on the language model's own embeddings and lowest four of five layers."""
         layers = 4 * len(layers_of(self.lm)) // 5
         below = trunk_parameters(self.lm, layers) if layers else {}
         guide = copy.deepcopy(self.lm, {id(weight): weight for weight in below.values()})
         guide.config.pargs = dict(shared_layers=layers)
-        return one_query_scorer(self.lm, guide, partial(LanguageModelScorer, beta=1.0))
+        return one_query_scorer(self.watched, guide, partial(LanguageModelScorer, beta=1.0))
 
 
 @dataclass(frozen=True)
@@ -202,10 +208,7 @@ def all_ways(models: Models, setting: Setting, *names: str) -> dict[str, Way]:
 
     found: dict[str, Way] = {"plain generation": lambda tick: plain(lm, ids, tokens, tick)}
     if ids.is_cuda:
-        slots = setting.prompt_length + tokens
-        static = StaticPolicy(lm, slots), StaticScorer(rm, slots + k)
-        found["plain, compiled"] = lambda tick: plain(lm, ids, tokens, tick, cache_implementation="static")
-        found["our loop, compiled"] = lambda tick: ours(*static, ids, k, tokens, tick)
+        found |= compiled_ways(models, ids, k, tokens)
     found |= {
         "floor": lambda tick: floor(lm, rm, ids, k + 1, tokens, tick),
         "our loop": lambda tick: ours(policy, siblings, ids, k, tokens, tick),
@@ -215,11 +218,22 @@ def all_ways(models: Models, setting: Setting, *names: str) -> dict[str, Way]:
         "vocabulary floor": lambda tick: floor(lm, models.vocabulary, ids, 1, tokens, tick),
         "vocabulary head": lambda tick: ours(policy, one_query, ids, 0, tokens, tick),
         "reweighted": lambda tick: ours(policy, LanguageModelScorer(models.guide, 1.0), ids, 0, tokens, tick),
-        "reweighted, shared trunk": lambda tick: ours(policy, models.trunk, ids, 0, tokens, tick),
+        "reweighted, shared trunk": lambda tick: ours(ModelPolicy(models.watched), models.trunk, ids, 0, tokens, tick),
         "k copies of the cache": lambda tick: ours(policy, CopiedScorer(rm, k), ids, k, tokens, tick, truncate=True),
         "k passes, no cache": lambda tick: uncached(models, ids, k, tick),
     }
     return {name: found[name] for name in names or found}
+
+
+def compiled_ways(models: Models, ids: Tensor, top_k: int, tokens: int, **compile_options) -> dict[str, Way]:
+    """The `COMPILED` ways. A forward hook that is on one of their models would make every step compile anew."""
+    slots = ids.shape[1] + tokens
+    policy = StaticPolicy(models.lm, slots, **compile_options)
+    scorer = StaticScorer(models.scalar, slots + top_k, **compile_options)
+    return {
+        COMPILED[0]: lambda tick: plain(models.lm, ids, tokens, tick, cache_implementation="static"),
+        COMPILED[1]: lambda tick: ours(policy, scorer, ids, top_k, tokens, tick),
+    }
 
 
 # ---- the measures ----
@@ -306,10 +320,13 @@ def peak_bytes(way: Way, device: torch.device) -> int:
 
 
 def passes_per_token(way: Way, models: Models) -> dict[str, float]:
-    """Forward passes of each model and the tokens they read, per token written; the reading of the prompt left out."""
+    """Forward passes of each model and the tokens they read, per token written; the reading of the prompt left out.
+
+    Not for the `COMPILED` ways (`counted_passes`).
+    """
     seen: list[tuple[Counter, Counter]] = []  # the counts at each tick
     guides = models.scalar, models.guide, models.trunk.model
-    with counted_passes(models.lm) as lm, counted_passes(*guides) as reward:
+    with counted_passes(models.lm, models.watched) as lm, counted_passes(*guides) as reward:
         way(lambda: seen.append((lm.copy(), reward.copy())))
     return {
         f"{model} {what}": (last[what] - first[what]) / (len(seen) - 1)

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from pargs_min import minimal
-from pargs_min.benchmark import ways
+from pargs_min.benchmark import report, ways
 from pargs_min.benchmark.targets import Target, check, targets
 from pargs_min.benchmark.ways import (
     CopiedScorer,
@@ -74,6 +74,37 @@ def test_each_way_makes_the_passes_it_is_named_for(models):
             "reward tokens": 2 * 4 * 7,
         },
     }
+
+
+def test_compiled_ways_compile_once_whatever_runs_beside_them(models):
+    """A hook that is on a model when it is compiled would make every step compile anew, and fail at the eighth."""
+    torch.compiler.reset()
+    graphs, setting = [], Setting(top_k=4, prompt_length=6, tokens=4)
+    ids = torch.zeros(1, 6, dtype=torch.long)
+    compiled = ways.compiled_ways(models, ids, 4, 4, backend=lambda graph, inputs: graphs.append(graph) or graph)
+    ours = compiled[ways.COMPILED[1]]
+    others = ways.all_ways(models, setting)
+    for _ in range(3):
+        for way in (*others.values(), ours):
+            way(lambda: None)
+    assert len(graphs) == 2  # a step of each model
+
+
+def test_passes_of_compiled_ways_are_not_counted(models, monkeypatch):
+    all_ways = ways.all_ways
+    monkeypatch.setattr(
+        ways,
+        "all_ways",
+        lambda models, setting: (
+            all_ways(models, setting, "plain generation", "floor")
+            | ways.compiled_ways(models, torch.zeros(1, 6, dtype=torch.long), 4, 2, backend="eager")
+        ),
+    )
+    found = report.run(models, rounds=2, quick=True, top_k=4, prompt_length=6, tokens=2)
+    assert [row["way"] for row in found["ways"] if "lm passes" not in row] == list(ways.COMPILED)
+    lines = {line.split("|")[1].strip(): line.split("|") for line in report.markdown(found).splitlines() if "|" in line}
+    assert [cell.strip() for cell in lines["our loop, compiled"][5:8]] == ["", "", ""]
+    assert lines["floor"][5].strip() == "1"
 
 
 def test_the_way_without_a_cache_is_the_method_on_one_page(models, monkeypatch):
