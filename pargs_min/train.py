@@ -153,6 +153,9 @@ def train_value_model(
         ValueError: as `train_reward_model`, if a text has no finite reward; for "soft", if no prompt has two texts or
             lam is not a positive number.
         FloatingPointError: as `train_reward_model`.
+
+    Warns:
+        UserWarning: if soft values know less of the held-out texts than V = 0 does, whose loss is 1.
     """
     _check_rated(texts, eval_texts)
     loss: Callable[..., Tensor] = losses.prefix_value_loss
@@ -163,7 +166,14 @@ def train_value_model(
     elif objective != "value":
         raise ValueError(f'objective must be "value" or "soft", got {objective!r}')
     collator = collate_by(data.collate_texts, tokenizer, response_tokens)
-    return fit(ValueTrainer, model, tokenizer, texts, eval_texts, loss, collator, **run)
+    metrics = fit(ValueTrainer, model, tokenizer, texts, eval_texts, loss, collator, **run)
+    if objective == "soft" and metrics.get("eval_loss", 0.0) > 1:
+        warnings.warn(
+            f"the held-out loss of the soft values is {metrics['eval_loss']:.3g}, and that of a guide that says nothing "
+            f"is 1: learn from more texts per prompt, or for a beta below {lam:g}",
+            stacklevel=2,
+        )
+    return metrics
 
 
 def train_language_model(

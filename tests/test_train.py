@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
+import warnings
 from itertools import combinations
 
 import pytest
@@ -582,7 +583,9 @@ def several(texts):
 NAMES = ["partial", "partial, min, by pair", "win", "farma", "autoregressive", "value", "soft", "soft labels"]
 NAMES += ["reweighted", "distilled"]
 each = pytest.mark.parametrize("name", NAMES)
-few_texts = pytest.mark.filterwarnings("ignore:at beta .* texts per prompt are effective")
+few_texts = pytest.mark.filterwarnings(
+    "ignore:at beta .* texts per prompt are effective", "ignore:the held-out loss of the soft values"
+)
 
 
 @each
@@ -678,6 +681,7 @@ def test_the_reweighted_loss_is_that_of_texts_drawn_again(tmp_path):
     assert loss == pytest.approx(-tokens.mean().item(), rel=1e-9)
 
 
+@few_texts
 def test_the_soft_loss_weighs_a_text_against_the_others_of_its_prompt(tmp_path):
     model, texts, loss = evaluated(tmp_path, "soft")
     trained_on, texts = centred(random_texts(12), texts, lam=1.5)
@@ -689,6 +693,24 @@ def test_the_soft_loss_weighs_a_text_against_the_others_of_its_prompt(tmp_path):
         total += soft_value_loss(*terms, lam=1.5, highest=highest).item() * len(response)
         tokens += len(response)
     assert loss == pytest.approx(total / tokens, rel=1e-6)
+
+
+def test_soft_values_that_know_less_than_nothing_say_so(tmp_path):
+    """One of two words is good in the texts learned from; held out it is bad, or good as well."""
+
+    def texts(good):
+        return [Text([4, 5], [word, 7], float(word == good)) for word in (8, 9)] * 4
+
+    def train(held_out):
+        args = arguments(tmp_path, max_steps=30, learning_rate=0.01, seed=0)
+        settings = dict(args=args, objective="soft", lam=2.0)
+        return train_value_model(reward_model(), tiny_tokenizer(), texts(8), held_out, **settings)["eval_loss"]
+
+    with pytest.warns(UserWarning, match=r"held-out loss of the soft values is \d.* below 2"):
+        assert train(texts(9)) > 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert train(texts(8)) < 1
 
 
 def test_soft_values_do_not_know_by_how_much_one_prompt_is_better_than_another(tmp_path):
