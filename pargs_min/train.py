@@ -169,8 +169,8 @@ def train_value_model(
     metrics = fit(ValueTrainer, model, tokenizer, texts, eval_texts, loss, collator, **run)
     if objective == "soft" and metrics.get("eval_loss", 0.0) > 1:
         warnings.warn(
-            f"the held-out loss of the soft values is {metrics['eval_loss']:.3g}, and that of a guide that says nothing "
-            f"is 1: learn from more texts per prompt, or for a beta below {lam:g}",
+            f"the held-out loss of the soft values is {metrics['eval_loss']:.3g}, and that of a guide that says "
+            f"nothing is 1: learn from more texts per prompt, or for a beta below {lam:g}",
             stacklevel=2,
         )
     return metrics
