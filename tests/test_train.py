@@ -37,8 +37,6 @@ from pargs_min.trainer import last_checkpoint
 
 from .strategies import tiny_config, tiny_lm, tiny_reward_model, tiny_tokenizer, token_pairs
 
-pytestmark = pytest.mark.trains
-
 END = 1
 
 
@@ -81,6 +79,7 @@ def weights(model):
 three_seeds = pytest.mark.parametrize("seed", range(3))
 
 
+@pytest.mark.trains
 @three_seeds
 @pytest.mark.parametrize("objective", ["partial", "full"])
 def test_training_learns_which_response_is_better(tmp_path, objective, seed):
@@ -439,6 +438,7 @@ def test_adapters_are_resumed_to_the_weights_of_an_uninterrupted_run(tmp_path, m
     assert torch.equal(run("killed", resume=True), expected)
 
 
+@pytest.mark.trains
 @three_seeds
 def test_value_models_take_adapters_too(tmp_path, seed):
     model = family_model("llama", seed)
@@ -488,6 +488,7 @@ def random_texts(count, seed=0):
     return [text._replace(reward=float(text.response_ids[0] == 7) + text.response_ids[-2] / 10) for text in texts]
 
 
+@pytest.mark.trains
 @three_seeds
 def test_every_prefix_learns_the_expected_reward(tmp_path, seed):
     """After the first token the value is the mean reward of the texts that go on from it."""
@@ -631,6 +632,7 @@ def test_a_run_that_is_resumed_equals_one_that_was_not_interrupted(tmp_path, nam
     assert torch.equal(run("run", resume=True, learning_rate=1e-3), whole)
 
 
+@pytest.mark.trains
 @each
 @few_texts
 def test_training_lowers_the_held_out_loss_and_restores_the_model(tmp_path, name):
@@ -695,6 +697,7 @@ def test_the_soft_loss_weighs_a_text_against_the_others_of_its_prompt(tmp_path):
     assert loss == pytest.approx(total / tokens, rel=1e-6)
 
 
+@pytest.mark.trains
 def test_soft_values_that_know_less_than_nothing_say_so(tmp_path):
     """One of two words is good in the texts learned from; held out it is bad, or good as well."""
 

@@ -149,7 +149,6 @@ def test_dpo_comes_to_the_rlhf_policy(tmp_path):
     assert np.mean(accuracies) > 0.6  # 0.71
 
 
-@pytest.mark.trains
 def test_dpo_reads_the_ids_of_our_pairs_and_its_loss_is_the_definition(tmp_path):
     """Before any step the loss is log 2; after some, that of log-ratios by plain forward passes."""
     model, args = tiny(GPT2LMHeadModel, 0), arguments(tmp_path, max_steps=3, learning_rate=1e-3)
@@ -163,7 +162,6 @@ def test_dpo_reads_the_ids_of_our_pairs_and_its_loss_is_the_definition(tmp_path)
     assert metrics["eval_loss"] == pytest.approx(-torch.nn.functional.logsigmoid(margins).mean().item(), rel=1e-4)
 
 
-@pytest.mark.trains
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_held_out_pair_counts_once_in_what_dpo_reports(tmp_path, size):
     model = tiny(GPT2LMHeadModel, 0)
@@ -222,7 +220,6 @@ def test_ppo_comes_to_the_rlhf_policy():
     assert after < before / 4
 
 
-@pytest.mark.trains
 def test_an_interrupted_ppo_run_goes_on_to_the_same_weights(tmp_path):
     whole, parts, file = tiny(GPT2LMHeadModel, 0), tiny(GPT2LMHeadModel, 0), tmp_path / "checkpoint.pt"
     list(run(whole, updates=5))
@@ -238,7 +235,6 @@ def test_an_interrupted_ppo_run_goes_on_to_the_same_weights(tmp_path):
         next(run(again, updates=6, checkpoint=file, reward=lambda ids, mask: reward_fn(ids, mask) + 0.1))
 
 
-@pytest.mark.trains
 def test_a_checkpoint_that_could_not_be_written_leaves_the_one_before(tmp_path, monkeypatch):
     def half(state, path):
         path.write_bytes(b"half")
@@ -292,7 +288,6 @@ def test_a_rollout_knows_no_ids_but_the_tokenizers():
     assert_close(batch["old_log_probs"][:, 0], first[drawn[:, 0]])
 
 
-@pytest.mark.trains
 def test_the_first_ratio_is_one():
     """With one pass over one minibatch nothing is clipped: the rollout's log-probabilities are those of the update."""
     numbers = next(run(tiny(GPT2LMHeadModel, 0), passes=1, minibatch_size=128))
@@ -300,7 +295,6 @@ def test_the_first_ratio_is_one():
     assert numbers["policy_loss"] == pytest.approx(0, abs=1e-5), "whitened advantages have mean zero"
 
 
-@pytest.mark.trains
 def test_long_gradients_are_cut():
     """To next to nothing, here: below Adam's eps weights hardly move."""
     moved = []
@@ -312,7 +306,6 @@ def test_long_gradients_are_cut():
     assert moved[1] < 1e-3 < 0.1 < moved[0]
 
 
-@pytest.mark.trains
 def test_a_batch_of_one_token_leaves_numbers():
     """Its advantages have no spread to be divided by."""
     model = tiny(GPT2LMHeadModel, 0)

@@ -61,7 +61,6 @@ def test_a_pace_is_per_whole_text(lab, monkeypatch):
     assert pace(lab)[:2] == pytest.approx((8, 16))
 
 
-@pytest.mark.trains
 def test_a_sweep_says_how_long_it_will_take(lab, one_process, tmp_path, capsys):
     sweep({0: {"": lab}}, [Cell(0, "plain")], tmp_path / "cells.jsonl", processes=1)
     assert (

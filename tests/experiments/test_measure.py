@@ -22,8 +22,6 @@ from pargs_min.records import read_jsonl
 from pargs_min.reward_model import final_rewards
 from pargs_min.store import read_json
 
-pytestmark = pytest.mark.trains
-
 
 def vowels(prompts, responses):
     """A judge."""

@@ -20,8 +20,6 @@ from pargs_min.texts import generate_texts, text_log_probs
 from pargs_min.world import reference as toy
 from pargs_min.world.journey import HELD_OUT_PROMPTS, HORIZON, PROMPTS, TRAIN_PROMPTS, Journey
 
-pytestmark = pytest.mark.trains
-
 WORLD = Journey()
 STEPS = 60  # enough for texts that end
 early = partial(toy.reference, worst_gap=math.inf)
@@ -85,6 +83,7 @@ def test_training_repeats_itself_and_leaves_the_global_stream_alone(tmp_path: Pa
     assert not torch.equal(one.transformer.wte.weight, different.transformer.wte.weight)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("seed", range(3))
 def test_the_reference_learns_the_grammar(tmp_path: Path, seed: int):
     """Its surprisal at fresh journeys: more than the grammar's own (by KL), much less than that of guessing words.
@@ -120,6 +119,7 @@ def test_the_gap_is_the_kl_of_whole_texts(trained, monkeypatch):
     assert toy.grammar_gap(model, WORLD, journeys=1500)[1] == pytest.approx(2 * error, rel=0.2)
 
 
+@pytest.mark.trains
 def test_training_goes_on_until_the_reference_is_near_the_grammar(tmp_path: Path, monkeypatch):
     """On new journeys in every round, and not for ever."""
     drawn, gaps = [], []
@@ -139,6 +139,7 @@ def test_training_goes_on_until_the_reference_is_near_the_grammar(tmp_path: Path
     assert len(drawn) == 5
 
 
+@pytest.mark.trains
 def test_a_reference_far_from_the_grammar_is_refused(folder: Path, trained):
     """When it is made and when it is found; what has a name for being early is not."""
     with pytest.raises(ValueError, match=r"reference is [\d.]+ nats per text from the grammar, and at most 0.1 are"):
