@@ -19,7 +19,7 @@ from pargs_min.experiments import report
 from pargs_min.experiments.measure import Cell, guided, write
 from pargs_min.experiments.recipes import FULL, SOFT_LABELS
 from pargs_min.experiments.setup import Lab, embedded, judged, material
-from pargs_min.experiments.sweep import Row, gather, sweep
+from pargs_min.experiments.sweep import Row, gather, sweep, workers
 
 PAIRS, MODELS, RESULTS, NEXT = Path(__file__).with_name("demo.txt").read_text("utf-8").rstrip().split("\n\n")
 SHIPPED, TRAINED = "shipped with the package, made by pargs_min.world.reference.reference", "trained now"
@@ -41,7 +41,8 @@ def run(folder: Path, *, quick: bool = False, seed: int = 0) -> None:
     lab = small(folder, seed) if quick else embedded(folder, seed=seed, pairs=5000)
     lab = lab if quick else replace(lab, samples=64, plain_samples=1000, texts_per_prompt=None)
     say(MODELS)
-    rows = gather(sweep({seed: {"": lab}}, cells(seed), folder / "demo.jsonl"))
+    with workers(2) as pool:
+        rows = gather(sweep(pool, {seed: {"": lab}}, cells(seed), folder / "demo.jsonl"))
     text = "\n\n".join([report.table(rows, COLUMNS), report.legend(rows, COLUMNS, seeds=1), side_by_side(lab, seed)])
     report.write(folder / "demo", text, draw(rows, lab), dict(lab=lab, seed=seed, rows=[row.as_json() for row in rows]))
     saved = NEXT.format(folder, SOFT_LABELS.folder_name(seed), material(lab).prompts[0]["prompt"])

@@ -35,14 +35,20 @@ from pargs_min.store import appending
 Worlds = Mapping[int, Mapping[str, Lab]]  # seed -> name -> lab; the name is "" where there is one
 
 
-def in_each_world(make: Callable[[int], Mapping[str, Lab]], seeds: Sequence[int], processes: int) -> Worlds:
+class Workers(NamedTuple):
+    """Processes that train and decode side by side, started when they are needed; each keeps what it has loaded."""
+
+    executor: Executor
+    processes: int
+
+
+def in_each_world(pool: Workers, make: Callable[[int], Mapping[str, Lab]], seeds: Sequence[int]) -> Worlds:
     """The labs of each seed, made side by side."""
-    with workers(processes) as pool:
-        made = {seed: labs for (_, seed), labs in _run(pool, [(make, seed) for seed in seeds], "worlds")}
+    made = {seed: labs for (_, seed), labs in _run(pool, [(make, seed) for seed in seeds], "worlds")}
     return {seed: made[seed] for seed in seeds}
 
 
-def sweep(worlds: Worlds, cells: Sequence[Cell], file: Path, processes: int = 2) -> dict[Cell, dict]:
+def sweep(pool: Workers, worlds: Worlds, cells: Sequence[Cell], file: Path) -> dict[Cell, dict]:
     """Measure every cell that the file does not hold yet, appending each as it comes; what all cells found, in order.
 
     A cell's lab is that of its name in the world of its seed. The file has a line {"seed", "labs", "contents"} for each
@@ -55,13 +61,13 @@ def sweep(worlds: Worlds, cells: Sequence[Cell], file: Path, processes: int = 2)
         raise ValueError("these cells train DPO, which is TRL's: pip install -e '.[baselines]' -c constraints.txt")
     done = _read(file, worlds, cells)
     if left := [cell for cell in cells if cell not in done]:
-        with workers(processes) as pool, appending(file) as append:
+        with appending(file) as append:
             judging = {worlds[cell.seed][cell.lab] for cell in left if cell.method}
             for _ in _run(pool, [(load_judges, lab) for lab in judging], "judges"):
                 pass
             shared = _shared(worlds, left)  # first, so that none of it is made twice
             of_cells = [(measure.measure, worlds[cell.seed][cell.lab], cell) for cell in left]
-            _say_how_long(pool, [*shared, of_cells], processes)
+            _say_how_long(pool, [*shared, of_cells])
             for jobs in shared:
                 for _ in _run(pool, jobs, "models and texts"):
                     pass
@@ -71,23 +77,23 @@ def sweep(worlds: Worlds, cells: Sequence[Cell], file: Path, processes: int = 2)
     return {cell: done[cell] for cell in cells}
 
 
-def _say_how_long(pool: Executor, stages: list[list[tuple]], processes: int) -> None:
+def _say_how_long(pool: Workers, stages: list[list[tuple]]) -> None:
     """On stderr, for models of one's own: those of the embedded world are known, and small."""
     labs = {lab for jobs in stages for _, lab, *_ in jobs if lab.world is None}
     if labs and is_progress_bar_enabled():
         paces = {lab: found for (_, lab), found in _run(pool, [(pace, lab) for lab in labs], "a short measurement")}
-        seconds = forecast(stages, paces, processes)
+        seconds = forecast(stages, paces, pool.processes)
         print(
             f"this will take {told(seconds)}; it can be interrupted, and then continues from what is finished",
             file=sys.stderr,
         )
 
 
-def _run(pool: Executor, jobs: list[tuple], desc: str) -> Iterator[tuple[tuple, Any]]:
+def _run(pool: Workers, jobs: list[tuple], desc: str) -> Iterator[tuple[tuple, Any]]:
     """Each job and what it returned, in the order in which they end."""
     try:
         with _no_interrupts():
-            futures = {pool.submit(*job): job for job in jobs}
+            futures = {pool.executor.submit(*job): job for job in jobs}
         for future in progress(as_completed(futures), desc=desc, total=len(futures)) if futures else ():
             yield futures[future], future.result()
     except BrokenProcessPool:
@@ -153,12 +159,12 @@ def _shared(worlds: Worlds, cells: Sequence[Cell]) -> list[list[tuple]]:
 
 
 @contextmanager
-def workers(processes: int) -> Iterator[Executor]:
-    """Processes that train and decode side by side; an error or an interrupt drops what has not begun."""
+def workers(processes: int) -> Iterator[Workers]:
+    """So many of them, while this is open; an error or an interrupt drops what has not begun."""
     how = (os.getpid(), warnings.formatwarning)
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), quiet_worker, how)
     try:
-        yield pool
+        yield Workers(pool, processes)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -123,6 +123,7 @@ def test_a_study_and_its_workers(made, monkeypatch):
     monkeypatch.chdir(made)
     asked = ["study", "partial-vs-full", "--model", "lm", "--dataset", "pairs.jsonl", "--prompts", "prompts.jsonl"]
     asked += ["--judge", "judge:length", "--max-new-tokens", "4", "--samples", "2", "--seeds", "1", "--quick"]
+    asked += ["--methods", "args", "pargs (soft labels)"]
     process = started([*asked, "--output-dir", "study"])
     while not list(made.glob("study/models/*")):
         time.sleep(0.1)

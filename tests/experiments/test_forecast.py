@@ -9,7 +9,7 @@ from pargs_min.experiments.forecast import Pace, forecast, pace
 from pargs_min.experiments.measure import Cell
 from pargs_min.experiments.recipes import FULL, PARTIAL, SOFT_LABELS, Recipe
 from pargs_min.experiments.setup import material
-from pargs_min.experiments.sweep import sweep
+from pargs_min.experiments.sweep import sweep, workers
 
 UNITS = Pace(plain=1.0, guided=10.0, read=100.0)
 
@@ -62,10 +62,11 @@ def test_a_pace_is_per_whole_text(lab, monkeypatch):
 
 
 def test_a_sweep_says_how_long_it_will_take(lab, one_process, tmp_path, capsys):
-    sweep({0: {"": lab}}, [Cell(0, "plain")], tmp_path / "cells.jsonl", processes=1)
+    with workers(1) as pool:
+        sweep(pool, {0: {"": lab}}, [Cell(0, "plain")], tmp_path / "cells.jsonl")
     assert (
         "this will take about 1 minute; it can be interrupted, and then continues from what is finished"
         in capsys.readouterr().err
     )
-    sweep({0: {"": lab}}, [Cell(0, "plain")], tmp_path / "cells.jsonl", processes=1)
+    sweep(None, {0: {"": lab}}, [Cell(0, "plain")], tmp_path / "cells.jsonl")
     assert "this will take" not in capsys.readouterr().err

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pargs_min.cli import warning_line
-from pargs_min.experiments import measure, recipes, sweep
+from pargs_min.experiments import measure, recipes, studies, sweep
 from pargs_min.experiments.measure import Cell
 from pargs_min.experiments.recipes import FULL, VALUE
 from pargs_min.experiments.setup import contents
@@ -24,6 +24,11 @@ from pargs_min.experiments.sweep import gather
 def everywhere(lab, seeds=6):
     """The same lab for all seeds."""
     return {seed: {"": lab} for seed in range(seeds)}
+
+
+def swept(*arguments):
+    with sweep.workers(1) as pool:
+        return sweep.sweep(pool, *arguments)
 
 
 @pytest.mark.usefixtures("one_process")
@@ -40,35 +45,33 @@ def test_an_interrupted_grid_keeps_its_cells_and_goes_on(lab, tmp_path, monkeypa
     monkeypatch.setattr(measure, "measure", counted)
     cells, file = [Cell(seed, "plain") for seed in range(6)], tmp_path / "grid.jsonl"
     with pytest.raises(KeyboardInterrupt):
-        sweep.sweep(everywhere(lab), cells, file)
+        swept(everywhere(lab), cells, file)
     with file.open("a") as out:
         out.write('{"cell": {"method": "plain", "seed": 5}, "found": {"rew')  # what a killed run leaves
     limit[0] = None
-    found = sweep.sweep(everywhere(lab), cells, file)
+    found = swept(everywhere(lab), cells, file)
     assert [cell.seed for cell in measured] == list(range(6))  # none twice
     assert list(found) == cells
     assert [one["reward"] for one in found.values()] == list(range(6))
-    with monkeypatch.context() as patch:
-        patch.delattr(sweep, "workers")  # nothing is left that would need any
-        assert sweep.sweep(everywhere(lab), cells, file) == found
+    assert sweep.sweep(None, everywhere(lab), cells, file) == found  # nothing is left that would need workers
     assert len(measured) == 6
     with pytest.raises(ValueError, match="made with other samples: choose another"):
-        sweep.sweep(everywhere(replace(lab, samples=4)), cells, file)
+        swept(everywhere(replace(lab, samples=4)), cells, file)
 
 
 @pytest.mark.usefixtures("one_process")
 def test_a_grid_knows_what_it_was_made_with_and_not_where_that_lies(lab, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "measure", lambda lab, cell: {"reward": 1.0})
     file, cells = tmp_path / "grid.jsonl", [Cell(0, "plain")]
-    found = sweep.sweep(everywhere(lab), cells, file)
+    found = swept(everywhere(lab), cells, file)
     monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured again"))
     shutil.copy(lab.prompts, tmp_path / "copy.jsonl")
     moved = replace(lab, folder=f"{lab.folder}/.", prompts=str(tmp_path / "copy.jsonl"), batch_size=lab.batch_size + 1)
-    assert sweep.sweep(everywhere(moved), cells, file) == found
+    assert swept(everywhere(moved), cells, file) == found
     (tmp_path / "copy.jsonl").write_text('{"prompt": "another"}\n')
     contents.cache_clear()
     with pytest.raises(ValueError, match="made with other prompts: choose another"):
-        sweep.sweep(everywhere(moved), cells, file)
+        swept(everywhere(moved), cells, file)
 
 
 @pytest.mark.usefixtures("one_process")
@@ -78,9 +81,9 @@ def test_a_judge_is_loaded_before_anything_is_made_and_may_be_another_until_it_h
     cells, file = [Cell(0, "plain")], tmp_path / "grid.jsonl"
     for wrong, said in (("no/such-judge", "cannot be loaded"), ("http://localhost#m", "compares texts")):
         with pytest.raises(ValueError, match=said):
-            sweep.sweep(everywhere(replace(lab, second_judge=wrong)), cells, file)
+            swept(everywhere(replace(lab, second_judge=wrong)), cells, file)
     monkeypatch.setattr(measure, "plain_rewards", lambda lab: None)
-    assert sweep.sweep(everywhere(lab), cells, file)
+    assert swept(everywhere(lab), cells, file)
 
 
 @pytest.mark.usefixtures("one_process")
@@ -88,9 +91,7 @@ def test_a_grid_that_was_killed_at_once_begins_anew(lab, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "measure", lambda lab, cell: {"reward": 1.0})
     (tmp_path / "grid.jsonl").write_text('{"labs": {"')
     for _ in range(2):
-        assert sweep.sweep(everywhere(lab), [Cell(0, "plain")], tmp_path / "grid.jsonl") == {
-            Cell(0, "plain"): {"reward": 1}
-        }
+        assert swept(everywhere(lab), [Cell(0, "plain")], tmp_path / "grid.jsonl") == {Cell(0, "plain"): {"reward": 1}}
 
 
 @pytest.mark.usefixtures("one_process")
@@ -105,7 +106,7 @@ def test_what_cells_share_is_trained_once_and_ingredients_first(lab, tmp_path, m
         Cell(0, "args", beta=1.0, recipe=FULL),
         Cell(1, "ppo", beta=1.0),
     ]
-    sweep.sweep(everywhere(lab), cells, tmp_path / "grid.jsonl")
+    swept(everywhere(lab), cells, tmp_path / "grid.jsonl")
     assert sorted(made[:2]) == ["full-seed=0", "full-seed=1"]
     assert sorted(made[2:4]) == ["ppo-beta=1.0-seed=1", "rated-0"]
     assert made[4:] == ["value-seed=0"]
@@ -116,34 +117,35 @@ def test_each_seed_is_measured_in_its_own_world_and_seeds_can_be_added(lab, tmp_
     measured, file = [], tmp_path / "grid.jsonl"
     monkeypatch.setattr(measure, "measure", lambda lab, cell: measured.append((lab.samples, cell)) or {"reward": 0.0})
     monkeypatch.setattr(measure, "plain_rewards", lambda lab: None)
-    worlds = sweep.in_each_world(lambda seed: {"": replace(lab, samples=10 + seed)}, [2, 0, 1], 1)
+    with sweep.workers(1) as pool:
+        worlds = sweep.in_each_world(pool, lambda seed: {"": replace(lab, samples=10 + seed)}, [2, 0, 1])
     assert [*worlds] == [2, 0, 1]
     cells = [Cell(seed, "plain") for seed in range(3)]
-    sweep.sweep({seed: worlds[seed] for seed in (0, 1)}, cells[:2], file)
-    sweep.sweep(worlds, cells, file)
+    swept({seed: worlds[seed] for seed in (0, 1)}, cells[:2], file)
+    swept(worlds, cells, file)
     assert measured == [(10, cells[0]), (11, cells[1]), (12, cells[2])]
     with pytest.raises(ValueError, match="made with other samples"):
-        sweep.sweep({1: worlds[2]}, [cells[1]], file)
+        swept({1: worlds[2]}, [cells[1]], file)
 
 
 def test_what_is_not_installed_is_said_before_anything_is_made(lab, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="which is TRL's: pip install"):
-        sweep.sweep(everywhere(lab), [Cell(0, "dpo", beta=1.0)], tmp_path / "grid.jsonl")
+        swept(everywhere(lab), [Cell(0, "dpo", beta=1.0)], tmp_path / "grid.jsonl")
     assert not (tmp_path / "grid.jsonl").exists()
 
 
 def test_workers_have_one_thread_each_and_end_at_an_interrupt_without_a_word(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     with sweep.workers(1) as pool:
-        assert pool.submit(torch.get_num_threads).result() == 1
-        assert pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_DFL
+        assert pool.executor.submit(torch.get_num_threads).result() == 1
+        assert pool.executor.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_DFL
 
 
 def test_a_worker_warns_as_its_parent_does(monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warning_line)
     with sweep.workers(1) as pool:
-        assert pool.submit(warnings_of_a_worker).result() == "pargs: warning: careful\n"
+        assert pool.executor.submit(warnings_of_a_worker).result() == "pargs: warning: careful\n"
 
 
 def warnings_of_a_worker():
@@ -163,8 +165,18 @@ def test_an_error_or_an_interrupt_drops_what_has_not_begun(lab, tmp_path, monkey
 
     monkeypatch.setattr(measure, "measure", measured)
     with pytest.raises(error):
-        sweep.sweep(everywhere(lab, 100), [Cell(seed, "plain") for seed in range(100)], tmp_path / "grid.jsonl")
+        swept(everywhere(lab, 100), [Cell(seed, "plain") for seed in range(100)], tmp_path / "grid.jsonl")
     assert len(begun) < 50
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:divide by zero")  # one beta makes no picture
+def test_a_study_starts_its_workers_once(lab, tmp_path, monkeypatch):
+    """Each takes ten seconds to begin with."""
+    opened, one = [], sweep.ProcessPoolExecutor
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda *how: opened.append(how) or one(*how))
+    studies.run("partial-vs-full", lambda seed: lab, tmp_path, seeds=[0], methods=["pargs"], betas=[1.0])
+    assert len(opened) == 1
 
 
 def test_a_worker_that_is_killed_is_one_error():

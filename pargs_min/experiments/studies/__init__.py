@@ -28,7 +28,7 @@ from types import ModuleType
 from pargs_min.experiments.measure import Cell
 from pargs_min.experiments.report import legend, table, with_rlhf, write
 from pargs_min.experiments.setup import Lab
-from pargs_min.experiments.sweep import gather, in_each_world, sweep
+from pargs_min.experiments.sweep import gather, in_each_world, sweep, workers
 
 # The list above is the table of studies: a name in it, and its file here.
 OTHER_NAMES = {"policy-gap": "guides"}
@@ -59,11 +59,11 @@ def run(
     if hasattr(study, "run"):
         chosen([], methods, betas)
         return study.run(world(seeds[0]), folder, quick)
-    worlds = in_each_world(partial(_labs, name, world, quick), seeds, processes)
-    labs = [worlds[seed][""] for seed in seeds]
-    cells = [cell for seed, lab in zip(seeds, labs, strict=True) for cell in study.cells(lab, seed)]
-    cells = chosen(cells, methods, betas)
-    measured = sweep(worlds, cells, folder / f"{name}.jsonl", processes)
+    with workers(processes) as pool:
+        worlds = in_each_world(pool, partial(_labs, name, world, quick), seeds)
+        labs = [worlds[seed][""] for seed in seeds]
+        cells = [cell for seed, lab in zip(seeds, labs, strict=True) for cell in study.cells(lab, seed)]
+        measured = sweep(pool, worlds, chosen(cells, methods, betas), folder / f"{name}.jsonl")
     found = {cell: with_rlhf(worlds[cell.seed][cell.lab], cell, found) for cell, found in measured.items()}
     rows = gather(found, dict(zip(seeds, labs, strict=True)) if len(set(labs)) > 1 else None)
     shown = table(rows, study.COLUMNS, each_seed=hasattr(study, "conclude"))
