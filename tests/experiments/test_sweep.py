@@ -135,16 +135,12 @@ def test_what_is_not_installed_is_said_before_anything_is_made(lab, tmp_path, mo
     assert not (tmp_path / "grid.jsonl").exists()
 
 
-def test_workers_have_one_thread_each_and_end_at_an_interrupt_without_a_word(monkeypatch):
+def test_workers_have_one_thread_end_at_an_interrupt_without_a_word_and_warn_as_their_parent_does(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    monkeypatch.setattr(warnings, "formatwarning", warning_line)
     with sweep.workers(1) as pool:
         assert pool.executor.submit(torch.get_num_threads).result() == 1
         assert pool.executor.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_DFL
-
-
-def test_a_worker_warns_as_its_parent_does(monkeypatch):
-    monkeypatch.setattr(warnings, "formatwarning", warning_line)
-    with sweep.workers(1) as pool:
         assert pool.executor.submit(warnings_of_a_worker).result() == "pargs: warning: careful\n"
 
 
