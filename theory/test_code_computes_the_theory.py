@@ -8,6 +8,8 @@ trained by `pargs_min.train` come closer to the exact policy the more pairs they
 another probability, or a gradient at the minimiser.
 """
 
+import gc
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ from theory.policies import soft_value, tokenwise
 from theory.policies import top_k as top_k_policy
 from theory.steppers import EveryWay, TabularPolicy, TabularReward
 from theory.strategies import betas, for_all, seeds, worlds
-from theory.training import exact_policy, trained_policy, training_world
+from theory.training import exact_policy, nothing_old_is_garbage, trained_policy, training_world
 from theory.world import Levels, World, noise, total_variation
 
 SMALL = [(2, 3), (3, 2), (3, 3), (4, 3), (3, 4)]
@@ -161,6 +163,17 @@ def test_trained_models_come_closer_with_more_pairs():
     )
     verify("code", "pargs_min.train: TV to the exact policy, 2048 pairs / 64 pairs", many / few, 0.6, "sampled")
     assert many < total_variation(world.log_ref[-1], exact) / 2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_training_leaves_the_garbage_collector_as_it_was(frozen):
+    gc.unfreeze()
+    if frozen:
+        gc.freeze()
+    with nothing_old_is_garbage():
+        assert gc.get_freeze_count() > 0
+    assert (gc.get_freeze_count() > 0) == frozen
+    gc.freeze()  # as the other tests have it
 
 
 def test_control_the_loop_with_another_beta_draws_otherwise():

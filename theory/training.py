@@ -95,7 +95,7 @@ def trained_scores(
 
 @contextmanager
 def nothing_old_is_garbage() -> Iterator[None]:
-    """Spares transformers, which collects garbage whenever it trains, what was there before: a sixth of the time."""
+    """Spares transformers, which collects garbage whenever it trains, looking through all that was there before."""
     if ours := not gc.get_freeze_count():
         gc.freeze()
     try:

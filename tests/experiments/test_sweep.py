@@ -168,7 +168,7 @@ def test_an_error_or_an_interrupt_drops_what_has_not_begun(lab, tmp_path, monkey
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:divide by zero")  # one beta makes no picture
 def test_a_study_starts_its_workers_once(lab, tmp_path, monkeypatch):
-    """Each takes ten seconds to begin with."""
+    """They take longer to start than a small study to run."""
     opened, one = [], sweep.ProcessPoolExecutor
     monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda *how: opened.append(how) or one(*how))
     studies.run("partial-vs-full", lambda seed: lab, tmp_path, seeds=[0], methods=["pargs"], betas=[1.0])
