@@ -77,6 +77,9 @@ def passes_and_memory(tiny: Models) -> Iterator[Target]:
     counts = ways.passes_per_token(ways.all_ways(tiny, Setting())["our loop"], tiny)
     yield Target("our loop: passes per token", [counts["lm passes"] + counts["reward passes"]], at_most=2)
     yield Target("our loop: tokens read per token", [counts["lm tokens"] + counts["reward tokens"]], at_most=K + 2)
+    counts = ways.passes_per_token(ways.all_ways(tiny, Setting())["our loop, no step guided"], tiny)
+    passes = counts["lm passes"] + counts["reward passes"]
+    yield Target("--guide-below, no step guided: passes per token", [passes], at_most=1)
     counts = ways.passes_per_token(ways.all_ways(tiny, Setting())["reweighted, shared trunk"], tiny)
     yield Target("shared trunk: tokens read per token", [counts["lm tokens"] + counts["reward tokens"]], at_most=2)
     both, alone = ways.weight_bytes(tiny.lm, tiny.trunk.model), ways.weight_bytes(tiny.lm)

@@ -55,12 +55,14 @@ def test_copies_of_the_cache_write_the_same_tokens_as_ours(family, draw):
 def test_each_way_makes_the_passes_it_is_named_for(models):
     setting = Setting(top_k=4, batch_size=2, prompt_length=6, tokens=3)
     counts = {name: passes_per_token(way, models) for name, way in ways.all_ways(models, setting).items()}
+    plain = {"lm passes": 1, "lm tokens": 2, "reward passes": 0, "reward tokens": 0}
     fused = {"lm passes": 1, "lm tokens": 2, "reward passes": 1, "reward tokens": 2 * (4 + 1)}
     one_query = fused | {"reward tokens": 2}
     assert counts == {
-        "plain generation": {"lm passes": 1, "lm tokens": 2, "reward passes": 0, "reward tokens": 0},
+        "plain generation": plain,
         "floor": fused,
         "our loop": fused,
+        "our loop, no step guided": plain,
         "RewardGuidance": fused,
         "vocabulary floor": one_query,
         "vocabulary head": one_query,
@@ -256,7 +258,7 @@ def test_what_depends_on_the_hardware_is_reported_without_a_bound(small_shapes, 
         ways, "interleaved", lambda found, rounds, device: {name: [1.0 for _ in rounds] for name in found}
     )
     found = {target.name: target for target in targets(rounds=2)}
-    assert len(found) == 22
+    assert len(found) == 23
     assert all(target.holds or "memory" in name for name, target in found.items())  # small models have small caches
     reported = [name for name, target in found.items() if target.at_most is None and target.at_least is None]
     assert reported == [
@@ -266,7 +268,7 @@ def test_what_depends_on_the_hardware_is_reported_without_a_bound(small_shapes, 
     ]
     assert len(reported) == 5
     counted = {name: target.values for name, target in found.items() if "per token" in name}
-    assert list(counted.values()) == [[2], [12], [2]]
+    assert list(counted.values()) == [[2], [12], [1], [2]]
 
 
 def test_the_report_of_given_models(tmp_path, capsys):
