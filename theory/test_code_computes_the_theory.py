@@ -153,15 +153,15 @@ def test_the_loss_of_the_population_and_its_minimum(seed, treatment):
 
 @pytest.mark.trains
 def test_trained_models_come_closer_with_more_pairs():
-    """Means over three data sets and models; the ratio of one alone lies between 0.33 and 0.59 (six seeds, with and
-    without vector instructions). `python -m theory` draws the whole curve."""
+    """Means over three data sets and models; the ratio of one alone lies between 0.44 and 0.71, that of three is 0.51
+    or 0.53 (six seeds, with and without vector instructions). `python -m theory` draws the whole curve."""
     world = training_world()
     exact = exact_policy(world)
     few, many = (
-        np.mean([total_variation(trained_policy(world, n, steps=80, seed=seed), exact) for seed in range(3)])
+        np.mean([total_variation(trained_policy(world, n, steps=50, seed=seed), exact) for seed in range(3)])
         for n in (64, 2048)
     )
-    verify("code", "pargs_min.train: TV to the exact policy, 2048 pairs / 64 pairs", many / few, 0.6, "sampled")
+    verify("code", "pargs_min.train: TV to the exact policy, 2048 pairs / 64 pairs", many / few, 0.65, "sampled")
     assert many < total_variation(world.log_ref[-1], exact) / 2
 
 

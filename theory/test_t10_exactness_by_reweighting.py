@@ -73,7 +73,7 @@ def test_more_particles_come_closer_on_average():
         return total_variation(np.log(law), target(world, BETA))
 
     one, four = (np.mean([distance(world, n) for world in TINY]) for n in (1, 4))
-    verify("T10", "mean TV to pi_T over 100 worlds, N = 4 / N = 1, all outcomes", four / one, 0.75, "example")
+    verify("T10", f"mean TV to pi_T over {len(TINY)} worlds, N = 4 / N = 1, all outcomes", four / one, 0.75, "example")
 
 
 def test_many_particles_come_close():
