@@ -98,7 +98,8 @@ class Journey:
             case "end", _:
                 yield 1, END, place
 
-    @cached_property
+    @property
+    @cache  # noqa: B019 - equal worlds, of which there are few, are made once
     def _stories(self) -> dict[str, tuple[list[State], Moves]]:
         """For each prompt its states, the first one first, and the moves from each."""
         stories, moves_from = {}, cache(self._moves)
