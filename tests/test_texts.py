@@ -37,7 +37,10 @@ SETTINGS = dict(max_new_tokens=6, beta=2.0, top_k=4, num_samples=3, seed=5)
 def texts(method="pargs", objective="partial", append_eos=True, prompts=PROMPTS, **changes):
     rm = tiny_reward_model("llama")
     rm.config.pargs = {"objective": objective, "append_eos": append_eos, "prompt_format": "text"}
-    settings = {name: value for name, value in SETTINGS.items() if METHODS[method].guided or name != "top_k"} | changes
+    settings = {name: value for name, value in SETTINGS.items() if METHODS[method].guided or name != "top_k"}
+    settings |= {
+        name: value for name, value in changes.items() if name not in {"n", "particles"} - {METHODS[method].rows}
+    }
     return generate_texts(tiny_lm("gpt2"), TOKENIZER, prompts, **dict(method=method, reward_model=rm) | settings)
 
 
@@ -307,6 +310,9 @@ def test_ids_beyond_the_tokenizers_vocabulary_are_never_drawn():
         (dict(method="smc", particles=0), "particles must be at least 1"),
         (dict(method="smc", temperature=0.5), "temperature must be 1 for smc"),
         (dict(final_reward_model=tiny_reward_model()), "final_reward_model .* is for method smc alone, not for pargs"),
+        (dict(n=3), r"n \(--n\) changes nothing of method pargs: leave it out"),
+        (dict(method="smc", n=3), r"n \(--n\) changes nothing of method smc"),
+        (dict(method="best-of-n", particles=3), r"particles \(--particles\) changes nothing of"),
         (dict(batch_size=0), "batch_size must be at least 1"),
         (dict(method="args", reward_model=None), "method args needs a reward model"),
         (dict(ref_top_p=0.0), "ref_top_p must be above 0 and at most 1, got 0.0"),
@@ -392,11 +398,14 @@ OUT_OF_MEMORY = (
 )
 
 
-@pytest.mark.parametrize(("method", "flag"), [("plain", ""), ("best-of-n", "--n, "), ("smc", "--particles, ")])
-def test_out_of_memory_for_a_single_text_names_what_else_there_is(method, flag):
+@pytest.mark.parametrize(
+    ("method", "rows", "flag"),
+    [("plain", {}, ""), ("best-of-n", {"n": 3}, "--n, "), ("smc", {"particles": 3}, "--particles, ")],
+)
+def test_out_of_memory_for_a_single_text_names_what_else_there_is(method, rows, flag):
     lm, rm = out_of_memory_above(0, ERRORS[0]), tiny_reward_model()
     settings = dict(method=method, reward_model=rm, max_new_tokens=6)
-    records = generate_texts(lm, TOKENIZER, PROMPTS, **settings, n=3, particles=3, batch_size=1)
+    records = generate_texts(lm, TOKENIZER, PROMPTS, **settings, **rows, batch_size=1)
     message = f"it is one text, so --batch-size cannot help; write another file with less {flag}--max-new-tokens or the"
     with pytest.raises(MemoryError, match=message):
         next(records)
@@ -513,8 +522,8 @@ def test_a_guide_with_another_tokenizer_reads_chats_as_its_own_template_writes_t
         text_rewards(rm, theirs, codec, [prompt])(*left_pad([codec.prompt(prompt) + [9] * 60]))
 
 
-@pytest.mark.parametrize("method", ["best-of-n", "args"])
-def test_the_reward_of_a_text_is_that_of_the_judge(method):
+@pytest.mark.parametrize(("method", "rows"), [("best-of-n", {"n": 2}), ("args", {})])
+def test_the_reward_of_a_text_is_that_of_the_judge(method, rows):
     """Also of a published model of chats, which reads all that its template writes behind an answer."""
     tokenizer, lm = chat_tokenizer(TURNS.replace("<|end|> ", "<|end|> : ")), tiny_lm(vocabulary=12)
     lm.generation_config.eos_token_id = 0
@@ -522,7 +531,7 @@ def test_the_reward_of_a_text_is_that_of_the_judge(method):
         rm = tiny_reward_model(vocabulary=12)
         rm.config.pargs = record
         prompts = [{"prompt": "a"}, {"prompt": "b c"}]
-        settings = dict(method=method, reward_model=rm, n=2, num_samples=6, max_new_tokens=4, prompt_format="chat")
+        settings = dict(method=method, reward_model=rm, num_samples=6, max_new_tokens=4, prompt_format="chat") | rows
         found = list(generate_texts(lm, tokenizer, prompts, **settings))
         assert {text["finished"] for text in found} == {True, False}
         assert record_rewards(rm, tokenizer)(found) == pytest.approx([text["reward"] for text in found], abs=1e-9)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from pargs_min.codec import Codec
 from pargs_min.serving import SHOWN
@@ -71,6 +71,13 @@ class Request(Strict):
             for name, value in fields.items()
             if name not in UNREAD and not (name in NEUTRAL and value in NEUTRAL[name])
         }
+
+    @field_validator("stream_options")
+    @classmethod
+    def of_a_stream(cls, options: StreamOptions | None, others: ValidationInfo) -> StreamOptions | None:
+        if options and not others.data.get("stream"):
+            raise ValueError("it is for streams: set stream to true, or leave it out")
+        return options
 
     @property
     def stops(self) -> list[str]:

@@ -266,6 +266,8 @@ WRONG = [
     ("seed", {"seed": -1}, "greater than or equal to 0"),
     ("method", {"method": "smc"}, "method must be one of plain, pargs, got 'smc'"),
     ("model", {"model": "other"}, "there is no model 'other'; this is tiny"),
+    ("stream_options", {"stream_options": {}}, "it is for streams: set stream to true, or leave it out"),
+    ("stream_options", {"stream_options": {"include_usage": True}, "stream": False}, "it is for streams"),
     ("logprobs", {"logprobs": 21}, "less than or equal to 20"),
     ("frequency_penalty", {"frequency_penalty": 0.5}, "is not supported here"),
     ("nonsense", {"nonsense": 1}, "is not supported here"),
