@@ -142,10 +142,10 @@ def embedded(
             grammar.
         pairs, held_out: how many to train on and to test on.
     """
-    sizes: dict[str, Any] = dict(samples=512, plain_samples=4000, batch_size=256, epochs=3.2, ppo_updates=80)
+    sizes: dict[str, Any] = dict(samples=512, plain_samples=4000, epochs=3.2, ppo_updates=80)
     if quick:
         steps, pairs, held_out = 60, 200, 20
-        sizes = dict(samples=2, plain_samples=40, batch_size=16, epochs=0.6, ppo_updates=2)
+        sizes = dict(samples=2, plain_samples=40, epochs=0.6, ppo_updates=2)
     home, world = folder / "reference", world or Journey()
     if (seed, steps, world) == (0, STEPS, Journey()):
         once(home, partial(shutil.copytree, SHIPPED))
@@ -160,7 +160,8 @@ def embedded(
     kept(files["prompts"], {"prompts": asked}, partial(write_lines, records=asked))
     names = {name: str(path) for name, path in {"folder": folder, "model": home, **files}.items()}
     sizes["texts_per_prompt"] = 2 * (4 * pairs // len(TRAIN_PROMPTS)) or None  # eight for each pair
-    sizes |= names | dict(learning_rate=1e-3, dpo_learning_rate=1e-4, ppo_learning_rate=3e-4, pairs_per_step=64)
+    sizes |= names | dict(learning_rate=1e-3, dpo_learning_rate=1e-4, ppo_learning_rate=3e-4)
+    sizes |= dict(pairs_per_step=64, batch_size=256)
     # The world goes without the tables that it has built: labs travel to other processes.
     return Lab(**sizes, judge="toy", world=replace(world), seed=seed, max_new_tokens=HORIZON)
 
