@@ -333,7 +333,7 @@ def _check(method: str, how: Decoding, prompts: list[dict], reward_model: Model,
         raise ValueError(f"final_reward_model (--final-reward-model) is for method smc alone, not for {method}")
     for name in ("n", "particles"):
         if name != METHODS[method].rows and getattr(how, name) != getattr(Decoding, name):
-            raise ValueError(f"{name} (--{name}) changes nothing of method {method}: leave it out")
+            raise ValueError(f"{name} (--{name}) has no effect with method {method}: leave it out")
     if METHODS[method].needs_reward:
         check_guide(method, how.warp, reward_model)
     if METHODS[method].rows:

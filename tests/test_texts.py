@@ -34,24 +34,23 @@ PROMPTS = [{"prompt": "a b c"}, {"prompt": "d"}, {"prompt": "e f", "prompt_ids":
 SETTINGS = dict(max_new_tokens=6, beta=2.0, top_k=4, num_samples=3, seed=5)
 
 
-def texts(method="pargs", objective="partial", append_eos=True, prompts=PROMPTS, **changes):
+def texts(method="pargs", objective="partial", append_eos=True, prompts=PROMPTS, rows=None, **changes):
+    """rows: behind each text, of the methods that have several."""
     rm = tiny_reward_model("llama")
     rm.config.pargs = {"objective": objective, "append_eos": append_eos, "prompt_format": "text"}
     settings = {name: value for name, value in SETTINGS.items() if METHODS[method].guided or name != "top_k"}
-    settings |= {
-        name: value for name, value in changes.items() if name not in {"n", "particles"} - {METHODS[method].rows}
-    }
+    settings |= changes | ({METHODS[method].rows: rows} if rows and METHODS[method].rows else {})
     return generate_texts(tiny_lm("gpt2"), TOKENIZER, prompts, **dict(method=method, reward_model=rm) | settings)
 
 
 @pytest.mark.parametrize("method", ["plain", "pargs", "best-of-n", "smc"])
 def test_a_text_depends_on_its_own_numbers_alone(method):
     """Not on the batch, nor on what was done before."""
-    whole = list(texts(method, n=3, batch_size=16))
+    whole = list(texts(method, rows=3, batch_size=16))
     assert [(r["prompt_number"], r["sample"]) for r in whole] == list(itertools.product(range(3), range(3)))
     assert len({tuple(r["response_ids"]) for r in whole}) > 3
-    alone = list(texts(method, n=3, batch_size=1))
-    rest = list(texts(method, n=3, batch_size=2, done=dict.fromkeys([(0, 0), (1, 2), (2, 2)])))
+    alone = list(texts(method, rows=3, batch_size=1))
+    rest = list(texts(method, rows=3, batch_size=2, done=dict.fromkeys([(0, 0), (1, 2), (2, 2)])))
     ids = {(r["prompt_number"], r["sample"]): r["response_ids"] for r in whole}
     for record in alone + rest:
         assert record["response_ids"] == ids[record["prompt_number"], record["sample"]]
@@ -140,7 +139,7 @@ def test_shards_joined_are_one_run(method, n):
     """In order, number by number; with five parts of three prompts two of them are empty."""
     exact = ["prompt", "prompt_number", "sample", "response", "response_ids", "finished"]
     whole, joined = (
-        [record for shard in shards for record in texts(method, n=3, shard=shard)]
+        [record for shard in shards for record in texts(method, rows=3, shard=shard)]
         for shards in ([(0, 1)], [(i, n) for i in range(n)])
     )
     assert [[r[k] for k in exact] for r in joined] == [[r[k] for k in exact] for r in whole]
@@ -248,7 +247,7 @@ def test_model_calls_are_counted_by_the_row():
     settings = dict(prompts=[{"prompt": "a b c"}], num_samples=2, max_new_tokens=6)
     calls = {}
     for method in ("plain", "pargs", "best-of-n"):
-        records = list(texts(method, n=3, **settings))
+        records = list(texts(method, rows=3, **settings))
         steps = max(len(r["response_ids"]) for r in records) if method != "best-of-n" else None
         calls[method] = records[0]["cost"]["model_calls"], steps
         assert records[0]["cost"]["seconds"] > 0
@@ -310,9 +309,9 @@ def test_ids_beyond_the_tokenizers_vocabulary_are_never_drawn():
         (dict(method="smc", particles=0), "particles must be at least 1"),
         (dict(method="smc", temperature=0.5), "temperature must be 1 for smc"),
         (dict(final_reward_model=tiny_reward_model()), "final_reward_model .* is for method smc alone, not for pargs"),
-        (dict(n=3), r"n \(--n\) changes nothing of method pargs: leave it out"),
-        (dict(method="smc", n=3), r"n \(--n\) changes nothing of method smc"),
-        (dict(method="best-of-n", particles=3), r"particles \(--particles\) changes nothing of"),
+        (dict(n=3), r"n \(--n\) has no effect with method pargs: leave it out"),
+        (dict(method="smc", n=3), r"n \(--n\) has no effect with method smc"),
+        (dict(method="best-of-n", particles=3), r"particles \(--particles\) has no effect with"),
         (dict(batch_size=0), "batch_size must be at least 1"),
         (dict(method="args", reward_model=None), "method args needs a reward model"),
         (dict(ref_top_p=0.0), "ref_top_p must be above 0 and at most 1, got 0.0"),

@@ -55,7 +55,7 @@ def verify(claim: str, what: str, value: float, within: float = 1e-12, kind: str
     """Assert value <= within and remember the largest value seen.
 
     kind: "exact" (rational arithmetic, within = 0), "identity" (float64 residual), "fit" (stationarity of a Newton
-    solution), "bound" (an inequality or a rate), "example" (one explicit world), "sampled".
+    solution), "bound" (an inequality), "rate" (a loosely bounded error), "example" (one explicit world), "sampled".
     """
     check = CHECKS.setdefault((claim, what), Check(claim, what, within, kind))
     check.worlds += 1

@@ -212,7 +212,9 @@ def all_ways(models: Models, setting: Setting, *names: str) -> dict[str, Way]:
     found |= {
         "floor": lambda tick: floor(lm, rm, ids, k + 1, tokens, tick),
         "our loop": lambda tick: ours(policy, siblings, ids, k, tokens, tick),
-        "our loop, no step guided": lambda tick: ours(policy, siblings, ids, k, tokens, tick, guide_below=1e-9),
+        "our loop, no step guided": lambda tick: ours(
+            policy, siblings, ids, k, tokens, tick, guide_below=1e-9
+        ),  # the likeliest token has more
         "RewardGuidance": lambda tick: plain(
             lm, ids, tokens, tick, [RewardGuidance(siblings, torch.ones_like(ids), beta=1.0, top_k=k)]
         ),

@@ -66,7 +66,7 @@ class GenerateOptions(DecodeOptions):
         num_samples: Texts per prompt. More than a file has continue it with --resume: in float32, as if it had been
             begun with so many; in half precision texts depend on their batches.
         batch_size: Texts decoded together; in float32 they do not affect each other.
-        compile: Compile both models, for a GPU: takes a minute or two per batch size.
+        compile: Compile both models, for a GPU: takes about a minute per batch size.
         shard: Write part i of n only, as i/n, i from 0. Start n processes, on any machines, each with an --output of
             its own; concatenated, their files hold what one process would write.
         resume: Continue the output file of an interrupted run.

@@ -72,11 +72,11 @@ class Request(Strict):
             if name not in UNREAD and not (name in NEUTRAL and value in NEUTRAL[name])
         }
 
-    @field_validator("stream_options")
+    @field_validator("stream_options")  # which comes after stream
     @classmethod
     def of_a_stream(cls, options: StreamOptions | None, others: ValidationInfo) -> StreamOptions | None:
         if options and not others.data.get("stream"):
-            raise ValueError("it is for streams: set stream to true, or leave it out")
+            raise ValueError("only for streams: set stream to true, or leave it out")
         return options
 
     @property

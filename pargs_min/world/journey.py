@@ -179,9 +179,10 @@ class Journey:
         return [self._gold(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
     def _gold(self, prompt: str, response: str | Sequence[int]) -> float:
-        if prompt not in self._stories:
+        stories = self._stories
+        if prompt not in stories:
             raise ValueError(f"prompt must be one of the world's twelve (PROMPTS), got {prompt!r}")
-        (states, moves), state = self._stories[prompt], 0
+        (states, moves), state = stories[prompt], 0
         words = response.split() if isinstance(response, str) else map(self.words.__getitem__, response)
         for word in (*takewhile(END.__ne__, words), END):
             if word not in moves[state]:

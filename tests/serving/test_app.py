@@ -266,8 +266,8 @@ WRONG = [
     ("seed", {"seed": -1}, "greater than or equal to 0"),
     ("method", {"method": "smc"}, "method must be one of plain, pargs, got 'smc'"),
     ("model", {"model": "other"}, "there is no model 'other'; this is tiny"),
-    ("stream_options", {"stream_options": {}}, "it is for streams: set stream to true, or leave it out"),
-    ("stream_options", {"stream_options": {"include_usage": True}, "stream": False}, "it is for streams"),
+    ("stream_options", {"stream_options": {}}, "only for streams: set stream to true, or leave it out"),
+    ("stream_options", {"stream_options": {"include_usage": True}, "stream": False}, "only for streams"),
     ("logprobs", {"logprobs": 21}, "less than or equal to 20"),
     ("frequency_penalty", {"frequency_penalty": 0.5}, "is not supported here"),
     ("nonsense", {"nonsense": 1}, "is not supported here"),
@@ -300,6 +300,7 @@ def test_no_request_may_ask_for_more_candidates_than_there_are_tokens():
 
 
 NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}, "user": "me", "echo": False, "best_of": 1}
+NEUTRAL |= {"stream_options": None}
 
 
 def test_fields_that_ask_for_nothing_are_taken(address):

@@ -69,6 +69,11 @@ def read(text: str) -> float:
     return FEELINGS[where][story[where]] + GIFTS[story["gift"]]
 
 
+def test_equal_worlds_are_built_once():
+    assert Journey().vocabulary == WORLD.vocabulary
+    assert Journey()._stories is WORLD._stories is not Journey(luck=Fraction(1, 4))._stories
+
+
 def test_written_journeys_are_read_as_the_grammar_says():
     gold = WORLD.gold(PROMPT_OF, TEXTS)
     assert gold == [read(text) for text in TEXTS]
