@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from theory.world import World, bradley_terry_labels, random_labels
 
-WORLDS = 50  # worlds per check
+WORLDS = 40  # worlds per check
 
 SHAPES = [(2, 1), (2, 6), (3, 1), (3, 2), (3, 3), (3, 4), (4, 3), (4, 4), (5, 2), (5, 3)]  # (|V|, T), small
 LARGE_SHAPES = [(3, 6), (4, 5), (5, 4), (5, 6)]  # up to 5,461 responses of distinct text

@@ -204,6 +204,7 @@ def all_ways(models: Models, setting: Setting, *names: str) -> dict[str, Way]:
         raise ValueError(f"top_k must lie between 1 and the vocabulary size {vocabulary}, got {k}")
     shape, generator = (setting.batch_size, setting.prompt_length), torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, shape, generator=generator).to(lm.device)
+    below_all = 1e-9  # the likeliest of all tokens has more
     policy, siblings, one_query = ModelPolicy(lm), SiblingScorer(rm), VocabularyScorer(models.vocabulary)
 
     found: dict[str, Way] = {"plain generation": lambda tick: plain(lm, ids, tokens, tick)}
@@ -212,9 +213,7 @@ def all_ways(models: Models, setting: Setting, *names: str) -> dict[str, Way]:
     found |= {
         "floor": lambda tick: floor(lm, rm, ids, k + 1, tokens, tick),
         "our loop": lambda tick: ours(policy, siblings, ids, k, tokens, tick),
-        "our loop, no step guided": lambda tick: ours(
-            policy, siblings, ids, k, tokens, tick, guide_below=1e-9
-        ),  # the likeliest token has more
+        "our loop, no step guided": lambda tick: ours(policy, siblings, ids, k, tokens, tick, guide_below=below_all),
         "RewardGuidance": lambda tick: plain(
             lm, ids, tokens, tick, [RewardGuidance(siblings, torch.ones_like(ids), beta=1.0, top_k=k)]
         ),
