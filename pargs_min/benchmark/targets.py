@@ -74,14 +74,15 @@ def targets(rounds: int = 7) -> Iterator[Target]:
 def passes_and_memory(tiny: Models) -> Iterator[Target]:
     """What a token of our loop reads, and what it holds: the weights and everything else, over the weights and one
     cache for each model."""
-    counts = ways.passes_per_token(ways.all_ways(tiny, Setting())["our loop"], tiny)
-    yield Target("our loop: passes per token", [counts["lm passes"] + counts["reward passes"]], at_most=2)
-    yield Target("our loop: tokens read per token", [counts["lm tokens"] + counts["reward tokens"]], at_most=K + 2)
-    counts = ways.passes_per_token(ways.all_ways(tiny, Setting())["our loop, no step guided"], tiny)
-    passes = counts["lm passes"] + counts["reward passes"]
-    yield Target("--guide-below, no step guided: passes per token", [passes], at_most=1)
-    counts = ways.passes_per_token(ways.all_ways(tiny, Setting())["reweighted, shared trunk"], tiny)
-    yield Target("shared trunk: tokens read per token", [counts["lm tokens"] + counts["reward tokens"]], at_most=2)
+    for name, what, at_most in (
+        ("our loop", "passes", 2),
+        ("our loop", "tokens", K + 2),
+        ("our loop, no step guided", "passes", 1),
+        ("reweighted, shared trunk", "tokens", 2),
+    ):
+        counts = ways.passes_per_token(ways.all_ways(tiny, Setting(), name)[name], tiny)
+        total = counts[f"lm {what}"] + counts[f"reward {what}"]
+        yield Target(f"{name}: {what} per token written", [total], at_most=at_most)
     both, alone = ways.weight_bytes(tiny.lm, tiny.trunk.model), ways.weight_bytes(tiny.lm)
     yield Target("4 layers, 3 shared: weights / the language model's", [both / alone], at_most=1.2)
     weights = ways.weight_bytes(tiny.lm, tiny.scalar)
